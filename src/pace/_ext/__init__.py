@@ -1,0 +1,1 @@
+"""The compiled kernels. Import `pace.ops`, not this package."""

@@ -1,0 +1,106 @@
+// amx.h - the GEMM tile of the amx tier: up to 32 rows x 32 columns in four 16 x 16 f32 tiles.
+//
+// The packed panel is already what tdpbf16ps wants: 16 k pairs x 16 columns of a panel are a B tile with a row
+// stride of 128 bytes, 16 rows x 32 k of the activations an A tile. Per 32 k: 4 tile loads, 4 tdpbf16ps of 16
+// cycles. One tdpbf16ps sums its 32 k in a fixed order and adds once to C, so the result of an element depends
+// on neither the rows beside it nor the tile's row count.
+#ifndef PACE_AMX_H
+#define PACE_AMX_H
+
+#include "mm.h"
+
+typedef struct {
+    int rows;  // what the tiles are configured for; 0: not yet
+} gemm_state;
+
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t col_bytes[16];
+    uint8_t rows[16];
+} tile_config;
+
+INLINE void gemm_begin(gemm_state *s) { s->rows = 0; }
+INLINE void gemm_end(gemm_state *s) {
+    if (s->rows) _tile_release();  // else the kernel saves 8 KB of tile state at every context switch
+}
+
+// Tiles 0..3: C (rows x 2 column halves), 4 and 5: A, 6 and 7: B.
+static void amx_configure(int rows) {
+    tile_config t;
+    memset(&t, 0, sizeof t);
+    t.palette = 1;
+    const uint8_t top = (uint8_t)(rows < 16 ? rows : 16), low = (uint8_t)(rows > 16 ? rows - 16 : 1);
+    for (int i = 0; i < 8; i++) t.col_bytes[i] = 64;
+    t.rows[0] = t.rows[1] = t.rows[4] = top;
+    t.rows[2] = t.rows[3] = t.rows[5] = low;
+    t.rows[6] = t.rows[7] = 16;
+    // GCC 12's _tile_loadconfig names 8 of the 64 bytes as its input, so the stores above would be dropped.
+    __asm__ volatile("ldtilecfg %0" ::"m"(t));
+}
+
+INLINE void amx_tile(const int halves, const int fetch, const mm_args *g) {
+    const size_t lda = (size_t)g->lda * 2, ldc = (size_t)g->ldc * 4, ldb = (size_t)g->ldb * 2;
+    float *c = g->c;
+    if (g->accumulate) {
+        _tile_loadd(0, c, ldc);
+        _tile_loadd(1, c + 16, ldc);
+        if (halves == 2) {
+            _tile_loadd(2, c + 16 * g->ldc, ldc);
+            _tile_loadd(3, c + 16 * g->ldc + 16, ldc);
+        }
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        if (halves == 2) {
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+    }
+    const bf16 *a = g->a, *b = g->b;
+    const char *pf = g->prefetch;
+    for (long p = 0; p < g->kp; p += 16) {
+        _tile_loadd(6, b, ldb);
+        _tile_loadd(4, a, lda);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, b + 32, ldb);
+        _tile_dpbf16ps(1, 4, 7);
+        if (halves == 2) {
+            _tile_loadd(5, a + 16 * g->lda, lda);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        if (fetch) {
+#pragma GCC unroll 32
+            for (int i = 0; i < 32; i++) _mm_prefetch(pf + 64 * i, _MM_HINT_T1);
+            pf += 32 * 64;
+        }
+        a += 32;
+        b += 16 * g->ldb;
+    }
+    _tile_stored(0, c, ldc);
+    _tile_stored(1, c + 16, ldc);
+    if (halves == 2) {
+        _tile_stored(2, c + 16 * g->ldc, ldc);
+        _tile_stored(3, c + 16 * g->ldc + 16, ldc);
+    }
+}
+
+static void gemm_tile(gemm_state *s, int rows, const mm_args *g) {
+    if (s->rows != rows) {
+        amx_configure(rows);
+        s->rows = rows;
+    }
+    if (rows > 16) {
+        if (g->prefetch)
+            amx_tile(2, 1, g);
+        else
+            amx_tile(2, 0, g);
+    } else {
+        if (g->prefetch)
+            amx_tile(1, 1, g);
+        else
+            amx_tile(1, 0, g);
+    }
+}
+
+#endif

@@ -1,0 +1,121 @@
+// attention.h - softmax(scale Q K^T) V for decode, verification and prefill alike.
+//
+// A tile is up to 64 rows = query tokens x query heads of one kv head; K and V are read once for all of them.
+// The cache is walked in pieces of 256 tokens at absolute positions. In a piece: S = Q K^T (f32 scratch), mask,
+// row maximum, P = exp(S - max) rounded to bf16, row sum of the rounded P (so that the weights add up to one),
+// O = P V; then (max, sum, O) folds into the running triple. Masked columns contribute exact zeros and the
+// reduction order is fixed by absolute position, so a row is bit-identical alone, among drafts, or in a chunk,
+// on any block size.
+#ifndef PACE_ATTENTION_H
+#define PACE_ATTENTION_H
+
+#include "mm.h"
+
+typedef struct {
+    _Alignas(64) bf16 q[PACE_ATTN_ROWS][PACE_MAX_HEAD_DIM];
+    float s[PACE_ATTN_ROWS][PACE_PIECE];
+    bf16 p[PACE_ATTN_ROWS][PACE_PIECE + 32];  // + 32: rows do not share a cache set
+    float o[PACE_ATTN_ROWS][PACE_MAX_HEAD_DIM];
+    float sum_o[PACE_ATTN_ROWS][PACE_MAX_HEAD_DIM];
+    float max[PACE_ATTN_ROWS], sum[PACE_ATTN_ROWS];
+} attention_buf;
+
+// Columns [first, last) of one piece's score row become probabilities; columns [c0, c1) outside that are zero.
+// Returns the row maximum and sum over visible columns (-inf and 0 when there are none).
+INLINE void softmax_piece(float *s, bf16 *p, long c0, long c1, long first, long last, float scale, float cap,
+                          float *max, float *sum) {
+    vf top = v_set(-__builtin_inff()), total = v_zero();
+    const vf vs = v_set(scale), vcap = v_set(cap);
+    for (long j = c0; j < c1; j += VL) {
+        vf x = v_mul(v_load(s + j), vs);
+        if (cap > 0.0f) x = v_mul(v_tanh(v_div(x, vcap)), vcap);
+        if (first > j || last < j + VL) x = v_keep(x, first - j, last - j, -__builtin_inff());
+        v_store(s + j, x);
+        top = v_max(top, x);
+    }
+    *max = v_hmax(top);
+    const vf m = v_set(*max);
+    for (long j = c0; j < c1; j += VL) {
+        vf e = v_exp(v_sub(v_load(s + j), m));
+        if (first > j || last < j + VL) e = v_keep(e, first - j, last - j, 0.0f);
+        v_store_bf16(p + j, e);
+        total = v_add(total, v_load_bf16(p + j));
+    }
+    *sum = v_sum(total);
+}
+
+static void attention(const pace_attention *g, const pace_rows *rows, long kv_head, void *scratch) {
+    attention_buf *t = scratch;
+    const pace_kv *kv = &g->kv;
+    const long d = kv->head_dim, b = kv->block, group = kv->n_heads / kv->n_kv_heads;
+    const long n_tok = rows->row1 - rows->row0, n = n_tok * group;
+    const int32_t *table = kv->block_tables + rows->seq * kv->table_stride;
+    const long pos0 = (long)kv->kv_len[rows->seq] - kv->q_start[rows->seq + 1] + rows->row0;
+    const long end = pos0 + n_tok;  // positions the last row sees: [.., end)
+    const long begin = g->window && pos0 - g->window + 1 > 0 ? pos0 - g->window + 1 : 0;
+    const long unit = b < 32 ? b : 32;  // columns are computed in whole units; V is clean up to a unit
+
+    for (long r = 0; r < n; r++) {  // row r is query token r / group, head r % group
+        memcpy(t->q[r], g->q + (rows->row0 + r / group) * g->ldq + (kv_head * group + r % group) * d, (size_t)d * 2);
+        t->max[r] = -__builtin_inff();
+        t->sum[r] = 0.0f;
+        memset(t->sum_o[r], 0, (size_t)d * 4);
+    }
+
+    for (long piece = begin / PACE_PIECE * PACE_PIECE; piece < end; piece += PACE_PIECE) {
+        const long lo = begin > piece ? (begin - piece) / unit * unit : 0;  // columns of this piece: [lo, hi)
+        long hi = end - piece < PACE_PIECE ? (end - piece + unit - 1) / unit * unit : PACE_PIECE;
+        for (long c = lo, step; c < hi; c += step) {  // S = Q K^T, block by block
+            const long in = (piece + c) % b;
+            step = b - in < hi - c ? b - in : hi - c;
+            const bf16 *k = kv->kv + table[(piece + c) / b] * kv->block_stride + kv_head * 2 * b * d + in * 2;
+            mm_block(n, (int)(step / 16), (mm_args){.a = t->q[0], .lda = PACE_MAX_HEAD_DIM, .b = k, .ldb = 2 * b,
+                     .bps = 64, .c = t->s[0] + c, .ldc = PACE_PIECE, .kp = d / 2});
+        }
+        float max[PACE_ATTN_ROWS], sum[PACE_ATTN_ROWS];
+        for (long r = 0; r < n; r++) {
+            const long pos = pos0 + r / group;
+            const long first = g->window ? pos - g->window + 1 - piece : 0;
+            softmax_piece(t->s[r], t->p[r], lo, hi, first < 0 ? 0 : first, pos + 1 - piece, g->scale, g->softcap,
+                          &max[r], &sum[r]);
+        }
+        for (long c = lo, step; c < hi; c += step) {  // O = P V
+            const long in = (piece + c) % b;
+            step = b - in < hi - c ? b - in : hi - c;
+            const bf16 *v = kv->kv + table[(piece + c) / b] * kv->block_stride + kv_head * 2 * b * d + b * d + in * d;
+            mm_block(n, (int)(d / 16), (mm_args){.a = t->p[0] + c, .lda = PACE_PIECE + 32, .b = v, .ldb = 2 * d,
+                     .bps = 64, .c = t->o[0], .ldc = PACE_MAX_HEAD_DIM, .kp = step / 2, .accumulate = c > lo});
+        }
+        for (long r = 0; r < n; r++) {  // fold
+            if (sum[r] == 0.0f) continue;  // nothing visible in this piece
+            const float top = t->max[r] > max[r] ? t->max[r] : max[r];
+            float lanes[VL];
+            v_store(lanes, v_exp(v_sub(v_set(t->max[r]), v_set(top))));
+            const float keep = t->sum[r] == 0.0f ? 0.0f : lanes[0];
+            v_store(lanes, v_exp(v_sub(v_set(max[r]), v_set(top))));
+            const float take = lanes[0];
+            for (long e = 0; e < d; e += VL)
+                v_store(t->sum_o[r] + e, v_fma(v_load(t->o[r] + e), v_set(take), v_mul(v_load(t->sum_o[r] + e), v_set(keep))));
+            t->sum[r] = t->sum[r] * keep + sum[r] * take;
+            t->max[r] = top;
+        }
+    }
+
+    for (long r = 0; r < n; r++) {
+        const long head = kv_head * group + r % group;
+        float sum = t->sum[r], scale = 1.0f;
+        if (g->sinks) {  // a sink is one more column with score sinks[head] and no value
+            const float sink = g->sinks[head], top = t->max[r] > sink ? t->max[r] : sink;
+            float lanes[VL];
+            v_store(lanes, v_exp(v_sub(v_set(t->max[r]), v_set(top))));
+            scale = lanes[0];
+            v_store(lanes, v_exp(v_sub(v_set(sink), v_set(top))));
+            sum = sum * scale + lanes[0];
+        }
+        const vf inv = v_set(scale / sum);
+        bf16 *o = g->out + (rows->row0 + r / group) * g->ldo + head * d;
+        for (long e = 0; e < d; e += VL) v_store_bf16(o + e, v_mul(v_load(t->sum_o[r] + e), inv));
+    }
+}
+
+#endif

@@ -1,0 +1,168 @@
+// gemm.h - C = epilogue(A W^T): A [m][k] bf16, W packed panels of 32 columns, f32 accumulation.
+//
+// Three ways through the same register tile, so all give the same bits:
+//   skinny   m <= one tile: 1, 2 or 4 panels at a time over the whole of k; weights stream from memory once.
+//   few      a handful of tiles (up to GEMM_FEW rows): panel by panel, and the first tile of a panel brings the
+//            next panel to L2 while it computes, so the stream from memory never waits for the other tiles.
+//   blocked  many rows: GEMM_GROUP panels x GEMM_MC rows x GEMM_KC of k; a group of panels stays in L2 over all
+//            rows, C tiles rest in f32 scratch between k chunks.
+// The tile goes to scratch (L1) and the epilogue works from there: 1 load and 1 store per 1000 dot products, and
+// bias, residual, activation x gate need no variant of the tile.
+#ifndef PACE_GEMM_H
+#define PACE_GEMM_H
+
+#include "mm.h"
+
+#ifdef PACE_AMX
+#define GEMM_TILE_ROWS 32
+#define GEMM_KC 512   // 32 columns x 512 k of B = 32 KB, and 32 rows of A the same: both near L1
+#define GEMM_FEW 64
+#else
+#define GEMM_TILE_ROWS (MM_ROWS_2 > 4 ? MM_ROWS_2 : 12)
+#define GEMM_KC 2048  // a panel chunk is 128 KB: L2; smaller chunks only add C traffic (vdpbf16ps is the limit)
+#define GEMM_FEW 64
+#endif
+#define GEMM_GROUP 8
+#define GEMM_MC 256
+
+INLINE long panel_elems(const pace_gemm *g) { return g->k * PACE_NR; }
+
+// c: [rows][ldc] f32, the first 32 columns are panel p of rows m..m + rows - 1.
+static void gemm_epilogue(const pace_gemm *g, long p, long m, long rows, const float *c, long ldc) {
+    const float *bias = g->bias ? g->bias + p * PACE_NR : NULL;
+    const int width = g->epilogue == PACE_GATED ? PACE_NR / 2 : PACE_NR;
+    const long n0 = p * width, n_left = g->n - n0;
+    const vf scale = v_set(g->scale);
+    for (long r = 0; r < rows; r++, c += ldc) {
+        for (int j = 0; j < width && j < n_left; j += VL) {
+            vf y = v_load(c + j);
+            if (bias) y = v_add(y, v_load(bias + j));
+            const long at = (m + r) * g->ldc + n0 + j, left = n_left - j;
+            if (g->epilogue == PACE_GATED) {
+                vf up = v_load(c + j + PACE_NR / 2);
+                if (bias) up = v_add(up, v_load(bias + j + PACE_NR / 2));
+                y = v_mul(v_act(y, g->act), up);
+            } else if (g->epilogue == PACE_ADD) {
+                float *out = (float *)g->c + at;
+                if (left >= VL)
+                    v_store(out, v_fma(y, scale, v_load(out)));
+                else
+                    v_store_n(out, v_fma(y, scale, v_load_n(out, left)), left);
+                continue;
+            } else {
+                y = v_mul(v_act(y, g->act), scale);
+            }
+            if (g->c_bf16) {
+                bf16 *out = (bf16 *)g->c + at;
+                if (left >= VL)
+                    v_store_bf16(out, y);
+                else
+                    v_store_bf16_n(out, y, left);
+            } else {
+                float *out = (float *)g->c + at;
+                if (left >= VL)
+                    v_store(out, y);
+                else
+                    v_store_n(out, y, left);
+            }
+        }
+    }
+}
+
+#ifdef PACE_AMX
+#include "amx.h"
+#else
+typedef int gemm_state;
+INLINE void gemm_begin(gemm_state *s) { (void)s; }
+INLINE void gemm_end(gemm_state *s) { (void)s; }
+INLINE void gemm_tile(gemm_state *s, int rows, const mm_args *a) {
+    (void)s;
+#if MM_ROWS_2 >= 8
+    mm(rows, 2, a);
+#else
+    mm_block(rows, 2, *a);
+#endif
+}
+#endif
+
+// Rows of the next tile: vector tiles are balanced (33 rows are 11 + 11 + 11), AMX tiles are filled, because a
+// tile instruction costs the same for any row count above a few.
+INLINE long gemm_rows_of(long rows_left, long tiles_left) {
+#ifdef PACE_AMX
+    (void)tiles_left;
+    return rows_left < GEMM_TILE_ROWS ? rows_left : GEMM_TILE_ROWS;
+#else
+    return rows_left / tiles_left;
+#endif
+}
+
+static void gemm_bf16(const pace_gemm *g, long p0, long p1, long m0, long m1, void *scratch) {
+    const long rows = m1 - m0, panel = panel_elems(g);
+    float *c = scratch;
+    gemm_state state;
+    gemm_begin(&state);
+    mm_args a = {.a = g->a + m0 * g->lda, .lda = g->lda, .ldb = 2 * PACE_NR, .bps = panel, .kp = g->k / 2};
+#ifndef PACE_AMX
+    if (rows <= MM_ROWS_4) {  // skinny: several panels side by side
+        const long most = mm_width(rows) / 2;
+        for (long p = p0, np; p < p1; p += np) {
+            np = most;
+            while (np > p1 - p) np /= 2;
+            a.b = g->w + p * panel;
+            a.c = c;
+            a.ldc = np * PACE_NR;
+            a.prefetch = np > 1 ? (const char *)a.b : (const char *)a.b + MM_PREFETCH_AHEAD;
+            mm((int)rows, (int)np * 2, &a);
+            for (long i = 0; i < np; i++) gemm_epilogue(g, p + i, m0, rows, c + i * PACE_NR, a.ldc);
+        }
+        return;
+    }
+#endif
+    a.ldc = PACE_NR;
+    if (rows <= GEMM_FEW) {
+        const long tiles = (rows + GEMM_TILE_ROWS - 1) / GEMM_TILE_ROWS;
+        for (long p = p0; p < p1; p++) {
+            for (long t = 0, done = 0, mr; t < tiles; t++, done += mr) {
+                mr = gemm_rows_of(rows - done, tiles - t);
+                a.a = g->a + (m0 + done) * g->lda;
+                a.b = g->w + p * panel;
+                a.c = c;
+                // one tile: read a little ahead of itself; several: the first fetches the whole next panel
+                a.prefetch = tiles == 1 ? (const char *)a.b + MM_PREFETCH_AHEAD
+                             : t == 0 && p + 1 < p1 ? (const char *)(a.b + panel) : NULL;
+                gemm_tile(&state, (int)mr, &a);
+                gemm_epilogue(g, p, m0 + done, mr, c, PACE_NR);
+            }
+        }
+        gemm_end(&state);
+        return;
+    }
+    a.prefetch = NULL;
+    for (long pg = p0; pg < p1; pg += GEMM_GROUP) {
+        const long pe = pg + GEMM_GROUP < p1 ? pg + GEMM_GROUP : p1;
+        for (long mb = m0; mb < m1; mb += GEMM_MC) {
+            const long block = m1 - mb < GEMM_MC ? m1 - mb : GEMM_MC;
+            const long tiles = (block + GEMM_TILE_ROWS - 1) / GEMM_TILE_ROWS;
+            for (long k0 = 0; k0 < g->k; k0 += GEMM_KC) {
+                const long kc = g->k - k0 < GEMM_KC ? g->k - k0 : GEMM_KC;
+                for (long t = 0, done = 0, mr; t < tiles; t++, done += mr) {
+                    mr = gemm_rows_of(block - done, tiles - t);
+                    for (long p = pg; p < pe; p++) {
+                        a.a = g->a + (mb + done) * g->lda + k0;
+                        a.b = g->w + p * panel + k0 * PACE_NR;
+                        a.c = c + ((p - pg) * GEMM_MC + done) * PACE_NR;
+                        a.kp = kc / 2;
+                        a.accumulate = k0 > 0;
+                        gemm_tile(&state, (int)mr, &a);
+                        if (k0 + kc == g->k) gemm_epilogue(g, p, mb + done, mr, a.c, PACE_NR);
+                    }
+                }
+            }
+        }
+    }
+    gemm_end(&state);
+}
+
+#define GEMM_SCRATCH (GEMM_GROUP * GEMM_MC * PACE_NR * sizeof(float))
+
+#endif

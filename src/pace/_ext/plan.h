@@ -1,0 +1,102 @@
+// plan.h - the compiled plan: one forward pass as a flat list of operators, and the team that runs it.
+//
+// Everything is sized when the plan is built: a step allocates nothing, takes no lock and calls no Python. The
+// batch is an argument; the plan keeps no sequence state (that lives in the KV pool and the caller's tables).
+#ifndef PACE_PLAN_H
+#define PACE_PLAN_H
+
+#include "kernels.h"
+#include "threads.h"
+
+// A packed weight matrix: bf16 panels, see kernels.h.
+typedef struct {
+    bf16 *data;
+    size_t bytes;
+    long n, k, k_pad, n_panels;
+} pace_matrix;
+
+int pace_matrix_init(pace_matrix *w, long n, long k);  // 0, or ENOMEM
+void pace_matrix_free(pace_matrix *w);
+
+enum pace_pack_mode { PACE_PACK_ROWS, PACE_PACK_GATE, PACE_PACK_UP };
+// Source rows [rows][k], stride ld, of dtype 0 bf16, 1 f16, 2 f32, go to packed columns from `at` (a multiple of
+// 16) on; gate and up rows alternate in blocks of 16. Runs on the team, each worker packs what it will read.
+int pace_matrix_pack(pace_matrix *w, pace_team *team, const pace_kernels *kernels, const void *src, int dtype, long ld,
+                     long rows, long at, int mode);
+
+typedef struct {
+    void *data;
+    size_t bytes;
+    long width, ld;
+    int bf16, logits;  // element type; row set: all tokens, or the rows whose logits were asked for
+} pace_slot;
+
+enum pace_op_kind { PACE_EMBED, PACE_NORM, PACE_GEMM, PACE_ANGLES, PACE_ROPE_KV, PACE_ATTENTION, PACE_SELECT };
+enum { PACE_N_OP_KINDS = PACE_SELECT + 1 };
+
+typedef struct {
+    int kind;
+    int logits;  // runs over the logit rows
+    const pace_kernels *kernels;
+    union {
+        struct {
+            const pace_matrix *table;
+            float *x;
+            long ldx;
+            float scale;
+        } embed;
+        pace_norm norm;
+        struct {
+            pace_gemm g;
+            long n_panels;
+        } gemm;
+        struct {  // cos and sin of every row's angles, once per step and table
+            const float *inv_freq;
+            float *cos, *sin;
+            long half;
+            float factor;
+        } angles;
+        pace_rope_kv rope;
+        pace_attention attention;
+        struct {
+            const char *src;
+            char *dst;
+            size_t row_bytes, src_stride, dst_stride;
+        } select;
+    } u;
+} pace_op;
+
+typedef struct {
+    const int32_t *token_ids;     // [n_tokens]
+    const int32_t *q_start;       // [n_seqs + 1]
+    const int32_t *kv_len;        // [n_seqs]
+    const int32_t *block_tables;  // [n_seqs][table_stride]
+    const int32_t *logit_rows;    // [n_logits]
+    long n_tokens, n_seqs, n_logits, table_stride;
+} pace_batch;
+
+typedef struct {
+    pace_team *team;
+    int n_threads;
+    pace_op *ops;
+    long n_ops, cap_ops;
+    long max_tokens, max_seqs, max_logits;
+    long n_heads, n_kv_heads;
+    pace_batch batch;
+    pace_rows *rope_rows, *tiles;  // this step's work lists
+    long n_rope_rows, n_tiles;
+    pace_work ring[2];
+    void *scratch;  // one area per worker
+    size_t scratch_stride, scratch_bytes;
+    double *op_s;  // seconds of every operator in the last step, as worker 0 saw it
+} pace_plan;
+
+int pace_plan_init(pace_plan *p, pace_team *team, long max_tokens, long max_seqs, long max_logits, long n_heads,
+                   long n_kv_heads);
+void pace_plan_free(pace_plan *p);
+pace_op *pace_plan_add(pace_plan *p, int kind, const pace_kernels *kernels);  // NULL: out of memory
+// The batch must have been checked by the caller (ranges, monotone q_start, table entries). 0 or an error of
+// pace_team_run.
+int pace_plan_step(pace_plan *p, const pace_batch *batch);
+
+#endif

@@ -1,0 +1,431 @@
+#include "sampler.h"
+
+#include <emmintrin.h>
+#include <math.h>
+#include <stdbool.h>
+#include <string.h>
+
+// Compiled for the baseline: SSE2 reads a row of 128k logits from L2 in about 20 us, which is under
+// 0.1 % of a step, so a copy per tier would buy nothing.
+
+enum { BLOCK = 128 };  // tokens per block maximum
+
+struct scratch {
+    float *edited;     // [vocab] logits after bias, bans and penalties
+    float *weight;     // [vocab] exp((logit - max) / temperature); before that, int32 counts
+    float *block_max;  // [blocks of vocab]
+    uint64_t *list;    // [vocab] candidates, see entry()
+    uint64_t *spare;   // [vocab] for sorting
+};
+
+static size_t align_up(size_t n) { return (n + 63) / 64 * 64; }
+
+static int n_blocks(int vocab) { return (vocab + BLOCK - 1) / BLOCK; }
+
+size_t pace_sample_scratch(int vocab) {
+    size_t n = (size_t)vocab;
+    return 2 * align_up(n * sizeof(float)) + 2 * align_up(n * sizeof(uint64_t)) +
+           align_up((size_t)n_blocks(vocab) * sizeof(float));
+}
+
+static struct scratch carve(void *memory, int vocab) {
+    size_t n = (size_t)vocab, floats = align_up(n * sizeof(float));
+    size_t entries = align_up(n * sizeof(uint64_t));
+    char *p = memory;
+    return (struct scratch){
+        .edited = (float *)(void *)p,
+        .weight = (float *)(void *)(p + floats),
+        .list = (uint64_t *)(void *)(p + 2 * floats),
+        .spare = (uint64_t *)(void *)(p + 2 * floats + entries),
+        .block_max = (float *)(void *)(p + 2 * floats + 2 * entries),
+    };
+}
+
+// --- Philox4x32-10 (Salmon et al., SC 2011) ------------------------------------------------------
+
+double pace_sample_uniform(uint64_t seed, uint64_t position, uint32_t sample_index) {
+    uint32_t c[4] = {(uint32_t)position, (uint32_t)(position >> 32), sample_index, 0};
+    uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+    for (int round = 0; round < 10; round++) {
+        uint64_t p0 = (uint64_t)0xD2511F53u * c[0], p1 = (uint64_t)0xCD9E8D57u * c[2];
+        uint32_t c1 = c[1], c3 = c[3];
+        c[0] = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
+        c[1] = (uint32_t)p1;
+        c[2] = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
+        c[3] = (uint32_t)p0;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    return ((double)(c[0] >> 5) * 67108864.0 + (double)(c[1] >> 6)) / 9007199254740992.0;
+}
+
+// --- Vector passes over a row --------------------------------------------------------------------
+
+static float horizontal_max(__m128 v) {
+    v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+    v = _mm_max_ss(v, _mm_shuffle_ps(v, v, 1));
+    return _mm_cvtss_f32(v);
+}
+
+// Maximum of every block and of the row; NAN if the row holds a NaN.
+static float row_max(const float *x, int n, float *block_max) {
+    __m128 nans = _mm_setzero_ps();
+    float best = -INFINITY;
+    bool tail_nan = false;
+    for (int b = 0; b * BLOCK < n; b++) {
+        int i = b * BLOCK, end = i + BLOCK < n ? i + BLOCK : n;
+        __m128 m0 = _mm_set1_ps(-INFINITY), m1 = m0;
+        for (; i + 8 <= end; i += 8) {
+            __m128 v0 = _mm_loadu_ps(x + i), v1 = _mm_loadu_ps(x + i + 4);
+            nans = _mm_or_ps(nans, _mm_cmpunord_ps(v0, v1));
+            m0 = _mm_max_ps(v0, m0);
+            m1 = _mm_max_ps(v1, m1);
+        }
+        float m = horizontal_max(_mm_max_ps(m0, m1));
+        for (; i < end; i++) {
+            tail_nan |= isnan(x[i]);
+            m = x[i] > m ? x[i] : m;
+        }
+        block_max[b] = m;
+        best = m > best ? m : best;
+    }
+    return tail_nan || _mm_movemask_ps(nans) ? NAN : best;
+}
+
+static int first_equal(const float *x, int n, float value, const float *block_max) {
+    for (int b = 0; b < n_blocks(n); b++) {
+        if (block_max[b] != value) continue;
+        for (int i = b * BLOCK; i < n; i++)
+            if (x[i] == value) return i;
+    }
+    return -1;
+}
+
+// exp(x) for x <= 0, within 2 ulp; 0 below -87, so that no result is a denormal.
+static __m128 exp4(__m128 x) {
+    __m128 live = _mm_cmpge_ps(x, _mm_set1_ps(-87.0f));
+    x = _mm_max_ps(x, _mm_set1_ps(-87.0f));
+    __m128i i = _mm_cvtps_epi32(_mm_mul_ps(x, _mm_set1_ps(1.44269504f)));
+    __m128 k = _mm_cvtepi32_ps(i);
+    // r = x - k ln 2 with ln 2 in two parts, then Cephes' minimax polynomial on |r| <= ln(2) / 2.
+    __m128 r = _mm_sub_ps(x, _mm_mul_ps(k, _mm_set1_ps(0.693359375f)));
+    r = _mm_sub_ps(r, _mm_mul_ps(k, _mm_set1_ps(-2.12194440e-4f)));
+    __m128 p = _mm_set1_ps(1.9875691500e-4f);
+    p = _mm_add_ps(_mm_mul_ps(p, r), _mm_set1_ps(1.3981999507e-3f));
+    p = _mm_add_ps(_mm_mul_ps(p, r), _mm_set1_ps(8.3334519073e-3f));
+    p = _mm_add_ps(_mm_mul_ps(p, r), _mm_set1_ps(4.1665795894e-2f));
+    p = _mm_add_ps(_mm_mul_ps(p, r), _mm_set1_ps(1.6666665459e-1f));
+    p = _mm_add_ps(_mm_mul_ps(p, r), _mm_set1_ps(5.0000001201e-1f));
+    p = _mm_add_ps(_mm_mul_ps(p, _mm_mul_ps(r, r)), _mm_add_ps(r, _mm_set1_ps(1.0f)));
+    __m128i scale = _mm_slli_epi32(_mm_add_epi32(i, _mm_set1_epi32(127)), 23);
+    return _mm_and_ps(_mm_mul_ps(p, _mm_castsi128_ps(scale)), live);
+}
+
+// Sum of exp((x - max) * inv_temperature) in f64; the terms also go to weight unless it is NULL.
+static double exp_sum(const float *x, int n, float max, float inv_temperature, float *weight) {
+    __m128 top = _mm_set1_ps(max), inv = _mm_set1_ps(inv_temperature);
+    __m128d lo = _mm_setzero_pd(), hi = lo;
+    for (int i = 0; i < n; i += 4) {
+        int left = n - i;
+        float pad[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+        __m128 v;
+        if (left >= 4) {
+            v = _mm_loadu_ps(x + i);
+        } else {
+            memcpy(pad, x + i, (size_t)left * sizeof(float));
+            v = _mm_loadu_ps(pad);
+        }
+        __m128 w = exp4(_mm_mul_ps(_mm_sub_ps(v, top), inv));
+        lo = _mm_add_pd(lo, _mm_cvtps_pd(w));
+        hi = _mm_add_pd(hi, _mm_cvtps_pd(_mm_movehl_ps(w, w)));
+        if (!weight) continue;
+        if (left >= 4) {
+            _mm_storeu_ps(weight + i, w);
+        } else {
+            _mm_storeu_ps(pad, w);
+            memcpy(weight + i, pad, (size_t)left * sizeof(float));
+        }
+    }
+    lo = _mm_add_pd(lo, hi);
+    return _mm_cvtsd_f64(lo) + _mm_cvtsd_f64(_mm_unpackhi_pd(lo, lo));
+}
+
+static int count_at_least(const float *x, int n, float value) {
+    __m128 v = _mm_set1_ps(value);
+    __m128i count = _mm_setzero_si128();
+    int i = 0, total = 0;
+    for (; i + 4 <= n; i += 4)
+        count = _mm_sub_epi32(count, _mm_castps_si128(_mm_cmpge_ps(_mm_loadu_ps(x + i), v)));
+    for (; i < n; i++) total += x[i] >= value;
+    int32_t lanes[4];
+    _mm_storeu_si128((__m128i *)(void *)lanes, count);
+    return total + lanes[0] + lanes[1] + lanes[2] + lanes[3];
+}
+
+// --- Candidates, best first ----------------------------------------------------------------------
+
+// Value and token in one integer: larger value first in ascending order of the upper half. A stable
+// sort of a list made in ascending token order leaves equal values in that order.
+static uint64_t entry(float value, int token) {
+    uint32_t bits;
+    value += 0.0f;  // -0 equals +0
+    memcpy(&bits, &value, sizeof bits);
+    bits = bits & 0x80000000u ? bits : ~bits & 0x7fffffffu;
+    return (uint64_t)bits << 32 | (uint32_t)token;
+}
+
+static int token_of(uint64_t e) { return (int)(uint32_t)e; }
+
+// Stable, by the upper half. Radix, so no row of logits can make it slow.
+static void sort_entries(uint64_t *list, uint64_t *spare, int n) {
+    if (n <= 48) {
+        for (int i = 1; i < n; i++) {
+            uint64_t e = list[i];
+            int j = i;
+            for (; j > 0 && list[j - 1] >> 32 > e >> 32; j--) list[j] = list[j - 1];
+            list[j] = e;
+        }
+        return;
+    }
+    enum { BITS = 8, SIZE = 1 << BITS, PASSES = 32 / BITS };
+    int32_t count[PASSES][SIZE];
+    memset(count, 0, sizeof count);
+    for (int i = 0; i < n; i++)
+        for (int p = 0; p < PASSES; p++) count[p][list[i] >> (32 + p * BITS) & (SIZE - 1)]++;
+    uint64_t *from = list, *to = spare;
+    for (int p = 0; p < PASSES; p++) {
+        int shift = 32 + p * BITS;
+        if (count[p][from[0] >> shift & (SIZE - 1)] == n) continue;  // all equal here
+        int32_t at = 0;
+        for (int d = 0; d < SIZE; d++) {
+            int32_t c = count[p][d];
+            count[p][d] = at;
+            at += c;
+        }
+        for (int i = 0; i < n; i++) to[count[p][from[i] >> shift & (SIZE - 1)]++] = from[i];
+        uint64_t *t = from;
+        from = to;
+        to = t;
+    }
+    if (from != list) memcpy(list, from, (size_t)n * sizeof *list);
+}
+
+// Appends to s->list every token of [begin, end) with x >= bound, ascending; returns the new
+// length.
+static int gather(const float *x, const float *value, int begin, int end, float bound,
+                  uint64_t *list, int n) {
+    int i = begin;
+    __m128 b = _mm_set1_ps(bound);
+    for (; i + 4 <= end; i += 4) {
+        int mask = _mm_movemask_ps(_mm_cmpge_ps(_mm_loadu_ps(x + i), b));
+        for (; mask; mask &= mask - 1) {
+            int t = i + __builtin_ctz((unsigned)mask);
+            list[n++] = entry(value[t], t);
+        }
+    }
+    for (; i < end; i++)
+        if (x[i] >= bound) list[n++] = entry(value[i], i);
+    return n;
+}
+
+// The k best tokens of x, best first, in s->list; returns how many (k, or n if smaller).
+static int best_k(const float *x, int n, int k, const struct scratch *s) {
+    float bound = -INFINITY;
+    int blocks = n_blocks(n);
+    if (k < blocks) {
+        // The k-th largest block maximum: k tokens are at least as large, so the k best are too.
+        for (int b = 0; b < blocks; b++) s->list[b] = entry(s->block_max[b], b);
+        sort_entries(s->list, s->spare, blocks);
+        bound = s->block_max[token_of(s->list[k - 1])];
+    }
+    int found = 0;
+    for (int b = 0; b < blocks; b++) {
+        int end = (b + 1) * BLOCK < n ? (b + 1) * BLOCK : n;
+        if (s->block_max[b] >= bound) found = gather(x, x, b * BLOCK, end, bound, s->list, found);
+    }
+    sort_entries(s->list, s->spare, found);
+    return found < k ? found : k;
+}
+
+// --- Log-probabilities ---------------------------------------------------------------------------
+
+static int logprobs(const float *x, int n, float max, int token, int n_logprobs,
+                    struct pace_sample_result *out, const struct scratch *s) {
+    double log_sum = (double)max + log(exp_sum(x, n, max, 1.0f, NULL));
+    out->logprob = (float)((double)x[token] - log_sum);
+    out->rank = count_at_least(x, n, x[token]);
+    if (n_logprobs > n) n_logprobs = n;
+    if (n_logprobs > 0) {
+        best_k(x, n, n_logprobs, s);
+        for (int i = 0; i < n_logprobs; i++) {
+            out->top_ids[i] = token_of(s->list[i]);
+            out->top_logprobs[i] = (float)((double)x[out->top_ids[i]] - log_sum);
+        }
+    }
+    return 0;
+}
+
+static int row_status(float max) {
+    if (isnan(max) || max == INFINITY) return PACE_SAMPLE_NAN;
+    return max == -INFINITY ? PACE_SAMPLE_EMPTY : 0;
+}
+
+int pace_logprobs_row(const float *logits, int vocab, int32_t token, int n_logprobs,
+                      struct pace_sample_result *out, void *memory) {
+    struct scratch s = carve(memory, vocab);
+    float max = row_max(logits, vocab, s.block_max);
+    int status = row_status(max);
+    out->token = status ? -1 : token;
+    return status ? status : logprobs(logits, vocab, max, token, n_logprobs, out, &s);
+}
+
+// --- Drawing -------------------------------------------------------------------------------------
+
+static bool edits(const struct pace_sample_params *p) {
+    return p->n_banned > 0 || p->n_bias > 0 ||
+           (p->repetition_penalty != 1.0f && p->n_prompt + p->n_output > 0) ||
+           ((p->presence_penalty != 0.0f || p->frequency_penalty != 0.0f) && p->n_output > 0);
+}
+
+static void edit(float *x, int n, const struct pace_sample_params *p, int32_t *count) {
+    for (int i = 0; i < p->n_bias; i++) {
+        uint32_t t = (uint32_t)p->bias_ids[i];
+        if (t < (uint32_t)n) x[t] += p->bias[i];
+    }
+    for (int i = 0; i < p->n_banned; i++) {
+        uint32_t t = (uint32_t)p->banned[i];
+        if (t < (uint32_t)n) x[t] = -INFINITY;
+    }
+    bool repetition = p->repetition_penalty != 1.0f;
+    bool counts = p->presence_penalty != 0.0f || p->frequency_penalty != 0.0f;
+    if (!repetition && !counts) return;
+
+    memset(count, 0,
+           (size_t)n * sizeof *count);  // bit 0: seen at all; above: occurrences in output
+    const int32_t *history[] = {p->prompt, p->output};
+    const int32_t lengths[] = {p->n_prompt, p->n_output};
+    for (int h = 0; h < 2; h++) {
+        for (int i = 0; i < lengths[h]; i++) {
+            uint32_t t = (uint32_t)history[h][i];
+            if (t >= (uint32_t)n) continue;
+            if (repetition && !(count[t] & 1))
+                x[t] = x[t] > 0 ? x[t] / p->repetition_penalty : x[t] * p->repetition_penalty;
+            count[t] = (count[t] | 1) + 2 * h;
+        }
+    }
+    for (int i = 0; counts && i < p->n_output; i++) {
+        uint32_t t = (uint32_t)p->output[i];
+        if (t >= (uint32_t)n || count[t] < 2) continue;
+        x[t] -= p->frequency_penalty * (float)(count[t] >> 1);
+        x[t] -= p->presence_penalty;
+        count[t] = 1;  // once per distinct token
+    }
+}
+
+// The first entry whose cumulated weight exceeds u of the total of the first n. weight by token.
+static int draw_listed(const uint64_t *list, int n, const float *weight, double u) {
+    double total = 0, sum = 0;
+    for (int i = 0; i < n; i++) total += weight[token_of(list[i])];
+    for (int i = 0; i < n; i++) {
+        sum += weight[token_of(list[i])];
+        if (sum > u * total) return token_of(list[i]);
+    }
+    return token_of(list[0]);  // u * total rounded up to total
+}
+
+// The same over the whole vocabulary in token order, tokens below min_weight left out.
+static int draw_any(float *weight, int n, float min_weight, double u) {
+    double total = 0, sum = 0;
+    int last = 0;
+    // Sums of 64 first: skipping whole groups keeps the search as cheap as the sum.
+    enum { GROUP = 64 };
+    for (int pass = 0; pass < 2; pass++) {
+        for (int g = 0; g < n; g += GROUP) {
+            int end = g + GROUP < n ? g + GROUP : n;
+            double part = 0;
+            for (int i = g; i < end; i++) part += weight[i] >= min_weight ? weight[i] : 0.0f;
+            if (pass == 0) {
+                total += part;
+                continue;
+            }
+            if (sum + part <= u * total) {
+                sum += part;
+                continue;
+            }
+            for (int i = g; i < end; i++) {
+                if (weight[i] < min_weight || weight[i] == 0.0f) continue;
+                last = i;
+                sum += weight[i];
+                if (sum > u * total) return i;
+            }
+        }
+    }
+    return last;
+}
+
+static int draw(const float *x, int n, float max, const struct pace_sample_params *p,
+                const struct scratch *s) {
+    double u = pace_sample_uniform(p->seed, p->position, p->sample_index);
+    float inv = 1.0f / p->temperature;
+    bool top_k = p->top_k > 0 && p->top_k < n, top_p = p->top_p < 1.0f;
+    if (!top_k && !top_p) {
+        exp_sum(x, n, max, inv, s->weight);
+        return draw_any(s->weight, n, p->min_p, u);
+    }
+    int kept;
+    double total = 0;
+    if (top_k) {
+        kept = best_k(x, n, p->top_k, s);
+        for (int i = 0; i < kept; i++) {
+            int t = token_of(s->list[i]);
+            total += exp_sum(x + t, 1, max, inv, s->weight + t);
+        }
+    } else {
+        total = exp_sum(x, n, max, inv, s->weight);
+        // A token inside the nucleus has more than 1 - p below or at it, hence more than the n-th
+        // part of that itself: the others need not be sorted. The margin covers rounding.
+        double bound = (1.0 - (double)p->top_p) * total / n * 0.999;
+        kept = gather(s->weight, x, 0, n, (float)bound, s->list, 0);
+        sort_entries(s->list, s->spare, kept);
+    }
+    double sum = 0;
+    int nucleus = 0;
+    for (; nucleus < kept;
+         nucleus++) {  // the smallest set of best tokens that reaches p; at least 1
+        float w = s->weight[token_of(s->list[nucleus])];
+        if (nucleus > 0 && ((top_p && sum >= (double)p->top_p * total) || w < p->min_p)) break;
+        sum += w;
+    }
+    return draw_listed(s->list, nucleus, s->weight, u);
+}
+
+int pace_sample_row(const float *logits, int vocab, const struct pace_sample_params *p,
+                    struct pace_sample_result *out, void *memory) {
+    struct scratch s = carve(memory, vocab);
+    out->token = -1;
+    out->rank = 0;
+    out->logprob = 0.0f;
+    float raw_max = row_max(logits, vocab, s.block_max);
+    int status = row_status(raw_max);
+    if (status) return status;
+
+    const float *x = logits;
+    float max = raw_max;
+    bool edited = edits(p);
+    if (edited) {
+        memcpy(s.edited, logits, (size_t)vocab * sizeof *logits);
+        edit(s.edited, vocab, p, (int32_t *)(void *)s.weight);
+        x = s.edited;
+        max = row_max(x, vocab, s.block_max);
+        status = row_status(max);
+        if (status) return status;
+    }
+    int token = p->temperature < 1e-5f ? first_equal(x, vocab, max, s.block_max)
+                                       : draw(x, vocab, max, p, &s);
+    if (p->n_logprobs >= 0) {
+        if (edited) row_max(logits, vocab, s.block_max);
+        logprobs(logits, vocab, raw_max, token, p->n_logprobs, out, &s);
+    }
+    out->token = token;
+    return 0;
+}

@@ -1,0 +1,67 @@
+// From one row of logits to one token: penalties, temperature, top-k, top-p, min-p, a seeded draw,
+// and log-probabilities. A row never looks at another row (DESIGN law 1); the caller spreads rows
+// over the team, one scratch per worker.
+//
+// Order: bias, bans, repetition penalty, frequency and presence penalty, temperature, top-k, top-p
+// of what top-k left, min-p, draw. Log-probabilities are those of the raw logits, before all this.
+// Wherever logits are equal the lower token id comes first; top-k keeps exactly k tokens.
+#ifndef PACE_SAMPLER_H
+#define PACE_SAMPLER_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum {
+    PACE_SAMPLE_NAN = -1,    // the logits hold a NaN or +inf
+    PACE_SAMPLE_EMPTY = -2,  // no token is left: all banned or -inf
+};
+
+struct pace_sample_params {
+    float temperature;         // 0 (below 1e-5): greedy, the filters and the seed are not used
+    float top_p;               // in (0, 1]; 1: off
+    float min_p;               // in [0, 1]; 0: off
+    float repetition_penalty;  // > 0; 1: off; over prompt and output, logit > 0 ? l / r : l * r
+    float presence_penalty;    // 0: off; over output, once per distinct token
+    float frequency_penalty;   // 0: off; over output, per occurrence
+    int32_t top_k;             // <= 0 or >= vocab: off
+    int32_t n_logprobs;        // < 0: none; 0: the chosen token's; n: and the n best, n <= vocab
+    uint64_t seed;
+    uint64_t position;      // of the token to be drawn, in its sequence
+    uint32_t sample_index;  // which of the n samples of one prompt
+    // Token ids outside [0, vocab) are ignored in all lists. Pointers may be NULL where n is 0.
+    int32_t n_prompt, n_output, n_banned, n_bias;
+    const int32_t *prompt, *output;
+    const int32_t *banned;  // may not be drawn, e.g. EOS before min_tokens
+    const int32_t *bias_ids;
+    const float *bias;  // [n_bias], added to the logits of bias_ids
+};
+
+struct pace_sample_result {
+    int32_t token;
+    int32_t
+        rank;  // how many tokens have at least its raw logit: 1 for the best; 0 if not asked for
+    float logprob;  // natural logarithm; 0 if not asked for
+    // Caller's arrays [n_logprobs], filled best first; may be NULL if n_logprobs <= 0.
+    int32_t *top_ids;
+    float *top_logprobs;
+};
+
+// Bytes of scratch that a row of this vocabulary needs, about 24 per token. 64-byte aligned, no
+// initial contents.
+size_t pace_sample_scratch(int vocab);
+
+// logits [vocab], read only, any alignment. Returns 0, or a PACE_SAMPLE_ code with result->token -1
+// and the rest of the result undefined.
+int pace_sample_row(const float *logits, int vocab, const struct pace_sample_params *params,
+                    struct pace_sample_result *result, void *scratch);
+
+// Fills logprob, rank and the n_logprobs best for a given token in [0, vocab): prompt
+// log-probabilities. Returns 0 or PACE_SAMPLE_NAN or PACE_SAMPLE_EMPTY.
+int pace_logprobs_row(const float *logits, int vocab, int32_t token, int n_logprobs,
+                      struct pace_sample_result *result, void *scratch);
+
+// The generator, for reference implementations: Philox4x32-10 with key seed and counter
+// (position, sample_index, 0), as a double in [0, 1) from 53 bits.
+double pace_sample_uniform(uint64_t seed, uint64_t position, uint32_t sample_index);
+
+#endif

@@ -1,0 +1,38 @@
+// table.c - compiled once per ISA tier with that tier's -m flags and -DPACE_ISA=<tier>. Everything it includes is
+// static; the table is the unit's only external symbol.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
+#define PACE_AMX 1
+#endif
+
+#include "attention.h"
+#include "gemm.h"
+#include "roofline_impl.h"
+#include "rowwise.h"
+
+#define PASTE_(a, b) a##b
+#define PASTE(a, b) PASTE_(a, b)
+#define TEXT_(a) #a
+#define TEXT(a) TEXT_(a)
+
+extern const pace_kernels PASTE(pace_kernels_, PACE_ISA);
+
+const pace_kernels PASTE(pace_kernels_, PACE_ISA) = {
+    .isa = TEXT(PACE_ISA),
+    .gemm_bf16 = gemm_bf16,
+    .gemm_scratch = GEMM_SCRATCH,
+    .gemm_rows = GEMM_TILE_ROWS,
+    .pack_half = pack_half,
+    .unpack_row = unpack_row,
+    .embed = embed,
+    .norm = norm,
+    .rope_kv = rope_kv,
+    .attention = attention,
+    .attention_scratch = sizeof(attention_buf),
+    .softmax = softmax,
+    .argmax = argmax,
+    .roof = PACE_ROOFLINE_TABLE,
+};

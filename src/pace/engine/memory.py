@@ -1,0 +1,168 @@
+"""How much memory an engine needs, how much there is, and how large its KV pool becomes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pace.errors import CapacityError
+from pace.kvcache.pool import DEFAULT_BLOCK_SIZE, MIN_BLOCK_SIZE, blocks_for, kv_block_bytes
+from pace.models.plan import Plan
+
+__all__ = ["MemoryPlan", "available_bytes", "plan_memory"]
+
+KV_SHARE = 0.4
+"""Of the available memory, the part that the KV pool may take by default: the rest is for the host program."""
+
+SLACK_BYTES = 64 << 20
+"""Tokenizer, staging, thread stacks and Python."""
+
+PANEL = 64  # rows that a packed matrix is padded to at most
+SLOT_BYTES = {"f32": 4, "bf16": 2}
+NO_LIMIT = 1 << 60  # cgroup v1 writes "no limit" as a number near 2^63
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What an engine allocates, in bytes; decided before anything is.
+
+    Attributes:
+        weights_bytes: packed matrices and vectors.
+        activation_bytes: the slots of the largest step.
+        n_blocks, block_size: the KV pool.
+        kv_bytes: of the pool; its pages are mapped when tokens are stored.
+        available_bytes: what the system and the cgroup had left.
+        max_model_len: longest sequence in tokens.
+    """
+
+    weights_bytes: int
+    activation_bytes: int
+    n_blocks: int
+    block_size: int
+    kv_bytes: int
+    available_bytes: int
+    max_model_len: int
+
+    def describe(self) -> str:
+        """One line for the log."""
+        return (
+            f"weights {gib(self.weights_bytes)}, activations {gib(self.activation_bytes)}, KV pool "
+            f"{gib(self.kv_bytes)} ({self.n_blocks} blocks of {self.block_size} tokens), of "
+            f"{gib(self.available_bytes)} available; max_model_len {self.max_model_len}"
+        )
+
+
+def gib(n_bytes: int) -> str:
+    """Bytes for a person."""
+    return f"{n_bytes / (1 << 30):.2f} GiB" if n_bytes >= 1 << 28 else f"{n_bytes / (1 << 20):.1f} MiB"
+
+
+def plan_memory(
+    plan: Plan,
+    *,
+    max_len: int,
+    max_model_len: int | None,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    available: int | None = None,
+) -> MemoryPlan:
+    """Size the KV pool: room for max_num_seqs sequences of full length, at most 40 % of the available memory.
+
+    Args:
+        plan: lowered for any max_model_len; only its shapes are read.
+        max_len: what the checkpoint supports, in tokens.
+        max_model_len: what the user asked for; None: max_len, or less where the pool can't hold one such sequence.
+        available: bytes; None: ask the system.
+
+    Raises:
+        CapacityError: the weights, or one sequence of the length that was asked for, do not fit.
+    """
+    available = available_bytes() if available is None else available
+    weights_bytes = sum(_packed_bytes(shape.n, shape.k) for shape in plan.weights().values())
+    activation_bytes = sum(
+        slot.width * SLOT_BYTES[slot.dtype] * (max_num_batched_tokens if slot.rows == "tokens" else max_num_seqs)
+        for slot in plan.slots.values()
+    )
+    left = available - weights_bytes - activation_bytes - SLACK_BYTES
+    if left < 0:
+        raise CapacityError(
+            f"the model needs {gib(weights_bytes)} for weights and {gib(activation_bytes)} for activations, "
+            f"{gib(available)} are available; free memory, lower max_num_batched_tokens or take a smaller model"
+        )
+    wanted_len = max_len if max_model_len is None else max_model_len
+    block_size = _block_size(wanted_len)
+    block_bytes = kv_block_bytes(plan.n_layers, plan.n_kv_heads, plan.head_dim, block_size)
+    # One full sequence may take more than the default's share, if it was asked for and fits at all.
+    share = min(left, int(KV_SHARE * available)) // block_bytes
+    need = blocks_for(wanted_len, block_size)
+    if share < need:
+        if max_model_len is None and share > 0:
+            wanted_len, need = share * block_size, share
+        elif left // block_bytes >= need:
+            share = need
+        else:
+            raise CapacityError(
+                f"one sequence of {wanted_len} tokens needs {gib(need * block_bytes)} of KV cache, {gib(left)} are left "
+                f"beside the weights; lower max_model_len to at most {left // block_bytes * block_size}"
+            )
+    n_blocks = min(share, need * max_num_seqs)
+    return MemoryPlan(
+        weights_bytes, activation_bytes, n_blocks, block_size, n_blocks * block_bytes, available, wanted_len
+    )
+
+
+def available_bytes() -> int:
+    """Bytes that this process can still take: the least of what the system and every cgroup above it leave."""
+    return min([_meminfo_available(), *_cgroup_available()])
+
+
+def _packed_bytes(n: int, k: int | None) -> int:
+    return 4 * n if k is None else -(-n // PANEL) * PANEL * (k + k % 2) * 2
+
+
+def _block_size(max_model_len: int) -> int:
+    """256, or less where no sequence fills that."""
+    size = MIN_BLOCK_SIZE
+    while size < min(max_model_len, DEFAULT_BLOCK_SIZE):
+        size *= 2
+    return size
+
+
+def _meminfo_available() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return NO_LIMIT
+
+
+def _cgroup_available() -> list[int]:
+    """What each cgroup of this process leaves; page cache that can be dropped counts as free."""
+    left = []
+    try:
+        entries = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return []
+    for _, controllers, path in entries:
+        if controllers == "":
+            root, limit, used, cache = Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root = Path("/sys/fs/cgroup/memory")
+            limit, used, cache = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            continue
+        # In a container the path may be the host's, which isn't there; its own limits are at the root then.
+        group = root / path.lstrip("/")
+        for folder in {root, *(parent for parent in (group, *group.parents) if parent.is_relative_to(root))}:
+            left += _group_left(folder, limit, used, cache)
+    return left
+
+
+def _group_left(folder: Path, limit: str, used: str, cache: str) -> list[int]:
+    try:
+        bound = (folder / limit).read_text().strip()
+        if bound == "max" or int(bound) >= NO_LIMIT:
+            return []
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return [max(0, int(bound) - int((folder / used).read_text()) + int(stat.get(cache, 0)))]
+    except (OSError, ValueError):
+        return []  # not mounted, or not ours to read

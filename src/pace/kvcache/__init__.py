@@ -1,0 +1,5 @@
+"""The KV cache: blocks, their reference counts, and the block tables that lead from a sequence to its blocks."""
+
+from pace.kvcache.pool import BlockPool, BlockTables, blocks_for, kv_block_bytes
+
+__all__ = ["BlockPool", "BlockTables", "blocks_for", "kv_block_bytes"]

@@ -1,0 +1,1 @@
+"""Model architectures as data, and the one decoder that lowers them into a plan."""

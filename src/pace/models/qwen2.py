@@ -1,0 +1,21 @@
+"""Qwen2 and Qwen2.5 (dense)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pace.models import llama as base
+from pace.models.spec import Bias, Config, DecoderSpec, LayerSpec, layer_windows, refuse_foreign
+from pace.models.weights import WeightMap
+
+
+def qwen2(config: Config) -> DecoderSpec:
+    """Llama with biases on q, k and v alone, and an optional window on the upper layers."""
+    # Qwen2's biases are not optional, so an attention_bias key may only agree with them.
+    refuse_foreign(config, also={"attention_bias": (True,), "mlp_bias": (False,)})
+    spec = base.decoder(config)
+    windows = layer_windows(config, len(spec.layers))
+    return replace(spec, bias=Bias.QKV, layers=tuple(LayerSpec(window=w) for w in windows))
+
+
+WEIGHTS: WeightMap = base.WEIGHTS

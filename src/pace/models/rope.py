@@ -1,0 +1,300 @@
+"""Rotary position embeddings: from `config.json` to a `RopeSpec`, and from that to the plan's table.
+
+Every variant that transformers has for text decoders: default, linear, dynamic (NTK), llama3, yarn, longrope;
+each with partial rotation, interleaved pairs and one set per layer type. transformers 4 files write
+`rope_theta` and `rope_scaling`, transformers 5 files `rope_parameters`; both are read.
+
+transformers recomputes dynamic and longrope tables when a sequence outgrows a threshold, which makes a
+token's key depend on what came later. Here the choice is a constant of the engine: both depend on
+`max_model_len` only, so that numbers do not depend on the company (DESIGN, law 1) and cached keys stay valid.
+
+Frequencies are computed in float64 and rounded once to float32: within one unit in the last place of
+transformers, which computes them in float32 throughout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from pace.errors import CheckpointError, UnsupportedModel, show
+from pace.models.plan import Rope
+from pace.models.spec import Config, RopeKind, RopeSpec
+
+F64Array = npt.NDArray[np.float64]
+
+# Keys that each kind reads. Others are refused: a key that transformers would ignore is a sign of a damaged
+# file.
+_COMMON: Final = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+_KEYS: Final[Mapping[RopeKind, frozenset[str]]] = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    # transformers 4 accepts original_max_position_embeddings for dynamic and does not use it.
+    "dynamic": frozenset({"factor", "original_max_position_embeddings"}),
+    "llama3": frozenset(
+        {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+    ),
+    "yarn": frozenset(
+        {
+            "factor",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+            "original_max_position_embeddings",
+            "finetuned",
+        }
+    ),
+    "longrope": frozenset(
+        {"factor", "attention_factor", "short_factor", "long_factor", "original_max_position_embeddings"}
+    ),
+}
+
+
+def parse(
+    config: Config,
+    head_dim: int,
+    layer_type: str | None = None,
+    partial: bool = False,
+    interleaved: bool = False,
+) -> RopeSpec:
+    """Read one rotary embedding.
+
+    Args:
+        config: the top level of `config.json`.
+        head_dim: columns of a head.
+        layer_type: which entry of a `rope_parameters` nested by layer type to read; None: it must be flat.
+        partial: whether the architecture honours partial_rotary_factor. One that does not refuses values
+            below 1.
+        interleaved: whether the architecture rotates neighbouring columns.
+
+    Raises:
+        CheckpointError: a parameter is missing, of the wrong type, out of range or contradicted elsewhere.
+        UnsupportedModel: an unknown rope type or parameter.
+    """
+    max_len = config.integer("max_position_embeddings")
+    scaling = _parameters(config, layer_type)
+    kind = _kind(scaling)
+    # Phi-3 and its relatives keep the pre-training length at the top level, which then has priority.
+    outer = config if config.has("original_max_position_embeddings") else scaling
+    spec = RopeSpec(
+        theta=_theta(config, scaling),
+        rotary_dim=_rotary_dim(config, scaling, head_dim, partial),
+        max_len=max_len,
+        original_len=outer.integer("original_max_position_embeddings", default=max_len),
+        kind=kind,
+        interleaved=interleaved,
+    )
+    return replace(spec, **_scaling(spec, scaling))
+
+
+def context_len(spec: RopeSpec) -> int:
+    """Tokens that a checkpoint with this embedding supports.
+
+    llama3 and longrope files state the extended length; linear, dynamic and yarn files state the length
+    before the extension (the reading that vLLM and llama.cpp share).
+    """
+    if spec.kind == "yarn":
+        return max(spec.max_len, int(spec.original_len * spec.factor))
+    if spec.kind in ("linear", "dynamic"):
+        return int(spec.max_len * spec.factor)
+    return spec.max_len
+
+
+def build(spec: RopeSpec, max_model_len: int) -> Rope:
+    """The table of frequencies for an engine whose sequences have at most `max_model_len` tokens."""
+    i = np.arange(0, spec.rotary_dim, 2, dtype=np.float64)  # [rotary_dim / 2]
+    exponent = i / spec.rotary_dim
+    attention_factor = 1.0
+    if spec.kind == "dynamic":
+        inv_freq = 1.0 / _ntk_theta(spec, max_model_len) ** exponent
+    elif spec.kind == "longrope":
+        divisors = spec.long_factor if max_model_len > spec.original_len else spec.short_factor
+        inv_freq = 1.0 / (np.asarray(divisors) * spec.theta**exponent)
+        attention_factor = _longrope_attention_factor(spec)
+    else:
+        inv_freq = 1.0 / spec.theta**exponent
+        if spec.kind == "linear":
+            inv_freq = inv_freq / spec.factor
+        elif spec.kind == "llama3":
+            inv_freq = _llama3(spec, inv_freq)
+        elif spec.kind == "yarn":
+            inv_freq = _yarn(spec, inv_freq)
+            attention_factor = _yarn_attention_factor(spec)
+    return Rope(inv_freq.astype(np.float32), attention_factor, spec.interleaved, spec.rotary_dim)
+
+
+def _ntk_theta(spec: RopeSpec, max_model_len: int) -> float:
+    """Dynamic NTK: a larger base once sequences may exceed the trained length."""
+    seq_len = max(max_model_len, spec.max_len)
+    stretch = spec.factor * seq_len / spec.max_len - (spec.factor - 1)
+    return float(spec.theta * stretch ** (spec.rotary_dim / (spec.rotary_dim - 2)))
+
+
+def _llama3(spec: RopeSpec, inv_freq: F64Array) -> F64Array:
+    """Long wavelengths divided by the factor, short ones kept, a linear blend between."""
+    turns = spec.original_len * inv_freq / (2 * math.pi)  # full turns within the original context
+    smooth = (turns - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
+    smooth = np.clip(smooth, 0.0, 1.0)
+    return np.asarray((1 - smooth) * inv_freq / spec.factor + smooth * inv_freq)
+
+
+def _yarn(spec: RopeSpec, inv_freq: F64Array) -> F64Array:
+    """Interpolated below `beta_slow` turns, extrapolated above `beta_fast`, a ramp over columns between."""
+
+    def column(turns: float) -> float:
+        """The (fractional) pair of columns that makes `turns` turns within the original context."""
+        return (spec.rotary_dim * math.log(spec.original_len / (turns * 2 * math.pi))) / (
+            2 * math.log(spec.theta)
+        )
+
+    low, high = column(spec.beta_fast), column(spec.beta_slow)
+    if spec.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, spec.rotary_dim - 1)
+    if low == high:
+        high += 0.001  # transformers' guard against a division by zero
+    ramp = np.clip((np.arange(spec.rotary_dim // 2) - low) / (high - low), 0.0, 1.0)
+    return np.asarray(inv_freq / spec.factor * ramp + inv_freq * (1 - ramp))
+
+
+def _yarn_attention_factor(spec: RopeSpec) -> float:
+    def mscale(weight: float) -> float:
+        return 1.0 if spec.factor <= 1 else 0.1 * weight * math.log(spec.factor) + 1.0
+
+    if spec.attention_factor is not None:
+        return spec.attention_factor
+    if spec.mscale and spec.mscale_all_dim:
+        return mscale(spec.mscale) / mscale(spec.mscale_all_dim)
+    return mscale(1.0)
+
+
+def _longrope_attention_factor(spec: RopeSpec) -> float:
+    if spec.attention_factor is not None:
+        return spec.attention_factor
+    if spec.factor <= 1.0:
+        return 1.0
+    return math.sqrt(1 + math.log(spec.factor) / math.log(spec.original_len))
+
+
+def _parameters(config: Config, layer_type: str | None) -> Config:
+    """The object that holds the parameters: rope_parameters, rope_scaling, or an empty one."""
+    new, old = config.values.get("rope_parameters"), config.values.get("rope_scaling")
+    if new and old and new != old:
+        raise CheckpointError(f"{config.where}: rope_parameters and rope_scaling differ; keep one of them")
+    key = "rope_parameters" if new else "rope_scaling"
+    if not new and not old:
+        return Config({}, f"{config.where}: rope_scaling")
+    table = config.table(key)
+    nested = sorted(k for k, v in table.values.items() if isinstance(v, Mapping))
+    if layer_type is not None and nested:
+        if layer_type not in nested:
+            raise CheckpointError(f"{table.where} has no {layer_type!r}, only {', '.join(nested)}; add it")
+        return table.table(layer_type)
+    if nested:
+        raise UnsupportedModel(
+            f"{table.where} has one set per layer type ({', '.join(nested)}); "
+            "this architecture has one for all layers"
+        )
+    return table
+
+
+def _kind(scaling: Config) -> RopeKind:
+    kind = scaling.text("rope_type", default=scaling.text("type", default="default"))
+    if scaling.has("type") and scaling.text("type") != kind:
+        raise UnsupportedModel(
+            f"{scaling.where}: rope_type is {show(kind)} but type is {show(scaling.text('type'))}; "
+            "they must agree"
+        )
+    for known in _KEYS:
+        if kind == known:
+            unknown = sorted(set(scaling.values) - _COMMON - _KEYS[known])
+            unknown = [k for k in unknown if scaling.has(k)]
+            if unknown:
+                raise UnsupportedModel(
+                    f"{scaling.where}: {unknown[0]!r} is not a parameter of rope type {known!r}; "
+                    f"known are {', '.join(sorted(_COMMON | _KEYS[known]))}"
+                )
+            return known
+    raise UnsupportedModel(
+        f"{scaling.where}: rope type is {show(kind)}; supported are {', '.join(sorted(_KEYS))}"
+    )
+
+
+def _theta(config: Config, scaling: Config) -> float:
+    # 10000 is what transformers uses for files from before rope_theta existed (Llama 1 and 2).
+    outer = config.number("rope_theta", default=10000.0, low=1.0)
+    theta = scaling.number("rope_theta", default=outer, low=1.0)
+    if config.has("rope_theta") and theta != outer:
+        raise CheckpointError(
+            f"{config.where}: rope_theta is {outer:g} at the top level and {theta:g} in the rope parameters; "
+            "they must agree"
+        )
+    return theta
+
+
+def _rotary_dim(config: Config, scaling: Config, head_dim: int, partial: bool) -> int:
+    holder = scaling if scaling.has("partial_rotary_factor") else config
+    share = holder.number("partial_rotary_factor", default=1.0, high=1.0)
+    if share != 1.0 and not partial:
+        raise UnsupportedModel(
+            f"{holder.where}: partial_rotary_factor is {share:g}; this architecture rotates whole heads (1.0)"
+        )
+    rotary_dim = int(head_dim * share)
+    if rotary_dim < 2 or rotary_dim % 2:
+        raise holder.error(
+            "partial_rotary_factor", share, f"an even number of columns of head_dim ({head_dim})"
+        )
+    return rotary_dim
+
+
+def _scaling(spec: RopeSpec, scaling: Config) -> dict[str, Any]:
+    """The fields of a RopeSpec that belong to its kind."""
+    kind, original = spec.kind, spec.original_len
+    if kind == "default":
+        return {}
+    if kind in ("linear", "dynamic", "llama3"):
+        fields: dict[str, Any] = {"factor": _factor(scaling)}
+    else:
+        implied = spec.max_len / original
+        fields = {"factor": _factor(scaling) if scaling.has("factor") else implied}
+        if scaling.has("attention_factor"):
+            fields["attention_factor"] = scaling.number("attention_factor", high=1e3)
+    if kind == "dynamic" and spec.rotary_dim < 4:
+        raise CheckpointError(
+            f"{scaling.where}: dynamic scaling needs at least 4 rotary columns, got {spec.rotary_dim}"
+        )
+    if kind == "llama3":
+        fields["low_freq_factor"] = low = scaling.number("low_freq_factor")
+        fields["high_freq_factor"] = high = scaling.number("high_freq_factor")
+        if high <= low:
+            raise scaling.error("high_freq_factor", high, f"more than low_freq_factor ({low:g})")
+    if kind == "yarn":
+        fields["beta_fast"] = fast = scaling.number("beta_fast", default=32.0)
+        fields["beta_slow"] = slow = scaling.number("beta_slow", default=1.0)
+        if fast < slow:
+            raise scaling.error("beta_fast", fast, f"at least beta_slow ({slow:g})")
+        for key in ("mscale", "mscale_all_dim"):
+            # -1e-9: zero is allowed and means "not given", as in transformers.
+            fields[key] = scaling.number(key, default=0.0, low=-1e-9)
+        fields["truncate"] = scaling.flag("truncate", default=True)
+    if kind == "longrope":
+        if original < 2:
+            raise scaling.error("original_max_position_embeddings", original, "at least 2 for longrope")
+        for key in ("short_factor", "long_factor"):
+            fields[key] = scaling.numbers(key, spec.rotary_dim // 2)
+    return fields
+
+
+def _factor(scaling: Config) -> float:
+    factor = scaling.number("factor", high=1e6)
+    if factor < 1.0:
+        raise scaling.error("factor", factor, "a number of at least 1")
+    return factor

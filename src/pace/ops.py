@@ -1,0 +1,417 @@
+"""The compiled kernels by name: the only importer of `pace._ext`. Nothing is computed here.
+
+bf16 arrays are numpy `uint16` (numpy has no bf16). Every array passed in is C-contiguous; shapes and dtypes are
+checked once, here or in the extension, before the GIL is released.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pace._ext import _kernels
+from pace.config import PACE_ISA
+from pace.errors import ConfigError, ForkError
+from pace.models import plan as ir
+
+F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
+
+OPERATORS = ("embed", "norm", "gemm", "rope", "attention", "select")
+"""Names that an engine's `kernels` mapping takes: each operator's tier can be chosen on its own."""
+
+_DTYPES = {"bf16": (0, np.uint16), "f16": (1, np.float16), "f32": (2, np.float32)}
+_MODES = {"rows": 0, "gate": 1, "up": 2}
+_NORMS = {"rms": 0, "rms1": 1, "layer": 2}
+_ACTS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
+_EPILOGUES = {"store": 0, "add": 1, "gated": 2}
+
+
+# ---- ISA tiers --------------------------------------------------------------------------------------------
+
+
+def isas() -> list[str]:
+    """ISA tiers that this CPU and operating system execute, best first."""
+    return _kernels.runnable()
+
+
+def tiers() -> list[tuple[str, str | None]]:
+    """Every compiled tier, best first, with what is missing here to run it (None: it runs)."""
+    return _kernels.tiers()
+
+
+def isa() -> str:
+    """The tier whose kernels run unless an engine chooses others."""
+    return _kernels.isa() or ""
+
+
+def use_isa(name: str | None) -> None:
+    """Make `name` the tier of everything built from now on; None: the best that runs.
+
+    Raises:
+        ConfigError: the tier is unknown or does not run here; the message lists those that do.
+    """
+    try:
+        _kernels.use_isa(name if name is not None else isas()[0])
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+@contextmanager
+def using_isa(name: str) -> Iterator[None]:
+    """`use_isa(name)` for the length of a with block."""
+    before = isa()
+    use_isa(name)
+    try:
+        yield
+    finally:
+        use_isa(before)
+
+
+def _select() -> None:
+    if not isas():
+        missing = dict(_kernels.tiers())["avx2"]
+        raise ImportError(
+            f"pace needs an x86-64 CPU with AVX2, FMA and F16C (Intel Haswell, AMD Zen or newer); this one lacks {missing}"
+        )
+    try:
+        use_isa(PACE_ISA.get())
+    except ConfigError as error:
+        raise ImportError(str(error)) from None
+
+
+_select()
+
+
+def cpu_info() -> dict[str, Any]:
+    """What the machine is: vendor, brand, features, caches in bytes, threads and why that many, huge pages, NUMA."""
+    return _kernels.cpu()
+
+
+def default_threads() -> tuple[int, str]:
+    """Threads an engine takes by default, and one line that says why."""
+    info = _kernels.cpu()
+    return info["threads"], info["threads_why"]
+
+
+def roof_read(team: Team, n_bytes: int, repeat: int = 1) -> float:
+    """Memory-read roof of the team in bytes/s: `repeat` passes over `n_bytes` of fresh memory, best vectors."""
+    return team._team.roof_read(_read_buffer(n_bytes), repeat)
+
+
+_buffers: dict[int, _kernels.Memory] = {}
+
+
+def _read_buffer(n_bytes: int) -> _kernels.Memory:
+    if n_bytes not in _buffers:
+        _buffers.clear()
+        _buffers[n_bytes] = _kernels.Memory(n_bytes)
+    return _buffers[n_bytes]
+
+
+def roof_dot(team: Team, kind: str, isa: str | None = None, iterations: int = 2_000_000) -> float:
+    """Dot-product roof of the team in operations/s (2 per multiply-add), from registers only.
+
+    Args:
+        kind: "bf16", "int8" or "f32".
+        isa: the tier whose best instruction is used; None: the chosen one.
+    """
+    return team._team.roof_dot(kind, isa, iterations)
+
+
+# ---- building blocks --------------------------------------------------------------------------------------
+
+
+class Team:
+    """Persistent threads that run a plan's steps; the caller is one of them.
+
+    Args:
+        n_threads: workers, the caller included.
+        cpus: one CPU number per worker to pin them, or None.
+    """
+
+    def __init__(self, n_threads: int, cpus: Sequence[int] | None = None) -> None:
+        try:
+            self._team = _kernels.Team(n_threads, None if cpus is None else list(cpus))
+        except (ValueError, OSError) as error:
+            raise ConfigError(str(error)) from None
+        self.n_threads = n_threads
+
+    def close(self) -> None:
+        """End the threads. A later step on this team raises RuntimeError."""
+        self._team.close()
+
+
+class PackedMatrix:
+    """A weight [n, k] in bf16 panels, laid out as the kernels read it; filled part by part."""
+
+    def __init__(self, team: Team, n: int, k: int) -> None:
+        self._team = team
+        self._matrix = _kernels.Matrix(n, k)
+        self.n = n
+        self.k = k
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed copy, padding included."""
+        return self._matrix.nbytes
+
+    def pack(self, src: npt.NDArray[Any], dtype: str, at: int = 0, mode: str = "rows") -> None:
+        """Convert rows to bf16 and place them.
+
+        Args:
+            src: [rows, k]; uint16 for "bf16", float16 for "f16", float32 for "f32".
+            at: first packed row, a multiple of 16.
+            mode: "rows", or "gate" / "up": alternate blocks of 16 rows (see `models.plan.gated_rows`).
+        """
+        code, np_dtype = _DTYPES[dtype]
+        if src.dtype != np_dtype or src.ndim != 2 or not src.flags.c_contiguous:
+            raise ValueError(f"source is {src.dtype} {src.shape}, expected C-contiguous {np_dtype.__name__} [rows, {self.k}]")
+        self._matrix.pack(self._team._team, src.view(np.uint8), code, at, _MODES[mode])
+
+    def unpack(self) -> F32:
+        """The matrix as f32 [n, k]."""
+        return self._matrix.unpack()
+
+
+class KVPool:
+    """KV cache memory of every layer: n_blocks blocks of block_size tokens, bf16 keys and values."""
+
+    def __init__(self, n_layers: int, n_kv_heads: int, head_dim: int, n_blocks: int, block_size: int) -> None:
+        try:
+            self._pool = _kernels.KVPool(n_layers, n_kv_heads, head_dim, n_blocks, block_size)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        self.n_blocks = n_blocks
+        self.block_size = block_size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved; pages are touched only when tokens are stored."""
+        return self._pool.nbytes
+
+
+class Plan:
+    """A compiled plan: `models.plan.Plan` bound to weights, a KV pool and a thread team.
+
+    Args:
+        plan: the operators.
+        weights: by plan name: `PackedMatrix` for matrices, f32 arrays for vectors.
+        max_tokens, max_seqs, max_logit_rows: most rows, sequences and logit rows of one step.
+        kernels: operator name (see `OPERATORS`) -> tier, or "reference" for the scalar C kernel; operators not
+            named use the chosen tier.
+
+    Raises:
+        ConfigError: unknown operator or tier in `kernels`.
+    """
+
+    def __init__(
+        self,
+        team: Team,
+        plan: ir.Plan,
+        weights: Mapping[str, PackedMatrix | F32],
+        kv_pool: KVPool,
+        max_tokens: int,
+        max_seqs: int,
+        max_logit_rows: int,
+        kernels: Mapping[str, str] | None = None,
+    ) -> None:
+        self.ir = plan
+        self._team = team
+        self._kernels = _check_kernels(kernels or {})
+        self._plan = _kernels.Plan(
+            team._team, kv_pool._pool, max_tokens, max_seqs, max_logit_rows, plan.n_heads, plan.vocab_size
+        )
+        self._weights = weights
+        self._slots = {
+            slot.name: self._plan.add_slot(slot.width, slot.dtype == "bf16", slot.rows == "logits")
+            for slot in plan.slots.values()
+        }
+        self._op_names: list[str] = []
+        self._angles = [self._add_angles(i, rope) for i, rope in enumerate(plan.ropes)]
+        for op in plan.ops:
+            self._add(op)
+            self._op_names.append(op.name)
+        self._logits: F32 = self._plan.view(self._slots[plan.logits])
+
+    def _matrix(self, name: str) -> _kernels.Matrix:
+        weight = self._weights[name]
+        if not isinstance(weight, PackedMatrix):
+            raise TypeError(f"weight {name} is a vector, the operator needs a packed matrix")
+        return weight._matrix
+
+    def _vector(self, name: str | None) -> F32 | None:
+        if name is None:
+            return None
+        weight = self._weights[name]
+        if isinstance(weight, PackedMatrix):
+            raise TypeError(f"weight {name} is a matrix, the operator needs a vector")
+        return weight
+
+    def _add_angles(self, i: int, rope: ir.Rope) -> tuple[int, int]:
+        half = rope.rotary_dim // 2
+        cos, sin = (self._plan.add_slot(half, False, False) for _ in range(2))
+        self._plan.add_angles(None, rope.inv_freq, cos, sin, rope.attention_factor)
+        self._op_names.append(f"angles.{i}")
+        return cos, sin
+
+    def _add(self, op: ir.Op) -> None:
+        plan, slots, tier = self._plan, self._slots, self._kernels.get
+        if isinstance(op, ir.Embed):
+            plan.add_embed(tier("embed"), slots[op.dst], self._matrix(op.weight), op.scale)
+        elif isinstance(op, ir.Norm):
+            weight = self._vector(op.weight)
+            assert weight is not None
+            plan.add_norm(
+                tier("norm"), slots[op.src], slots[op.dst], weight, self._vector(op.bias), _NORMS[op.kind], op.eps, op.add
+            )
+        elif isinstance(op, ir.Gemm):
+            plan.add_gemm(
+                tier("gemm"),
+                slots[op.src],
+                slots[op.dst],
+                self._matrix(op.weight),
+                self._vector(op.bias),
+                _EPILOGUES[op.epilogue],
+                _ACTS[op.act],
+                op.scale,
+            )
+        elif isinstance(op, ir.RopeKV):
+            rope = None if op.rope is None else self.ir.ropes[op.rope]
+            cos, sin = (0, 0) if op.rope is None else self._angles[op.rope]
+            plan.add_rope_kv(
+                tier("rope"),
+                slots[op.src],
+                slots[op.dst],
+                op.layer,
+                cos,
+                sin,
+                0 if rope is None else rope.rotary_dim,
+                rope is not None and rope.interleaved,
+                self._vector(op.q_norm),
+                self._vector(op.k_norm),
+                _NORMS[op.norm_kind],
+                op.norm_eps,
+            )
+        elif isinstance(op, ir.Attention):
+            plan.add_attention(
+                tier("attention"),
+                slots[op.src],
+                slots[op.dst],
+                op.layer,
+                op.scale,
+                op.softcap or 0.0,
+                op.window or 0,
+                self._vector(op.sinks),
+            )
+        else:
+            plan.add_select(tier("select"), slots[op.src], slots[op.dst])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of activation memory."""
+        return self._plan.nbytes
+
+    def step(self, batch: ir.Batch) -> F32:
+        """Run one step; f32 logits [R, vocab_size], a view that the next step overwrites.
+
+        Raises:
+            ValueError: the batch contradicts itself or the plan's sizes; nothing ran.
+            ForkError: called in a forked child.
+        """
+        try:
+            self._plan.step(batch.token_ids, batch.q_start, batch.kv_len, batch.block_tables, batch.logit_rows)
+        except _kernels.Forked as error:
+            raise ForkError(str(error)) from None
+        return self._logits[: len(batch.logit_rows)]
+
+    def slot(self, name: str) -> npt.NDArray[Any]:
+        """All rows of an activation slot as the last step left them (f32, or uint16 holding bf16)."""
+        return self._plan.view(self._slots[name])
+
+    def op_times(self) -> list[tuple[str, float]]:
+        """Name and seconds of every operator of the last step, in order."""
+        return list(zip(self._op_names, self._plan.op_seconds(), strict=True))
+
+
+def _check_kernels(kernels: Mapping[str, str]) -> dict[str, str]:
+    for operator, tier in kernels.items():
+        if operator not in OPERATORS:
+            raise ConfigError(f"kernels names operator {operator!r}; expected one of {', '.join(OPERATORS)}")
+        if tier != "reference" and tier not in isas():
+            raise ConfigError(
+                f"kernels wants {operator}={tier!r}; runnable here: {', '.join(isas())}, and reference"
+            )
+    return dict(kernels)
+
+
+# ---- sampling ---------------------------------------------------------------------------------------------
+
+SAMPLE_DTYPE = np.dtype(
+    [
+        ("temperature", "f4"),
+        ("top_p", "f4"),
+        ("min_p", "f4"),
+        ("repetition_penalty", "f4"),
+        ("presence_penalty", "f4"),
+        ("frequency_penalty", "f4"),
+        ("top_k", "i4"),
+        ("n_logprobs", "i4"),
+        ("seed", "u8"),
+        ("position", "u8"),
+    ],
+    align=True,
+)
+"""One row's sampling parameters. top_k <= 0, top_p >= 1 and min_p <= 0 are off; temperature 0 is greedy."""
+
+
+class SampleResult(NamedTuple):
+    """What `sample` drew, one entry per row; K is the largest n_logprobs of the batch."""
+
+    tokens: I32  # [R]
+    logprobs: F32  # [R] log-softmax of the raw logits at the token
+    ranks: I32  # [R] 1 + number of tokens with a larger logit
+    top_ids: I32  # [R, K] most likely tokens, -1 where fewer were asked for
+    top_logprobs: F32  # [R, K]
+    errors: I32  # [R] nonzero: the row's logits are not finite numbers, nothing was drawn
+
+
+def sample(
+    team: Team,
+    logits: F32,
+    params: npt.NDArray[Any],
+    history: Sequence[tuple[I32, I32, I32] | None],
+) -> SampleResult:
+    """Draw one token per row; rows are independent of each other and of how many there are.
+
+    Args:
+        logits: f32 [R, V].
+        params: [R] of SAMPLE_DTYPE.
+        history: per row None, or (prompt ids, output ids, banned ids) for penalties and masks.
+    """
+    n = len(logits)
+    k = max(1, int(params["n_logprobs"].max(initial=0)))
+    out = SampleResult(
+        np.empty(n, np.int32),
+        np.empty(n, np.float32),
+        np.empty(n, np.int32),
+        np.full((n, k), -1, np.int32),
+        np.zeros((n, k), np.float32),
+        np.zeros(n, np.int32),
+    )
+    team._team.sample(logits, params, history, *out)
+    return out
+
+
+def softmax(x: F32) -> None:
+    """Softmax of one f32 row, in place."""
+    _kernels.softmax(x)
+
+
+def argmax(x: F32) -> int:
+    """Index of the largest element (the lowest among equals), -1 if there is a NaN."""
+    return _kernels.argmax(x)

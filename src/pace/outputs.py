@@ -1,0 +1,105 @@
+"""What a request returns, in vLLM's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+__all__ = ["CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput"]
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """One token's log probability at one position.
+
+    Attributes:
+        logprob: natural log of the probability under the unmodified distribution.
+        rank: 1 for the most probable token of the vocabulary, and so on.
+        decoded_token: the token's own text.
+    """
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+@dataclass
+class CompletionOutput:
+    """One completion of a prompt.
+
+    Attributes:
+        index: which of the request's completions this is.
+        text: the text so far; always whole characters.
+        token_ids: the tokens so far, the one that ended the output included.
+        cumulative_logprob: sum of the sampled tokens' log probabilities; None where none were asked for.
+        logprobs: for each token, {token id: Logprob} of the sampled and the most probable tokens; None where not asked.
+        finish_reason: "stop", "length" or "abort"; None while running.
+        stop_reason: the stop string or stop token id that ended the output; None for EOS and the other reasons.
+    """
+
+    index: int
+    text: str
+    token_ids: Sequence[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def finished(self) -> bool:
+        """Whether nothing will be added to this completion."""
+        return self.finish_reason is not None
+
+
+@dataclass
+class RequestMetrics:
+    """When things happened to one request, in seconds of `time.monotonic()`, and how many tokens were handled.
+
+    Attributes:
+        arrival_s: the request was accepted.
+        scheduled_s: it ran in a step for the first time; None before.
+        first_token_s: its first output token was sampled; None before.
+        finished_s: its last output token was sampled; None before.
+        n_prompt_tokens: length of the prompt.
+        n_output_tokens: tokens sampled so far.
+    """
+
+    arrival_s: float = 0.0
+    scheduled_s: float | None = None
+    first_token_s: float | None = None
+    finished_s: float | None = None
+    n_prompt_tokens: int = 0
+    n_output_tokens: int = 0
+
+    @property
+    def time_to_first_token_s(self) -> float | None:
+        """Seconds from arrival to the first token; None before it."""
+        return None if self.first_token_s is None else self.first_token_s - self.arrival_s
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """Tokens per second after the first; None unless finished with at least two tokens."""
+        if self.first_token_s is None or self.finished_s is None or self.n_output_tokens < 2:
+            return None
+        decode_s = self.finished_s - self.first_token_s
+        return (self.n_output_tokens - 1) / decode_s if decode_s > 0 else None
+
+
+@dataclass
+class RequestOutput:
+    """A request and what it has produced so far.
+
+    Attributes:
+        request_id: unique within the engine.
+        prompt: the prompt's text; None where token ids were given.
+        prompt_token_ids: the prompt as the model saw it.
+        outputs: the completions.
+        finished: whether all completions have ended.
+        metrics: times and counts.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: Sequence[int]
+    outputs: list[CompletionOutput]
+    finished: bool = False
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)

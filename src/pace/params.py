@@ -1,0 +1,196 @@
+"""`SamplingParams`: how one request is sampled, with vLLM's names, defaults and meanings."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from pace.errors import RequestError, show
+
+__all__ = ["GREEDY_EPS", "MAX_LOGPROBS", "SamplingParams"]
+
+GREEDY_EPS = 1e-5  # a temperature below this is greedy (vLLM's _SAMPLING_EPS)
+MAX_LOGPROBS = 20  # vLLM's default of --max-logprobs
+MAX_STOP_STRINGS = 64
+MAX_STOP_LEN = 1024  # characters of one stop string
+MAX_STOP_TOKEN_IDS = 1024
+MAX_INT32 = (1 << 31) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to sample one request. All fields are checked on construction; an instance never changes.
+
+    Attributes:
+        temperature: divides the logits; 0 (or below 1e-5) is greedy. In [0, 100].
+        top_k: keep the k most probable tokens; 0 or -1 keeps all.
+        top_p: keep the smallest set of tokens whose probability reaches this. In (0, 1].
+        min_p: keep tokens at least this probable relative to the most probable one. In [0, 1].
+        presence_penalty: subtracted once from the logit of each token already in the output. In [-2, 2].
+        frequency_penalty: subtracted per occurrence in the output. In [-2, 2].
+        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output. In [0.01, 100].
+        seed: makes the request's random numbers its own and repeatable; None or -1: derived from the engine's seed.
+        stop: strings that end the output (at most 64, of 1 to 1024 characters).
+        stop_token_ids: token ids that end the output, besides the model's EOS ids.
+        ignore_eos: don't stop at the model's EOS ids.
+        max_tokens: output tokens at most; None: until the engine's max_model_len.
+        min_tokens: no EOS, stop id or stop string ends the output before so many tokens.
+        logprobs: also return this many most probable tokens at each position (0: only the sampled one; None: none).
+        detokenize: produce text; without it only token ids.
+        skip_special_tokens: leave special tokens out of the text.
+        include_stop_str_in_output: keep the stop string, or the stop token's text, at the end of the text.
+        explicit: names of the fields that the caller gave; the others may take the checkpoint's defaults.
+
+    Raises:
+        RequestError: a field has the wrong type or is out of range; the message names it.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    explicit: frozenset[str] = field(default=frozenset(), init=False, repr=False, compare=False)
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
+        # The generated __init__ can't tell a default from the same value given; here the difference is still visible.
+        self = super().__new__(cls)
+        object.__setattr__(self, "_given", frozenset(kwargs))
+        return self
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        put("explicit", self.__dict__.pop("_given"))
+        put("temperature", _float("temperature", self.temperature, 0.0, 100.0))
+        put("top_k", max(0, _int("top_k", self.top_k, -1, MAX_INT32)))
+        put("top_p", _float("top_p", self.top_p, 0.0, 1.0))
+        if self.top_p == 0.0:
+            raise RequestError("top_p is 0.0, expected a number above 0 and up to 1; temperature=0 is greedy")
+        put("min_p", _float("min_p", self.min_p, 0.0, 1.0))
+        put("presence_penalty", _float("presence_penalty", self.presence_penalty, -2.0, 2.0))
+        put("frequency_penalty", _float("frequency_penalty", self.frequency_penalty, -2.0, 2.0))
+        put("repetition_penalty", _float("repetition_penalty", self.repetition_penalty, 0.01, 100.0))
+        if self.seed is not None:
+            seed = _int("seed", self.seed, -(1 << 63), (1 << 63) - 1)
+            put("seed", None if seed == -1 else seed)
+        put("stop", _stop_strings(self.stop))
+        put("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS))
+        for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} is {show(getattr(self, name))}, expected True or False")
+        if self.max_tokens is not None:
+            put("max_tokens", _int("max_tokens", self.max_tokens, 1, MAX_INT32))
+        put("min_tokens", _int("min_tokens", self.min_tokens, 0, MAX_INT32))
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}")
+        if self.logprobs is not None:
+            put("logprobs", _int("logprobs", self.logprobs, 0, MAX_LOGPROBS))
+        if self.stop and not self.detokenize:
+            raise RequestError("stop strings need text to search; leave detokenize on or use stop_token_ids")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is always taken."""
+        return self.temperature < GREEDY_EPS
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The stop strings, whichever form they were given in."""
+        return _stop_strings(self.stop)
+
+    def merged_with(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """Return a copy in which the fields that the caller did not give take their value from `defaults`.
+
+        Args:
+            defaults: field names to values, as `checkpoint.generation_config` reads them.
+
+        Raises:
+            RequestError: an unknown name in `defaults`, or a combination that is invalid.
+        """
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        unknown = sorted(set(defaults) - set(values))
+        if unknown:
+            raise RequestError(f"{show(unknown[0])} is not a sampling parameter")
+        values.update((name, value) for name, value in defaults.items() if name not in self.explicit)
+        merged = SamplingParams(**values)
+        object.__setattr__(merged, "explicit", self.explicit)
+        return merged
+
+    def check_vocab(self, vocab_size: int) -> None:
+        """Check every token id of the request against the width of the logits.
+
+        Raises:
+            RequestError: an id is not below `vocab_size`.
+        """
+        for token_id in self.stop_token_ids or ():
+            if token_id >= vocab_size:
+                raise RequestError(f"stop_token_ids has {token_id}, expected ids below the vocabulary's {vocab_size}")
+
+
+def _float(name: str, value: object, low: float, high: float) -> float:
+    try:
+        if isinstance(value, (bool, str, bytes)):
+            raise TypeError
+        number = float(value)  # type: ignore[arg-type]  # numpy scalars too; the except clause takes the rest
+    except (TypeError, ValueError, OverflowError):
+        raise RequestError(f"{name} is {show(value)}, expected a number from {low:g} to {high:g}") from None
+    if math.isnan(number) or not low <= number <= high:
+        raise RequestError(f"{name} is {show(value)}, expected a number from {low:g} to {high:g}")
+    return number
+
+
+def _int(name: str, value: object, low: int, high: int) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]  # numpy integers too
+    except TypeError:
+        raise RequestError(f"{name} is {show(value)}, expected an integer from {low} to {high}") from None
+    if not low <= number <= high:
+        raise RequestError(f"{name} is {show(value)}, expected an integer from {low} to {high}")
+    return number
+
+
+def _stop_strings(value: object) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    strings: tuple[object, ...]
+    if isinstance(value, str):
+        strings = (value,)
+    elif isinstance(value, (list, tuple)):
+        strings = tuple(value)
+    else:
+        raise RequestError(f"stop is {show(value)}, expected a string or a list of strings")
+    if len(strings) > MAX_STOP_STRINGS:
+        raise RequestError(f"stop has {len(strings)} strings, expected at most {MAX_STOP_STRINGS}")
+    for string in strings:
+        if not isinstance(string, str) or not 1 <= len(string) <= MAX_STOP_LEN:
+            raise RequestError(f"stop has {show(string)}, expected strings of 1 to {MAX_STOP_LEN} characters")
+    return strings  # type: ignore[return-value]  # the loop checked each
+
+
+def _token_ids(name: str, value: object, max_len: int) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise RequestError(f"{name} is {show(value)}, expected a list of token ids")
+    if len(value) > max_len:
+        raise RequestError(f"{name} has {len(value)} ids, expected at most {max_len}")
+    return tuple(_int(name, token_id, 0, MAX_INT32) for token_id in value)

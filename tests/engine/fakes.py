@@ -1,0 +1,158 @@
+"""A model without mathematics: its logits are a hash of everything that it was shown.
+
+Keys and values are a table of tokens that is addressed through the block tables. So a token that was written to the wrong
+block, read from somebody else's, skipped or run at the wrong position changes every later logit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pace.engine.core import Engine
+from pace.engine.runner import Runner
+from pace.engine.sampler import Sampler
+from pace.engine.scheduler import Scheduler
+from pace.kvcache import BlockPool, BlockTables
+from pace.models.plan import Batch, F32Array
+
+VOCAB = 97
+
+DTYPE = np.dtype(
+    [(name, "f4") for name in ("temperature", "top_p", "min_p")]
+    + [(f"{name}_penalty", "f4") for name in ("repetition", "presence", "frequency")]
+    + [("top_k", "i4"), ("n_logprobs", "i4"), ("seed", "u8"), ("position", "u8")]
+)
+
+
+def logits_of(history: Sequence[int]) -> F32Array:
+    """The fake model: f32 [VOCAB] from the whole history."""
+    state = np.uint64(1469598103934665603)
+    with np.errstate(over="ignore"):
+        for token in history:
+            state = (state ^ np.uint64(token + 1)) * np.uint64(1099511628211)
+        mixed = (state + np.arange(VOCAB, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+    return ((mixed >> np.uint64(40)).astype(np.float32) / np.float32(1 << 22)).astype(np.float32)
+
+
+class FakePlan:
+    """A plan.Runner over a token table [n_blocks, block_size]; keeps what it was asked."""
+
+    def __init__(self, n_blocks: int, block_size: int, max_tokens: int) -> None:
+        self.cache = np.full((n_blocks, block_size), -1, dtype=np.int64)
+        self.max_tokens = max_tokens
+        self.steps: list[tuple[int, ...]] = []  # rows of each sequence
+        self.nan_token: int | None = None  # histories that hold it have NaN logits
+        self.crash: BaseException | None = None
+
+    def step(self, batch: Batch) -> F32Array:
+        if self.crash is not None:
+            crash, self.crash = self.crash, None
+            raise crash
+        block_size = self.cache.shape[1]
+        assert 0 < batch.n_tokens <= self.max_tokens
+        assert batch.q_start[0] == 0 and batch.q_start[-1] == batch.n_tokens
+        assert all(array.dtype == np.int32 and array.flags.c_contiguous for array in (
+            batch.token_ids, batch.q_start, batch.kv_len, batch.block_tables, batch.logit_rows
+        ))
+        self.steps.append(tuple(np.diff(batch.q_start).tolist()))
+        positions = batch.positions()
+        logits = np.zeros((len(batch.logit_rows), VOCAB), dtype=np.float32)
+        wanted = dict(zip(batch.logit_rows.tolist(), logits, strict=True))
+        for s in range(batch.n_seqs):
+            table = batch.block_tables[s]
+            for row in range(batch.q_start[s], batch.q_start[s + 1]):
+                at = int(positions[row])
+                self.cache[table[at // block_size], at % block_size] = batch.token_ids[row]
+                if row in wanted:
+                    history = [int(self.cache[table[p // block_size], p % block_size]) for p in range(at + 1)]
+                    wanted[row][:] = np.nan if self.nan_token in history else logits_of(history)
+        return logits
+
+
+class Drawn(NamedTuple):
+    tokens: Any
+    logprobs: Any
+    ranks: Any
+    top_ids: Any
+    top_logprobs: Any
+    errors: Any
+
+
+def fake_sample(logits: F32Array, params: Any, history: Any, /) -> Drawn:
+    """ops.sample in a few lines: greedy, or Gumbel noise from (seed, position); banned ids; no penalties."""
+    n = len(logits)
+    k = max(1, int(params["n_logprobs"].max()))
+    out = Drawn(
+        np.zeros(n, np.int32), np.zeros(n, np.float32), np.zeros(n, np.int32),
+        np.full((n, k), -1, np.int32), np.zeros((n, k), np.float32), np.zeros(n, np.int32),
+    )
+    for i in range(n):
+        x = logits[i].astype(np.float64)
+        if np.isnan(x).any():
+            out.errors[i] = 1
+            continue
+        logprobs = x - np.log(np.exp(x).sum())
+        scores = x.copy()
+        if params["temperature"][i] > 0:
+            rng = np.random.default_rng([int(params["seed"][i]), int(params["position"][i])])
+            scores = scores / params["temperature"][i] + rng.gumbel(size=VOCAB)
+        if history[i] is not None:
+            scores[history[i][2]] = -np.inf
+        token = int(scores.argmax())
+        order = np.argsort(-logprobs, kind="stable")
+        out.tokens[i] = token
+        out.logprobs[i] = logprobs[token]
+        out.ranks[i] = 1 + (logprobs > logprobs[token]).sum()
+        out.top_ids[i] = order[:k]
+        out.top_logprobs[i] = logprobs[order[:k]]
+    return out
+
+
+class Panic(BaseException):
+    """As a panic of a Rust extension: not an Exception."""
+
+
+class LetterTokenizer:
+    """What `TextStream` needs of a tokenizer: token t is the letter t % 26, 95 and 96 are the halves of an e acute."""
+
+    byte_level = True
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if token_id == 91:
+            raise Panic("token 91 can't be spelt")
+        return {95: b"\xc3", 96: b"\xa9"}.get(token_id) or bytes([97 + token_id % 26])
+
+    def decode_token(self, token_id: int) -> str:
+        return chr(97 + token_id % 26)
+
+    def is_special(self, token_id: int) -> bool:
+        return False
+
+
+def make_engine(
+    *,
+    max_model_len: int = 64,
+    max_num_seqs: int = 4,
+    max_tokens: int = 16,
+    n_blocks: int = 16,
+    block_size: int = 16,
+    eos: frozenset[int] = frozenset(),
+    seed: int = 0,
+) -> tuple[Engine, FakePlan]:
+    """An engine over the fake model."""
+    tables = BlockTables(BlockPool(n_blocks, block_size), max_num_seqs, max_model_len)
+    plan = FakePlan(n_blocks, block_size, max_tokens)
+    engine = Engine(
+        Runner(plan, tables.array, max_tokens, max_num_seqs),
+        Sampler(fake_sample, DTYPE, max_num_seqs),
+        Scheduler(tables, max_tokens),
+        vocab_size=VOCAB,
+        max_model_len=max_model_len,
+        eos_token_ids=eos,
+        tokenizer=LetterTokenizer(),  # type: ignore[arg-type]
+        seed=seed,
+    )
+    return engine, plan

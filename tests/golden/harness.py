@@ -1,0 +1,100 @@
+"""What tests of models share: load a checkpoint into the reference, build batches, compare logits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from pace.checkpoint.safetensors import Checkpoint
+from pace.models.decoder import lower
+from pace.models.plan import Batch, Plan, Runner
+from pace.models.registry import parse_config
+from pace.models.spec import DecoderSpec
+from pace.models.weights import DenseSink, WeightMap, load_weights
+from pace.reference import Reference
+
+Array = npt.NDArray[Any]
+
+BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint lowered and loaded: what a runner is built from."""
+
+    spec: DecoderSpec
+    plan: Plan
+    weight_map: WeightMap
+    weights: dict[str, Array]
+
+    def reference(
+        self,
+        n_blocks: int = 16,
+        rounding: Literal["bf16"] | None = None,
+        trace: bool = False,
+        **plan_changes: Any,
+    ) -> Reference:
+        """The float64 interpreter, with a KV cache of n_blocks blocks of BLOCK_SIZE."""
+        plan = replace(self.plan, **plan_changes) if plan_changes else self.plan
+        return Reference(plan, self.weights, n_blocks, BLOCK_SIZE, rounding=rounding, trace=trace)
+
+
+def load(directory: Path, max_model_len: int) -> Model:
+    """config.json and safetensors of a directory, as a plan with dense float64 weights."""
+    spec, weight_map = parse_config(json.loads((directory / "config.json").read_text()))
+    plan = lower(spec, max_model_len)
+    sink = DenseSink()
+    with Checkpoint(directory) as checkpoint:
+        load_weights(plan, weight_map, checkpoint, sink)
+    return Model(spec, plan, weight_map, sink.weights)
+
+
+def batch_of(
+    parts: Sequence[tuple[Sequence[int], int, Sequence[int]]], logit_rows: Sequence[int] | None = None
+) -> Batch:
+    """A batch from (new token ids, tokens already cached, block table) per sequence.
+
+    Without `logit_rows` every row's logits are asked for.
+    """
+    token_ids = [t for tokens, _, _ in parts for t in tokens]
+    q_len = [len(tokens) for tokens, _, _ in parts]
+    width = max(len(table) for _, _, table in parts)
+    tables = np.zeros((len(parts), width), np.int32)
+    for row, (_, _, table) in zip(tables, parts, strict=True):
+        row[: len(table)] = table
+    rows = range(len(token_ids)) if logit_rows is None else logit_rows
+    return Batch(
+        token_ids=np.asarray(token_ids, np.int32),
+        q_start=np.concatenate(([0], np.cumsum(q_len))).astype(np.int32),
+        kv_len=np.asarray([cached + n for (_, cached, _), n in zip(parts, q_len, strict=True)], np.int32),
+        block_tables=tables,
+        logit_rows=np.asarray(rows, np.int32),
+    )
+
+
+def prefill(runner: Runner | Reference, tokens: Sequence[int], table: Sequence[int] | None = None) -> Array:
+    """Logits [n, vocab_size] of one prompt in one step; a copy."""
+    table = range(-(-len(tokens) // BLOCK_SIZE)) if table is None else table
+    return np.array(runner.step(batch_of([(tokens, 0, list(table))])))
+
+
+def in_chunks(runner: Runner | Reference, tokens: Sequence[int], chunk: int, table: Sequence[int]) -> Array:
+    """Logits [n, vocab_size] of one prompt fed `chunk` tokens a step."""
+    rows = [
+        np.array(runner.step(batch_of([(tokens[at : at + chunk], at, table)])))
+        for at in range(0, len(tokens), chunk)
+    ]
+    return np.concatenate(rows)
+
+
+def relative_error(got: Array, want: Array) -> float:
+    """max |got - want| / max |want|; NaN or a wrong shape is infinitely wrong."""
+    if got.shape != want.shape or not np.isfinite(got).all():
+        return float("inf")
+    return float(np.abs(got - want).max() / np.abs(want).max())

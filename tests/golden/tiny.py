@@ -1,0 +1,279 @@
+"""Tiny checkpoints that are made from a seed with numpy alone, on every machine the same.
+
+`make.py` runs them through transformers and stores the logits; tests rebuild the same checkpoints without
+torch. Weights are bf16 values, scaled so that attention is far from uniform and no activation saturates.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+VOCAB_SIZE = 307  # prime: no tile, vector or panel divides it
+N_TOKENS = 48
+GOLDEN_ROWS = (0, 1, 17, 47)
+"""Rows of the prompt whose logits are stored."""
+
+GOLDEN_FILE = Path(__file__).with_name("logits.npz")
+
+F32Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One checkpoint: its config.json and how it is run.
+
+    Args:
+        config: the whole config.json.
+        max_model_len: of the engine; equals the prompt's length where transformers' tables depend on that.
+    """
+
+    config: dict[str, Any]
+    max_model_len: int = N_TOKENS
+    tags: tuple[str, ...] = field(default=())
+
+
+def _config(architecture: str, model_type: str, **changes: Any) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "hidden_size": 128,
+        "intermediate_size": 208,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "hidden_act": "silu",
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "vocab_size": VOCAB_SIZE,
+        "torch_dtype": "bfloat16",
+    }
+    config.update(changes)
+    return {key: value for key, value in config.items() if value is not ...}
+
+
+def _llama(**changes: Any) -> dict[str, Any]:
+    return _config("LlamaForCausalLM", "llama", **changes)
+
+
+def _qwen2(**changes: Any) -> dict[str, Any]:
+    return _config("Qwen2ForCausalLM", "qwen2", **changes)
+
+
+def _qwen3(**changes: Any) -> dict[str, Any]:
+    return _config("Qwen3ForCausalLM", "qwen3", **{"head_dim": 64, **changes})
+
+
+def _mistral(**changes: Any) -> dict[str, Any]:
+    return _config("MistralForCausalLM", "mistral", **{"sliding_window": None, **changes})
+
+
+def _rope(**scaling: Any) -> dict[str, Any]:
+    """The same small Llama with another rotary embedding, written as transformers 4 writes it."""
+    return _llama(num_attention_heads=2, num_key_value_heads=1, rope_scaling=scaling)
+
+
+_FACTORS = [1.0 + 0.05 * i for i in range(32)]
+_LONG_FACTORS = [1.0 + 0.3 * i for i in range(32)]
+
+CASES: dict[str, Case] = {
+    # Head counts and widths.
+    "llama-mha": Case(_llama()),
+    "llama-gqa4-tied": Case(
+        _llama(num_attention_heads=4, num_key_value_heads=1, head_dim=64, tie_word_embeddings=True)
+    ),
+    "llama-gqa8": Case(
+        _llama(num_attention_heads=8, num_key_value_heads=1, head_dim=64, num_hidden_layers=3)
+    ),
+    "llama-head128": Case(
+        _llama(hidden_size=256, num_attention_heads=2, num_key_value_heads=1, rope_theta=500000.0)
+    ),
+    "llama-head80-biases": Case(
+        _llama(
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=80,
+            attention_bias=True,
+            mlp_bias=True,
+            hidden_act="gelu",
+        )
+    ),
+    "llama-head96-gelu-tanh": Case(
+        _llama(num_attention_heads=2, head_dim=96, hidden_act="gelu_pytorch_tanh", attention_bias=True)
+    ),
+    "llama-one-layer-relu": Case(_llama(num_hidden_layers=1, hidden_act="relu", num_key_value_heads=1)),
+    "llama-old-config": Case(_llama(num_key_value_heads=..., rope_theta=..., tie_word_embeddings=...)),
+    # Rotary embeddings.
+    "rope-linear": Case(_rope(type="linear", factor=2.5)),
+    "rope-dynamic-short": Case(_rope(rope_type="dynamic", factor=2.0)),
+    "rope-dynamic-long": Case(
+        {**_rope(rope_type="dynamic", factor=2.0), "max_position_embeddings": 32}, tags=("whole-prompt",)
+    ),
+    "rope-llama3": Case(
+        _rope(
+            rope_type="llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=32,
+        )
+    ),
+    "rope-yarn": Case(_rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)),
+    "rope-yarn-mscale": Case(
+        _rope(
+            rope_type="yarn",
+            factor=8.0,
+            original_max_position_embeddings=16,
+            mscale=1.0,
+            mscale_all_dim=0.7,
+            beta_fast=16.0,
+            beta_slow=2.0,
+            truncate=False,
+        )
+    ),
+    "rope-yarn-attention-factor": Case(
+        _rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, attention_factor=0.8)
+    ),
+    "rope-longrope-short": Case(
+        _rope(
+            rope_type="longrope",
+            factor=4.0,
+            original_max_position_embeddings=64,
+            short_factor=_FACTORS,
+            long_factor=_LONG_FACTORS,
+        )
+    ),
+    "rope-longrope-long": Case(
+        _rope(
+            rope_type="longrope",
+            factor=2.0,
+            original_max_position_embeddings=32,
+            short_factor=_FACTORS,
+            long_factor=_LONG_FACTORS,
+        ),
+        tags=("whole-prompt",),
+    ),
+    # The other families.
+    "qwen2-tied": Case(_qwen2(num_key_value_heads=1, tie_word_embeddings=True, rope_theta=1000000.0)),
+    "qwen2-window": Case(
+        _qwen2(num_hidden_layers=3, use_sliding_window=True, sliding_window=16, max_window_layers=1)
+    ),
+    "qwen3": Case(_qwen3(num_attention_heads=4, num_key_value_heads=2, head_dim=128)),
+    "qwen3-layer-types": Case(
+        _qwen3(
+            num_hidden_layers=3,
+            attention_bias=True,
+            use_sliding_window=True,
+            sliding_window=20,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            rope_theta=...,
+            rope_parameters={"rope_type": "default", "rope_theta": 50000.0},
+        )
+    ),
+    "mistral-window": Case(_mistral(num_key_value_heads=1, sliding_window=32)),
+    "mistral-head-dim": Case(_mistral(num_attention_heads=4, num_key_value_heads=1, head_dim=128)),
+}
+
+
+def seed_of(name: str) -> int:
+    """Seed of a case: a checksum of its name, so that cases can be added without changing others."""
+    return zlib.crc32(name.encode())
+
+
+def prompt(name: str) -> list[int]:
+    """The case's prompt: N_TOKENS token ids."""
+    rng = np.random.Generator(np.random.PCG64(seed_of(name) + 1))
+    return [int(t) for t in rng.integers(0, VOCAB_SIZE, N_TOKENS)]
+
+
+def to_bf16(values: F32Array) -> npt.NDArray[np.uint16]:
+    """float32 to bf16 bits, ties to even."""
+    bits = values.view(np.uint32)
+    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+
+
+def tensors(name: str) -> dict[str, npt.NDArray[np.uint16]]:
+    """Every tensor of a case's checkpoint as bf16 bits, by its transformers name."""
+    config = CASES[name].config
+    rng = np.random.Generator(np.random.PCG64(seed_of(name)))
+    dim, inner = config["hidden_size"], config["intermediate_size"]
+    n_heads = config["num_attention_heads"]
+    n_kv_heads = config.get("num_key_value_heads", n_heads)
+    head_dim = config.get("head_dim", dim // n_heads)
+    qwen2, qwen3 = config["model_type"] == "qwen2", config["model_type"] == "qwen3"
+    attention_bias = config.get("attention_bias", False)
+    out: dict[str, npt.NDArray[np.uint16]] = {}
+
+    def matrix(key: str, n: int, k: int, gain: float = 1.0) -> None:
+        out[f"{key}.weight"] = to_bf16((rng.standard_normal((n, k)) * gain / np.sqrt(k)).astype(np.float32))
+
+    def bias(key: str, n: int) -> None:
+        out[f"{key}.bias"] = to_bf16((0.3 * rng.standard_normal(n)).astype(np.float32))
+
+    def norm(key: str, n: int) -> None:
+        out[f"{key}.weight"] = to_bf16((1 + 0.2 * rng.standard_normal(n)).astype(np.float32))
+
+    # A tied table is also the LM head, whose rows have unit length; otherwise the stream has variance 1.
+    tied = config.get("tie_word_embeddings", False)
+    matrix("model.embed_tokens", config["vocab_size"], dim, gain=1.0 if tied else np.sqrt(dim))
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        norm(f"{layer}.input_layernorm", dim)
+        for part, n in (("q", n_heads), ("k", n_kv_heads), ("v", n_kv_heads)):
+            matrix(f"{layer}.self_attn.{part}_proj", n * head_dim, dim, gain=1.3)
+            if attention_bias or qwen2:
+                bias(f"{layer}.self_attn.{part}_proj", n * head_dim)
+        if qwen3:
+            norm(f"{layer}.self_attn.q_norm", head_dim)
+            norm(f"{layer}.self_attn.k_norm", head_dim)
+        matrix(f"{layer}.self_attn.o_proj", dim, n_heads * head_dim)
+        if attention_bias and not qwen2:
+            bias(f"{layer}.self_attn.o_proj", dim)
+        norm(f"{layer}.post_attention_layernorm", dim)
+        for part, n, k in (("gate", inner, dim), ("up", inner, dim), ("down", dim, inner)):
+            matrix(f"{layer}.mlp.{part}_proj", n, k)
+            if config.get("mlp_bias"):
+                bias(f"{layer}.mlp.{part}_proj", n)
+    norm("model.norm", dim)
+    if not config.get("tie_word_embeddings"):
+        matrix("lm_head", config["vocab_size"], dim)
+    return out
+
+
+def write_safetensors(
+    path: Path, arrays: dict[str, npt.NDArray[Any]], dtypes: dict[str, str] | None = None
+) -> None:
+    """Write arrays as one safetensors file; uint16 arrays are BF16 unless `dtypes` says otherwise."""
+    names = {np.dtype(np.uint16): "BF16", np.dtype(np.float16): "F16", np.dtype(np.float32): "F32"}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, array in arrays.items():
+        dtype = (dtypes or {}).get(name) or names.get(array.dtype, array.dtype.name.upper())
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(array.shape),
+            "data_offsets": [at, at + array.nbytes],
+        }
+        at += array.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in arrays.values():
+            file.write(np.ascontiguousarray(array).tobytes())
+
+
+def write(name: str, directory: Path) -> Path:
+    """Write a case as a checkpoint directory; returns it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(CASES[name].config, indent=1))
+    write_safetensors(directory / "model.safetensors", tensors(name))
+    return directory

@@ -1,0 +1,234 @@
+"""Configs: what is read from good ones; broken ones are refused with one line that names the value."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from golden import tiny
+
+from pace.errors import CheckpointError, ConfigError, PaceError, UnsupportedModel
+from pace.models.decoder import lower
+from pace.models.registry import ARCHITECTURES, parse_config
+from pace.models.spec import Bias, DecoderSpec, QKNorm
+
+LLAMA = tiny.CASES["llama-mha"].config
+QWEN2 = tiny.CASES["qwen2-window"].config
+QWEN3 = tiny.CASES["qwen3"].config
+MISTRAL = tiny.CASES["mistral-window"].config
+
+
+def spec_of(config: dict[str, Any], **changes: Any) -> DecoderSpec:
+    """The spec of a config with some keys changed; `...` removes a key."""
+    changed = {**copy.deepcopy(config), **changes}
+    return parse_config({k: v for k, v in changed.items() if v is not ...})[0]
+
+
+# (config, changes, error, what the message must name)
+BROKEN: list[tuple[dict[str, Any], dict[str, Any], type[PaceError], str]] = [
+    (LLAMA, {"architectures": ...}, CheckpointError, "architectures"),
+    (LLAMA, {"architectures": []}, CheckpointError, "architectures"),
+    (LLAMA, {"architectures": "LlamaForCausalLM"}, CheckpointError, "architectures"),
+    (LLAMA, {"architectures": ["LlamaForCausalLM", "X"]}, CheckpointError, "architectures"),
+    (LLAMA, {"architectures": ["BertModel"]}, UnsupportedModel, "'BertModel'"),
+    (LLAMA, {"model_type": "mistral"}, CheckpointError, "model_type is 'mistral', expected 'llama'"),
+    (LLAMA, {"model_type": ...}, CheckpointError, "model_type"),
+    (LLAMA, {"hidden_size": ...}, CheckpointError, "hidden_size"),
+    (LLAMA, {"hidden_size": None}, CheckpointError, "hidden_size"),
+    (LLAMA, {"hidden_size": "128"}, CheckpointError, "hidden_size is '128'"),
+    (LLAMA, {"hidden_size": 128.0}, CheckpointError, "hidden_size is 128.0"),
+    (LLAMA, {"hidden_size": -128}, CheckpointError, "hidden_size is -128"),
+    (LLAMA, {"hidden_size": 1 << 40}, CheckpointError, "hidden_size"),
+    (LLAMA, {"hidden_size": 120}, UnsupportedModel, "hidden_size is 120"),
+    (LLAMA, {"intermediate_size": 200}, UnsupportedModel, "intermediate_size is 200"),
+    (LLAMA, {"num_hidden_layers": True}, CheckpointError, "num_hidden_layers is True"),
+    (LLAMA, {"num_hidden_layers": 0}, CheckpointError, "num_hidden_layers is 0"),
+    (
+        LLAMA,
+        {"num_attention_heads": 3, "num_key_value_heads": 1},
+        CheckpointError,
+        "num_attention_heads is 3",
+    ),
+    (
+        LLAMA,
+        {"num_attention_heads": 4, "num_key_value_heads": 3},
+        CheckpointError,
+        "num_key_value_heads is 3",
+    ),
+    (LLAMA, {"num_key_value_heads": 0}, CheckpointError, "num_key_value_heads is 0"),
+    (LLAMA, {"head_dim": 40}, UnsupportedModel, "head_dim is 40"),
+    (LLAMA, {"head_dim": 512}, UnsupportedModel, "head_dim is 512"),
+    (LLAMA, {"vocab_size": 0}, CheckpointError, "vocab_size is 0"),
+    (LLAMA, {"vocab_size": 1 << 30}, CheckpointError, "vocab_size"),
+    (LLAMA, {"rms_norm_eps": ...}, CheckpointError, "rms_norm_eps"),
+    (LLAMA, {"rms_norm_eps": 0}, CheckpointError, "rms_norm_eps is 0"),
+    (LLAMA, {"rms_norm_eps": float("nan")}, CheckpointError, "rms_norm_eps is nan"),
+    (LLAMA, {"hidden_act": "quick_gelu"}, UnsupportedModel, "'quick_gelu'"),
+    (LLAMA, {"hidden_act": ...}, CheckpointError, "hidden_act"),
+    (LLAMA, {"tie_word_embeddings": 1}, CheckpointError, "tie_word_embeddings is 1"),
+    (LLAMA, {"attention_bias": "yes"}, CheckpointError, "attention_bias is 'yes'"),
+    (LLAMA, {"pretraining_tp": 2}, UnsupportedModel, "pretraining_tp is 2"),
+    (LLAMA, {"quantization_config": {"bits": 4}}, UnsupportedModel, "quantization_config"),
+    (LLAMA, {"sliding_window": 128}, UnsupportedModel, "sliding_window is 128"),
+    (LLAMA, {"partial_rotary_factor": 0.5}, UnsupportedModel, "partial_rotary_factor is 0.5"),
+    (LLAMA, {"num_local_experts": 8}, UnsupportedModel, "num_local_experts is 8"),
+    (LLAMA, {"final_logit_softcapping": 30.0}, UnsupportedModel, "final_logit_softcapping"),
+    (LLAMA, {"max_position_embeddings": ...}, CheckpointError, "max_position_embeddings"),
+    (LLAMA, {"rope_theta": 0}, CheckpointError, "rope_theta is 0"),
+    (LLAMA, {"rope_theta": float("inf")}, CheckpointError, "rope_theta is inf"),
+    (LLAMA, {"rope_scaling": "linear"}, CheckpointError, "rope_scaling"),
+    (LLAMA, {"rope_scaling": {"type": "magic", "factor": 2.0}}, UnsupportedModel, "'magic'"),
+    (LLAMA, {"rope_scaling": {"type": "mrope", "rope_type": "default"}}, UnsupportedModel, "'mrope'"),
+    (LLAMA, {"rope_scaling": {"type": "linear"}}, CheckpointError, "factor"),
+    (LLAMA, {"rope_scaling": {"type": "linear", "factor": 0.5}}, CheckpointError, "factor is 0.5"),
+    (LLAMA, {"rope_scaling": {"type": "linear", "factor": "2"}}, CheckpointError, "factor is '2'"),
+    (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2, "wavy": 1}}, UnsupportedModel, "'wavy'"),
+    (
+        LLAMA,
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4, "high_freq_factor": 1}},
+        CheckpointError,
+        "high_freq_factor is 1",
+    ),
+    (
+        LLAMA,
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 1, "beta_slow": 32}},
+        CheckpointError,
+        "beta_fast is 1",
+    ),
+    (
+        LLAMA,
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": "no"}},
+        CheckpointError,
+        "truncate is 'no'",
+    ),
+    (
+        LLAMA,
+        {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0] * 32}},
+        CheckpointError,
+        "short_factor",
+    ),
+    (
+        LLAMA,
+        {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 32, "long_factor": [0.0] * 32}},
+        CheckpointError,
+        "long_factor is 0.0",
+    ),
+    (
+        LLAMA,
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
+        CheckpointError,
+        "rope_theta is 10000 at the top level and 5000",
+    ),
+    (
+        LLAMA,
+        {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        CheckpointError,
+        "rope_parameters and rope_scaling differ",
+    ),
+    (
+        LLAMA,
+        {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+        UnsupportedModel,
+        "full_attention",
+    ),
+    (QWEN2, {"layer_types": ["full_attention"]}, CheckpointError, "layer_types"),
+    (QWEN2, {"layer_types": ["full_attention", "chunked_attention", "x"]}, UnsupportedModel, "'chunked"),
+    (
+        QWEN2,
+        {"use_sliding_window": False, "layer_types": ["sliding_attention"] * 3},
+        CheckpointError,
+        "use_sliding_window is False",
+    ),
+    (QWEN2, {"sliding_window": None}, CheckpointError, "sliding_window"),
+    (QWEN2, {"sliding_window": 0}, CheckpointError, "sliding_window is 0"),
+    (QWEN2, {"max_window_layers": ...}, CheckpointError, "max_window_layers"),
+    (QWEN2, {"attention_bias": False}, UnsupportedModel, "attention_bias is False"),
+    (QWEN3, {"num_experts": 64}, UnsupportedModel, "num_experts is 64"),
+    (MISTRAL, {"sliding_window": ...}, CheckpointError, "sliding_window"),
+    (MISTRAL, {"sliding_window": True}, CheckpointError, "sliding_window is True"),
+    (MISTRAL, {"attention_bias": True}, UnsupportedModel, "attention_bias is True"),
+]
+
+
+@pytest.mark.parametrize(("config", "changes", "error", "named"), BROKEN)
+def test_broken_config_is_refused(
+    config: dict[str, Any], changes: dict[str, Any], error: type[PaceError], named: str
+) -> None:
+    with pytest.raises(error) as caught:
+        spec_of(config, **changes)
+    message = str(caught.value)
+    assert named in message
+    assert "config.json" in message
+    assert "\n" not in message
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize("document", [None, [], "x", 3])
+def test_document_must_be_an_object(document: object) -> None:
+    with pytest.raises(CheckpointError, match="JSON object"):
+        parse_config(document)
+
+
+def test_unknown_architecture_lists_what_exists() -> None:
+    with pytest.raises(UnsupportedModel) as caught:
+        spec_of(LLAMA, architectures=["GPT2LMHeadModel"])
+    assert all(name in str(caught.value) for name in ARCHITECTURES)
+
+
+def test_max_model_len_must_be_positive() -> None:
+    with pytest.raises(ConfigError, match="max_model_len is 0"):
+        lower(spec_of(LLAMA), 0)
+
+
+def test_llama_biases() -> None:
+    assert spec_of(LLAMA).bias is Bias.NONE
+    assert spec_of(LLAMA, attention_bias=True).bias == Bias.QKV | Bias.OUT
+    assert spec_of(LLAMA, mlp_bias=True).bias == Bias.MLP
+
+
+def test_old_configs_get_transformers_defaults() -> None:
+    spec = spec_of(LLAMA, num_key_value_heads=..., rope_theta=..., tie_word_embeddings=...)
+    assert (spec.n_kv_heads, spec.ropes[0].theta, spec.tied) == (2, 10000.0, False)
+
+
+def test_qwen3_head_dim_default_is_128() -> None:
+    spec = spec_of(QWEN3, head_dim=...)
+    assert spec.head_dim == 128
+    assert spec.qk_norm is QKNorm.HEAD
+
+
+def test_windows() -> None:
+    assert [layer.window for layer in spec_of(QWEN2).layers] == [None, 16, 16]
+    assert [layer.window for layer in spec_of(QWEN2, use_sliding_window=False).layers] == [None] * 3
+    types = ["sliding_attention", "full_attention", "full_attention"]
+    assert [layer.window for layer in spec_of(QWEN2, layer_types=types).layers] == [16, None, None]
+    assert [layer.window for layer in spec_of(MISTRAL).layers] == [32, 32]
+    assert [layer.window for layer in spec_of(MISTRAL, sliding_window=None).layers] == [None, None]
+
+
+def test_transformers_4_and_5_configs_agree() -> None:
+    scaling = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
+    old = spec_of(LLAMA, rope_theta=5e5, rope_scaling={"rope_type": "llama3", **scaling})
+    new = spec_of(
+        LLAMA, rope_theta=..., rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **scaling}
+    )
+    assert old == new
+
+
+@pytest.mark.parametrize(
+    ("scaling", "expected"),
+    [
+        (None, 64),
+        ({"type": "linear", "factor": 4.0}, 256),
+        ({"type": "dynamic", "factor": 2.0}, 128),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128),
+    ],
+)
+def test_context_length(scaling: dict[str, Any] | None, expected: int) -> None:
+    assert spec_of(LLAMA, rope_scaling=scaling).max_len == expected

@@ -1,0 +1,214 @@
+"""The loader: strict both ways before anything is allocated, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from golden import tiny
+
+from pace.errors import WeightsError
+from pace.models.decoder import lower
+from pace.models.plan import Plan, gated_rows
+from pace.models.registry import parse_config
+from pace.models.weights import DenseSink, SourcePart, WeightMap, load_weights, to_f32
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Info:
+    """Dtype and shape, as a checkpoint's header gives them."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Memory:
+    """A checkpoint in memory that counts how many tensors are alive at once."""
+
+    def __init__(self, arrays: dict[str, Array], dtypes: dict[str, str] | None = None) -> None:
+        self.arrays = arrays
+        self.dtypes = dtypes or {}
+        self.alive: set[str] = set()
+        self.peak = 0
+        self.dropped: list[str] = []
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.arrays)
+
+    def info(self, name: str) -> Info:
+        default = {"uint16": "BF16", "float16": "F16", "float32": "F32"}.get(
+            self.arrays[name].dtype.name, "U8"
+        )
+        return Info(self.dtypes.get(name, default), self.arrays[name].shape)
+
+    def tensor(self, name: str) -> Array:
+        self.alive.add(name)
+        self.peak = max(self.peak, len(self.alive))
+        return self.arrays[name]
+
+    def drop(self, name: str) -> None:
+        self.alive.remove(name)
+        self.dropped.append(name)
+
+
+class NoSink:
+    """A sink that must never be called."""
+
+    def matrix(self, name: str, n: int, k: int, parts: Iterator[SourcePart]) -> None:
+        raise AssertionError(f"matrix {name} was loaded from a broken checkpoint")
+
+    def vector(self, name: str, values: npt.NDArray[np.float32]) -> None:
+        raise AssertionError(f"vector {name} was loaded from a broken checkpoint")
+
+
+def plan_of(name: str) -> tuple[Plan, WeightMap]:
+    spec, weight_map = parse_config(tiny.CASES[name].config)
+    return lower(spec, 64), weight_map
+
+
+def refused(name: str, arrays: dict[str, Array], dtypes: dict[str, str] | None = None) -> str:
+    """The message with which a checkpoint is refused before the sink is called."""
+    plan, weight_map = plan_of(name)
+    with pytest.raises(WeightsError) as caught:
+        load_weights(plan, weight_map, Memory(arrays, dtypes), NoSink())
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+def test_missing_and_unexpected_are_listed_together() -> None:
+    arrays: dict[str, Array] = dict(tiny.tensors("llama-mha"))
+    arrays["model.layers.1.self_attn.q.weight"] = arrays.pop(Q)
+    message = refused("llama-mha", arrays)
+    assert f"{Q!r} missing" in message
+    assert "'model.layers.1.self_attn.q.weight' unexpected" in message
+
+
+def test_long_lists_are_cut() -> None:
+    message = refused("llama-mha", {})
+    assert "and 17 more missing" in message  # 2 layers x 9 + 3 = 21 tensors, 4 shown
+    assert len(message) < 500
+
+
+@pytest.mark.parametrize("name", sorted(tiny.tensors("qwen3")))
+def test_every_tensor_is_required(name: str) -> None:
+    arrays: dict[str, Array] = dict(tiny.tensors("qwen3"))
+    del arrays[name]
+    assert f"{name!r} missing" in refused("qwen3", arrays)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "model.layers.2.input_layernorm.weight",  # a layer more than the config says
+        "model.layers.0.self_attn.q_proj.bias",  # a bias that the config denies
+        "model.layers.0.self_attn.q_norm.weight",
+        "model.layers.0.mlp.gate_proj.weight_scale",
+        "lm_head.bias",
+    ],
+)
+def test_unexpected_tensors_are_refused(extra: str) -> None:
+    arrays: dict[str, Array] = dict(tiny.tensors("llama-mha"))
+    arrays[extra] = np.zeros(4, np.uint16)
+    assert f"{extra!r} unexpected" in refused("llama-mha", arrays)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        (Q, (64, 128), "[128, 128]"),
+        ("model.layers.0.mlp.down_proj.weight", (208, 128), "[128, 208]"),
+        ("model.layers.0.input_layernorm.weight", (128, 1), "[128]"),
+        ("model.embed_tokens.weight", (308, 128), "[307, 128]"),
+        ("lm_head.weight", (307,), "[307, 128]"),
+    ],
+)
+def test_wrong_shapes_are_refused(name: str, shape: tuple[int, ...], expected: str) -> None:
+    arrays: dict[str, Array] = dict(tiny.tensors("llama-mha"))
+    arrays[name] = np.zeros(shape, np.uint16)
+    assert f"{name} is {list(shape)}, expected {expected}" in refused("llama-mha", arrays)
+
+
+@pytest.mark.parametrize("dtype", ["F64", "I8", "F8_E4M3", "U8"])
+def test_wrong_dtypes_are_refused(dtype: str) -> None:
+    message = refused("llama-mha", dict(tiny.tensors("llama-mha")), {Q: dtype})
+    assert f"{Q} has dtype {dtype}, expected BF16, F16 or F32" in message
+
+
+def test_a_view_that_contradicts_its_header_is_refused() -> None:
+    arrays: dict[str, Array] = dict(tiny.tensors("llama-mha"))
+    plan, weight_map = plan_of("llama-mha")
+    with pytest.raises(WeightsError, match="was read as uint16"):
+        load_weights(plan, weight_map, Memory(arrays, {Q: "F16"}), DenseSink())
+
+
+def test_old_and_redundant_tensors_are_ignored() -> None:
+    arrays: dict[str, Array] = dict(tiny.tensors("llama-gqa4-tied"))
+    arrays["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(32, np.float32)
+    arrays["model.rotary_emb.inv_freq"] = np.zeros(32, np.float32)
+    arrays["lm_head.weight"] = np.zeros((tiny.VOCAB_SIZE, 128), np.uint16)
+    plan, weight_map = plan_of("llama-gqa4-tied")
+    sink = DenseSink()
+    load_weights(plan, weight_map, Memory(arrays), sink)
+    assert "lm_head" not in sink.weights
+
+
+@pytest.mark.parametrize("name", ["llama-head80-biases", "qwen3", "qwen2-tied"])
+def test_one_tensor_at_a_time_with_progress(name: str) -> None:
+    arrays: dict[str, Array] = dict(tiny.tensors(name))
+    checkpoint, sink = Memory(arrays), DenseSink()
+    plan, weight_map = plan_of(name)
+    seen: list[tuple[int, int]] = []
+    load_weights(plan, weight_map, checkpoint, sink, lambda done, total: seen.append((done, total)))
+    total = sum(a.nbytes for a in arrays.values())
+    assert checkpoint.peak == 1
+    assert sorted(checkpoint.dropped) == sorted(arrays)
+    assert seen[-1] == (total, total)
+    assert [d for d, _ in seen] == sorted(d for d, _ in seen)
+    for key, shape in plan.weights().items():
+        assert sink.weights[key].shape == ((shape.n,) if shape.k is None else (shape.n, shape.k))
+        assert np.isfinite(sink.weights[key]).all()
+
+
+def test_fused_rows_land_where_the_plan_says() -> None:
+    arrays = tiny.tensors("llama-head80-biases")
+    plan, weight_map = plan_of("llama-head80-biases")
+    sink = DenseSink()
+    load_weights(plan, weight_map, Memory(dict(arrays)), sink)
+
+    def source(name: str) -> Array:
+        return to_f32(arrays[f"model.layers.1.{name}"], "bf16")
+
+    for suffix, key in ((".weight", ""), (".bias", ".bias")):
+        qkv = [source(f"self_attn.{part}_proj{suffix}") for part in "qkv"]
+        np.testing.assert_array_equal(sink.weights[f"layers.1.qkv{key}"], np.concatenate(qkv))
+        fused = sink.weights[f"layers.1.gate_up{key}"]
+        np.testing.assert_array_equal(fused[gated_rows(208, "gate")], source(f"mlp.gate_proj{suffix}"))
+        np.testing.assert_array_equal(fused[gated_rows(208, "up")], source(f"mlp.up_proj{suffix}"))
+
+
+def test_gated_rows_cover_every_row_once() -> None:
+    rows = np.concatenate([gated_rows(48, "gate"), gated_rows(48, "up")])
+    assert sorted(rows) == list(range(96))
+    assert list(gated_rows(17, "gate")[-2:]) == [15, 32]
+    assert list(gated_rows(17, "up")[-2:]) == [31, 48]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_other_dtypes_load(dtype: type[np.floating[Any]]) -> None:
+    arrays: dict[str, Array] = {
+        name: to_f32(bits, "bf16").astype(dtype) for name, bits in tiny.tensors("llama-mha").items()
+    }
+    plan, weight_map = plan_of("llama-mha")
+    sink = DenseSink()
+    load_weights(plan, weight_map, Memory(arrays), sink)
+    np.testing.assert_array_equal(sink.weights["lm_head"], arrays["lm_head.weight"].astype(np.float64))
