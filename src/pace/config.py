@@ -159,8 +159,10 @@ class EngineConfig:
         model: a checkpoint folder, a hub id `org/name`, or "demo" for the embedded model.
         revision: branch, tag or commit of a hub id; None: its main branch.
         tokenizer: folder or hub id to take the tokenizer from; None: the model's own.
-        trust_tokenizer: take a tokenizer whose patterns aren't on the allow-list (a hostile one can hang the encoder).
-        max_model_len: longest sequence, prompt and output together, in tokens; None: what the checkpoint states.
+        trust_tokenizer: take a tokenizer whose patterns aren't on the allow-list (a hostile one can hang the
+            encoder).
+        max_model_len: longest sequence, prompt and output together, in tokens; None: what the checkpoint
+            states.
         max_num_seqs: sequences that run in one step.
         max_num_batched_tokens: rows (tokens) of one step.
         n_threads: threads of the team; None: PACE_THREADS, else min(affinity, cgroup quota, physical cores).
@@ -198,8 +200,8 @@ class EngineConfig:
         if self.max_num_batched_tokens < self.max_num_seqs:
             # Every running sequence needs a row per step, or it starves.
             raise ConfigError(
-                f"max_num_batched_tokens is {self.max_num_batched_tokens}, below max_num_seqs {self.max_num_seqs}; "
-                "a step needs one row for each sequence"
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, below max_num_seqs "
+                f"{self.max_num_seqs}; a step needs one row for each sequence"
             )
         if self.n_threads is not None:
             _check_int("n_threads", self.n_threads, 1, MAX_THREADS)
@@ -217,7 +219,9 @@ class EngineConfig:
         if not isinstance(self.kernels, Mapping) or not all(
             isinstance(text, str) and text for pair in self.kernels.items() for text in pair
         ):
-            raise ConfigError(f"kernels is {show(self.kernels)}, expected a mapping of operator to kernel names")
+            raise ConfigError(
+                f"kernels is {show(self.kernels)}, expected a mapping of operator to kernel names"
+            )
         object.__setattr__(self, "kernels", MappingProxyType(dict(self.kernels)))
         _check_int("seed", self.seed, 0, (1 << 64) - 1)
 

@@ -1,8 +1,8 @@
 """The errors that pace raises: every one is a `PaceError` and every message is one printable line.
 
-Messages quote file names, JSON keys and template text that came from outside, so `PaceError` folds white space, escapes
-what a terminal would interpret and cuts at `MAX_MESSAGE_LEN` characters: a log line can't be forged and a 16 MiB tensor
-name can't fill a disk.
+Messages quote file names, JSON keys and template text that came from outside, so `PaceError` folds white
+space, escapes what a terminal would interpret and cuts at `MAX_MESSAGE_LEN` characters: a log line can't be
+forged and a 16 MiB tensor name can't fill a disk.
 """
 
 from __future__ import annotations
@@ -37,12 +37,15 @@ def one_line(text: object, max_len: int = MAX_MESSAGE_LEN) -> str:
 
 
 def show(value: object, max_len: int = 80) -> str:
-    """Quote an untrusted `value` for an error message: its type where it is a container, else a short repr."""
+    """Quote an untrusted `value` for an error message: its type where it is a container, else a short
+    repr."""
     if isinstance(value, (dict, list, tuple, set, frozenset)) and value:
         text = f"a {type(value).__name__} of {len(value)}"
     elif isinstance(value, (str, bytes)) and len(value) > max_len:
         text = repr(value[: max_len - 3]) + "..."
-    elif isinstance(value, int) and value.bit_length() > 128:  # repr of huge ints is quadratic, and refused by Python
+    elif (
+        isinstance(value, int) and value.bit_length() > 128
+    ):  # repr of huge ints is quadratic, and refused by Python
         text = f"an integer of {value.bit_length()} bits"
     else:
         text = repr(value)
@@ -81,11 +84,13 @@ class ChatTemplateError(PaceError):
 
 
 class RequestError(PaceError, ValueError):
-    """A prompt, a message list or a sampling parameter of one request is invalid; other requests are unaffected."""
+    """A prompt, a message list or a sampling parameter of one request is invalid; other requests are
+    unaffected."""
 
 
 class CapacityError(PaceError):
-    """A request or an engine needs more memory, tokens or sequences than it was given; names the option to raise."""
+    """A request or an engine needs more memory, tokens or sequences than it was given; names the option to
+    raise."""
 
 
 class ForkError(PaceError, RuntimeError):

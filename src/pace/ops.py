@@ -109,7 +109,8 @@ _buffers: dict[int, _kernels.Memory] = {}
 def _read_buffer(n_bytes: int) -> _kernels.Memory:
     if n_bytes not in _buffers:
         _buffers.clear()
-        _buffers[n_bytes] = _kernels.Memory(n_bytes)
+        _buffers[n_bytes] = memory = _kernels.Memory(n_bytes)
+        np.frombuffer(memory, np.uint8)[:] = 1  # untouched pages all read one shared zero page, from the cache
     return _buffers[n_bytes]
 
 
@@ -363,18 +364,18 @@ SAMPLE_DTYPE = np.dtype(
         ("n_logprobs", "i4"),
         ("seed", "u8"),
         ("position", "u8"),
-    ],
-    align=True,
+    ]
 )
-"""One row's sampling parameters. top_k <= 0, top_p >= 1 and min_p <= 0 are off; temperature 0 is greedy."""
+"""One row's sampling parameters. top_k <= 0, top_p >= 1 and min_p <= 0 are off; temperature 0 is greedy.
+n_logprobs: -1 none, 0 the drawn token's, n also the n best."""
 
 
 class SampleResult(NamedTuple):
     """What `sample` drew, one entry per row; K is the largest n_logprobs of the batch."""
 
     tokens: I32  # [R]
-    logprobs: F32  # [R] log-softmax of the raw logits at the token
-    ranks: I32  # [R] 1 + number of tokens with a larger logit
+    logprobs: F32  # [R] log-softmax of the raw logits at the token; 0 where n_logprobs < 0
+    ranks: I32  # [R] tokens whose logit is at least the token's: 1 for the best
     top_ids: I32  # [R, K] most likely tokens, -1 where fewer were asked for
     top_logprobs: F32  # [R, K]
     errors: I32  # [R] nonzero: the row's logits are not finite numbers, nothing was drawn

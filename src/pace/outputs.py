@@ -32,9 +32,11 @@ class CompletionOutput:
         text: the text so far; always whole characters.
         token_ids: the tokens so far, the one that ended the output included.
         cumulative_logprob: sum of the sampled tokens' log probabilities; None where none were asked for.
-        logprobs: for each token, {token id: Logprob} of the sampled and the most probable tokens; None where not asked.
+        logprobs: for each token, {token id: Logprob} of the sampled and the most probable tokens; None where
+            not asked.
         finish_reason: "stop", "length" or "abort"; None while running.
-        stop_reason: the stop string or stop token id that ended the output; None for EOS and the other reasons.
+        stop_reason: the stop string or stop token id that ended the output; None for EOS and the other
+            reasons.
     """
 
     index: int
@@ -52,7 +54,8 @@ class CompletionOutput:
 
 @dataclass
 class RequestMetrics:
-    """When things happened to one request, in seconds of `time.monotonic()`, and how many tokens were handled.
+    """When things happened to one request, in seconds of `time.monotonic()`, and how many tokens were
+    handled.
 
     Attributes:
         arrival_s: the request was accepted.

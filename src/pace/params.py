@@ -31,14 +31,17 @@ class SamplingParams:
         min_p: keep tokens at least this probable relative to the most probable one. In [0, 1].
         presence_penalty: subtracted once from the logit of each token already in the output. In [-2, 2].
         frequency_penalty: subtracted per occurrence in the output. In [-2, 2].
-        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output. In [0.01, 100].
-        seed: makes the request's random numbers its own and repeatable; None or -1: derived from the engine's seed.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output. In
+            [0.01, 100].
+        seed: makes the request's random numbers its own and repeatable; None or -1: derived from the engine's
+            seed.
         stop: strings that end the output (at most 64, of 1 to 1024 characters).
         stop_token_ids: token ids that end the output, besides the model's EOS ids.
         ignore_eos: don't stop at the model's EOS ids.
         max_tokens: output tokens at most; None: until the engine's max_model_len.
         min_tokens: no EOS, stop id or stop string ends the output before so many tokens.
-        logprobs: also return this many most probable tokens at each position (0: only the sampled one; None: none).
+        logprobs: also return this many most probable tokens at each position (0: only the sampled one; None:
+            none).
         detokenize: produce text; without it only token ids.
         skip_special_tokens: leave special tokens out of the text.
         include_stop_str_in_output: keep the stop string, or the stop token's text, at the end of the text.
@@ -68,7 +71,8 @@ class SamplingParams:
     explicit: frozenset[str] = field(default=frozenset(), init=False, repr=False, compare=False)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
-        # The generated __init__ can't tell a default from the same value given; here the difference is still visible.
+        # The generated __init__ can't tell a default from the same value given; here the difference is still
+        # visible.
         self = super().__new__(cls)
         object.__setattr__(self, "_given", frozenset(kwargs))
         return self
@@ -141,7 +145,9 @@ class SamplingParams:
         """
         for token_id in self.stop_token_ids or ():
             if token_id >= vocab_size:
-                raise RequestError(f"stop_token_ids has {token_id}, expected ids below the vocabulary's {vocab_size}")
+                raise RequestError(
+                    f"stop_token_ids has {token_id}, expected ids below the vocabulary's {vocab_size}"
+                )
 
 
 def _float(name: str, value: object, low: float, high: float) -> float:

@@ -1,7 +1,8 @@
 """A model without mathematics: its logits are a hash of everything that it was shown.
 
-Keys and values are a table of tokens that is addressed through the block tables. So a token that was written to the wrong
-block, read from somebody else's, skipped or run at the wrong position changes every later logit.
+Keys and values are a table of tokens that is addressed through the block tables. So a token that was
+written to the wrong block, read from somebody else's, skipped or run at the wrong position changes every
+later logit.
 """
 
 from __future__ import annotations
@@ -54,9 +55,10 @@ class FakePlan:
         block_size = self.cache.shape[1]
         assert 0 < batch.n_tokens <= self.max_tokens
         assert batch.q_start[0] == 0 and batch.q_start[-1] == batch.n_tokens
-        assert all(array.dtype == np.int32 and array.flags.c_contiguous for array in (
-            batch.token_ids, batch.q_start, batch.kv_len, batch.block_tables, batch.logit_rows
-        ))
+        assert all(
+            array.dtype == np.int32 and array.flags.c_contiguous
+            for array in (batch.token_ids, batch.q_start, batch.kv_len, batch.block_tables, batch.logit_rows)
+        )
         self.steps.append(tuple(np.diff(batch.q_start).tolist()))
         positions = batch.positions()
         logits = np.zeros((len(batch.logit_rows), VOCAB), dtype=np.float32)
@@ -86,8 +88,12 @@ def fake_sample(logits: F32Array, params: Any, history: Any, /) -> Drawn:
     n = len(logits)
     k = max(1, int(params["n_logprobs"].max()))
     out = Drawn(
-        np.zeros(n, np.int32), np.zeros(n, np.float32), np.zeros(n, np.int32),
-        np.full((n, k), -1, np.int32), np.zeros((n, k), np.float32), np.zeros(n, np.int32),
+        np.zeros(n, np.int32),
+        np.zeros(n, np.float32),
+        np.zeros(n, np.int32),
+        np.full((n, k), -1, np.int32),
+        np.zeros((n, k), np.float32),
+        np.zeros(n, np.int32),
     )
     for i in range(n):
         x = logits[i].astype(np.float64)

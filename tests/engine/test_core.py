@@ -59,7 +59,9 @@ def test_one_request_is_what_the_model_says() -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     requests=st.lists(
-        st.tuples(st.integers(1, 40), st.integers(1, 24), st.integers(0, 20), st.booleans()), min_size=1, max_size=12
+        st.tuples(st.integers(1, 40), st.integers(1, 24), st.integers(0, 20), st.booleans()),
+        min_size=1,
+        max_size=12,
     ),
     max_tokens=st.integers(4, 40),
     n_blocks=st.integers(4, 12),
@@ -145,9 +147,17 @@ def test_min_tokens_hold_back_eos_stop_ids_and_stop_strings() -> None:
     engine.add_request("ignored", [5, 6], params(max_tokens=20, ignore_eos=True))
     engine.add_request("id", [5, 6], params(max_tokens=20, ignore_eos=True, stop_token_ids=[stop_id]))
     engine.add_request("min", [5, 6], params(max_tokens=20, min_tokens=12))
-    engine.add_request("text", [5, 6], params(max_tokens=9, ignore_eos=True, min_tokens=8, stop=[spelt(free)[1]], detokenize=True))
+    engine.add_request(
+        "text",
+        [5, 6],
+        params(max_tokens=9, ignore_eos=True, min_tokens=8, stop=[spelt(free)[1]], detokenize=True),
+    )
     done = {key: output.outputs[0] for key, output in run(engine).items()}
-    assert (done["eos"].token_ids, done["eos"].finish_reason, done["eos"].stop_reason) == (free[:3], "stop", None)
+    assert (done["eos"].token_ids, done["eos"].finish_reason, done["eos"].stop_reason) == (
+        free[:3],
+        "stop",
+        None,
+    )
     assert (done["ignored"].token_ids, done["ignored"].finish_reason) == (free, "length")
     assert (done["id"].token_ids, done["id"].stop_reason) == (free[: free.index(stop_id) + 1], stop_id)
     assert len(done["min"].token_ids) >= 12 and eos not in done["min"].token_ids[:11]
@@ -172,7 +182,9 @@ def test_text_leaves_the_stopping_token_out_unless_asked() -> None:
 @pytest.mark.parametrize("n_logprobs", [0, 1, 5])
 def test_logprobs_have_vllms_shape(n_logprobs: int) -> None:
     engine, _ = make_engine()
-    engine.add_request("a", [7], params(max_tokens=6, temperature=1.0, seed=3, logprobs=n_logprobs, detokenize=True))
+    engine.add_request(
+        "a", [7], params(max_tokens=6, temperature=1.0, seed=3, logprobs=n_logprobs, detokenize=True)
+    )
     engine.add_request("b", [7], params(max_tokens=6, logprobs=3))
     done = run(engine)
     completion = done["a"].outputs[0]
@@ -183,7 +195,7 @@ def test_logprobs_have_vllms_shape(n_logprobs: int) -> None:
         logits = logits_of(history).astype(np.float64)
         exact = logits - np.log(np.exp(logits).sum())
         assert next(iter(entries)) == token
-        assert n_logprobs <= len(entries) <= n_logprobs + 1 or n_logprobs == 0 and len(entries) == 1
+        assert n_logprobs <= len(entries) <= n_logprobs + 1 or (n_logprobs == 0 and len(entries) == 1)
         assert {t for t, e in entries.items() if e.rank is not None and e.rank <= n_logprobs} == set(
             np.argsort(-exact, kind="stable")[:n_logprobs].tolist()
         )

@@ -12,7 +12,7 @@ from golden.harness import BLOCK_SIZE, Model, batch_of, in_chunks, prefill, rela
 
 from pace.models.plan import Attention
 
-# max |difference| / max |logit|. transformers computes in float32, which leaves 4e-7 to 1.2e-6 over the cases.
+# max |difference| / max |logit|; measured 4e-7 to 1.2e-6 over the cases (float32 in transformers).
 TOLERANCE = 1e-5
 EXACT = 1e-9
 

@@ -1,9 +1,11 @@
 # The only Cython module of pace: check, one call without the GIL, return. No arithmetic lives here.
 # bf16 arrays cross as uint16. ops.py is the only importer and carries the documentation of every name.
-from libc.stdint cimport int32_t, int64_t, uint16_t, uint64_t, uintptr_t
+from libc.stdint cimport int32_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
+
+import time
 
 import numpy as np
 
@@ -33,6 +35,14 @@ cdef extern from "threads.h" nogil:
     int pace_default_cpus(int *cpus, int max_cpus)
     int pace_allowed_cpus(int *cpus, int max_cpus)
     double pace_cgroup_cpus(const char *root)
+    ctypedef void (*pace_team_fn)(void *arg, int tid, pace_team *team) noexcept nogil
+    int pace_team_run(pace_team *team, pace_team_fn fn, void *arg)
+    ctypedef struct pace_work:
+        pass
+    int pace_work_init(pace_work *work, int n_threads)
+    void pace_work_destroy(pace_work *work)
+    void pace_work_arm_all(pace_work *work, long n_items)
+    bint pace_work_next(pace_work *work, int tid, long grain, long *begin, long *end)
     int pace_numa_nodes()
     void pace_thp_mode(char *mode, size_t mode_bytes)
     void *pace_alloc_huge(size_t bytes)
@@ -82,8 +92,14 @@ cdef extern from "kernels.h" nogil:
         long window
         const float *sinks
         pace_kv kv
+    ctypedef struct pace_roofline:
+        double (*read)(const void *p, size_t bytes) noexcept nogil
+        double (*dot_bf16)(long iters) noexcept nogil
+        double (*dot_s8)(long iters) noexcept nogil
+        double (*fma_f32)(long iters) noexcept nogil
     ctypedef struct pace_kernels:
         const char *isa
+        pace_roofline roof
         int gemm_rows
         void (*unpack_row)(float *dst, const bf16 *w, long row, long k, long k_pad) noexcept nogil
         void (*softmax)(float *x, long n) noexcept nogil
@@ -148,6 +164,74 @@ cdef extern from "plan.h" nogil:
     int pace_plan_step(pace_plan *p, const pace_batch *batch)
 
 
+cdef extern from "sampler.h" nogil:
+    struct pace_sample_params:
+        float temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty
+        int32_t top_k, n_logprobs
+        uint64_t seed, position
+        uint32_t sample_index
+        int32_t n_prompt, n_output, n_banned, n_bias
+        const int32_t *prompt
+        const int32_t *output
+        const int32_t *banned
+    struct pace_sample_result:
+        int32_t token, rank
+        float logprob
+        int32_t *top_ids
+        float *top_logprobs
+    size_t pace_sample_scratch(int vocab)
+    int pace_sample_row(const float *logits, int vocab, const pace_sample_params *params, pace_sample_result *result,
+                        void *scratch)
+
+
+cdef packed struct sample_record:  # ops.SAMPLE_DTYPE
+    float temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty
+    int32_t top_k, n_logprobs
+    uint64_t seed, position
+
+
+cdef struct sample_job:
+    const float *logits
+    long stride
+    int vocab
+    const pace_sample_params *params
+    pace_sample_result *results
+    int32_t *errors
+    char *scratch
+    size_t scratch_stride
+    pace_work work
+
+
+cdef void sample_worker(void *arg, int tid, pace_team *team) noexcept nogil:
+    cdef sample_job *j = <sample_job *>arg
+    cdef long i = 0, end = 0
+    while pace_work_next(&j.work, tid, 1, &i, &end):
+        j.errors[i] = pace_sample_row(j.logits + i * j.stride, j.vocab, &j.params[i], &j.results[i],
+                                      j.scratch + tid * j.scratch_stride)
+
+
+cdef struct roof_job:
+    double (*dot)(long iters) noexcept nogil
+    double (*read)(const void *p, size_t bytes) noexcept nogil
+    const char *data
+    size_t bytes
+    long repeat
+    int n_threads
+    double done[1024]
+
+
+cdef void roof_worker(void *arg, int tid, pace_team *team) noexcept nogil:
+    cdef roof_job *j = <roof_job *>arg
+    cdef size_t share = j.bytes / <size_t>j.n_threads / 512 * 512
+    cdef long i
+    j.done[tid] = 0
+    if j.dot != NULL:
+        j.done[tid] = j.dot(j.repeat)
+    else:
+        for i in range(j.repeat):
+            j.done[tid] += j.read(j.data + tid * share, share)
+
+
 cdef class Memory:
     """Zeroed memory, from huge pages where the system grants them."""
     cdef void *data
@@ -184,6 +268,7 @@ cdef int check_run(int e) except -1:
 cdef class Team:
     cdef pace_team *team
     cdef readonly int n_threads
+    cdef Memory scratch  # the sampler's, grown to the largest vocabulary seen
 
     def __cinit__(self, int n_threads, cpus=None):
         cdef char err[256]
@@ -202,6 +287,92 @@ cdef class Team:
         if self.team == NULL:
             raise OSError(err.decode())
         self.n_threads = n_threads
+
+    cdef double roof(self, roof_job *job) except -1:
+        """Operations or bytes per second of one run."""
+        cdef int e
+        if self.team == NULL:
+            raise RuntimeError("the thread team is closed")
+        job.n_threads = self.n_threads
+        start = time.perf_counter()
+        with nogil:
+            e = pace_team_run(self.team, roof_worker, <void *>job)
+        elapsed = time.perf_counter() - start
+        check_run(e)
+        return sum([job.done[i] for i in range(self.n_threads)]) / elapsed
+
+    def roof_read(self, Memory memory, long repeat):
+        cdef roof_job job
+        memset(&job, 0, sizeof(job))
+        job.read, job.data, job.bytes, job.repeat = current.roof.read, <const char *>memory.data, memory.nbytes, repeat
+        return self.roof(&job)
+
+    def roof_dot(self, kind, tier, long iterations):
+        cdef roof_job job
+        cdef const pace_kernels *k = find(tier)
+        memset(&job, 0, sizeof(job))
+        if kind not in ("bf16", "int8", "f32"):
+            raise ValueError(f"dot-product roof of {kind!r}, expected bf16, int8 or f32")
+        job.dot = k.roof.dot_bf16 if kind == "bf16" else k.roof.dot_s8 if kind == "int8" else k.roof.fma_f32
+        job.repeat = iterations
+        return self.roof(&job)
+
+    def sample(self, const float[:, ::1] logits, const sample_record[::1] params, history, int32_t[::1] tokens,
+               float[::1] logprobs, int32_t[::1] ranks, int32_t[:, ::1] top_ids, float[:, ::1] top_logprobs,
+               int32_t[::1] errors):
+        cdef long i, n = logits.shape[0]
+        cdef int e
+        cdef const int32_t[::1] ids
+        cdef pace_sample_params *p
+        cdef sample_job job
+        if self.team == NULL:
+            raise RuntimeError("the thread team is closed")
+        if not n:
+            return
+        if params.shape[0] != n or len(history) != n or tokens.shape[0] != n or errors.shape[0] != n:
+            raise ValueError(f"{n} rows of logits, {params.shape[0]} of parameters, {len(history)} of history")
+        job.logits, job.stride, job.vocab = &logits[0, 0], logits.strides[0] // 4, <int>logits.shape[1]
+        job.scratch_stride = (pace_sample_scratch(job.vocab) + 63) // 64 * 64
+        if self.scratch is None or self.scratch.nbytes < job.scratch_stride * self.n_threads:
+            self.scratch = Memory(job.scratch_stride * self.n_threads)
+        job.scratch = <char *>self.scratch.data
+        job.errors = &errors[0]
+        job.params = p = <pace_sample_params *>PyMem_Malloc(n * sizeof(pace_sample_params))
+        job.results = <pace_sample_result *>PyMem_Malloc(n * sizeof(pace_sample_result))
+        try:
+            if job.params == NULL or job.results == NULL:
+                raise MemoryError("cannot allocate the sampling batch")
+            memset(p, 0, n * sizeof(pace_sample_params))
+            for i in range(n):
+                p[i].temperature, p[i].top_p, p[i].min_p = params[i].temperature, params[i].top_p, params[i].min_p
+                p[i].repetition_penalty = params[i].repetition_penalty
+                p[i].presence_penalty = params[i].presence_penalty
+                p[i].frequency_penalty = params[i].frequency_penalty
+                p[i].top_k, p[i].n_logprobs = params[i].top_k, params[i].n_logprobs
+                p[i].seed, p[i].position = params[i].seed, params[i].position
+                if p[i].n_logprobs > top_ids.shape[1] or p[i].n_logprobs > job.vocab:
+                    raise ValueError(f"row {i} asks for {p[i].n_logprobs} logprobs, there is room for {top_ids.shape[1]}")
+                job.results[i].top_ids, job.results[i].top_logprobs = &top_ids[i, 0], &top_logprobs[i, 0]
+                if history[i] is None:
+                    continue
+                ids = history[i][0]
+                p[i].n_prompt, p[i].prompt = <int32_t>ids.shape[0], &ids[0] if ids.shape[0] else NULL
+                ids = history[i][1]
+                p[i].n_output, p[i].output = <int32_t>ids.shape[0], &ids[0] if ids.shape[0] else NULL
+                ids = history[i][2]
+                p[i].n_banned, p[i].banned = <int32_t>ids.shape[0], &ids[0] if ids.shape[0] else NULL
+            if pace_work_init(&job.work, self.n_threads):
+                raise MemoryError("cannot allocate the sampling batch")
+            pace_work_arm_all(&job.work, n)
+            with nogil:
+                e = pace_team_run(self.team, sample_worker, <void *>&job)
+            pace_work_destroy(&job.work)
+            check_run(e)
+            for i in range(n):
+                tokens[i], logprobs[i], ranks[i] = job.results[i].token, job.results[i].logprob, job.results[i].rank
+        finally:
+            PyMem_Free(<void *>job.params)
+            PyMem_Free(job.results)
 
     def close(self):
         if self.team != NULL:
@@ -546,6 +717,8 @@ def runnable():
 
 def use_isa(tier):
     global current
+    if tier not in runnable():
+        raise ValueError(f"ISA tier {tier!r} is unknown or does not run here; runnable: {', '.join(runnable())}")
     current = find(tier)
 
 

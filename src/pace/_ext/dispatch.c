@@ -1,4 +1,5 @@
-// dispatch.c - which kernel table runs: the best tier that this CPU and OS execute, or the one PACE_ISA names.
+// dispatch.c - which kernel table runs: the best tier that this CPU and OS execute, or one asked for by name.
+// "reference" is no tier: it is never chosen by itself and packs nothing.
 #include <stdlib.h>
 #include <string.h>
 
@@ -15,6 +16,8 @@ const pace_kernels *const pace_tiers[] = {
 #undef X
         NULL};
 
+extern const pace_kernels pace_kernels_reference;
+
 static int runs(int tier) {
     if (!pace_cpu_runs((enum pace_tier)tier)) return 0;
     return tier != PACE_TIER_amx || pace_cpu_enable_amx() == 0;
@@ -23,5 +26,5 @@ static int runs(int tier) {
 const pace_kernels *pace_find_tier(const char *isa) {
     for (int i = 0; pace_tiers[i]; i++)
         if ((!isa || strcmp(isa, pace_tiers[i]->isa) == 0) && runs(i)) return pace_tiers[i];
-    return NULL;
+    return isa && strcmp(isa, pace_kernels_reference.isa) == 0 ? &pace_kernels_reference : NULL;
 }

@@ -1,4 +1,5 @@
-"""Model files: finding them (`hub`), reading their JSON (`config_json`) and their tensors (`safetensors`), strictly."""
+"""Model files: finding them (`hub`), reading their JSON (`config_json`) and their tensors (`safetensors`),
+strictly."""
 
 from __future__ import annotations
 

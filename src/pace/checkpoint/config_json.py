@@ -1,7 +1,8 @@
-"""Strict reading of a checkpoint's small files: regular files inside the folder, bounded, JSON without surprises.
+"""Strict reading of a checkpoint's small files: regular files inside the folder, bounded, JSON without
+surprises.
 
-`json.loads` alone keeps the last of two equal keys, takes NaN and Infinity, and turns 1e400 into infinity; each of them
-has been used to make two readers of one file disagree.
+`json.loads` alone keeps the last of two equal keys, takes NaN and Infinity, and turns 1e400 into infinity;
+each of them has been used to make two readers of one file disagree.
 """
 
 from __future__ import annotations
@@ -23,14 +24,17 @@ MAX_JSON_BYTES = 16 << 20  # the largest tokenizer_config.json and shard index i
 def checkpoint_file(directory: Path, name: str) -> Path | None:
     """Return the path of the file `name` in `directory`, or None where there is none.
 
-    A symbolic link may point anywhere inside the folder, or into `blobs` of the hub cache that the folder belongs to
-    (`…/snapshots/<commit>/` beside `…/blobs/`), and nowhere else: a checkpoint must not name files of its host.
+    A symbolic link may point anywhere inside the folder, or into `blobs` of the hub cache that the folder
+    belongs to (`…/snapshots/<commit>/` beside `…/blobs/`), and nowhere else: a checkpoint must not name files
+    of its host.
 
     Raises:
         CheckpointError: `name` is not a plain file name, or is a link that leaves the folder.
     """
     if name in ("", ".", "..") or len(name) > 255 or any(char in name for char in "/\\\0"):
-        raise CheckpointError(f"{directory}: {show(name)} is not a file name; expected a name without a folder")
+        raise CheckpointError(
+            f"{directory}: {show(name)} is not a file name; expected a name without a folder"
+        )
     path = directory / name
     if not path.is_symlink():
         return path if os.path.lexists(path) else None
@@ -40,7 +44,9 @@ def checkpoint_file(directory: Path, name: str) -> Path | None:
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")
     if not any(target.is_relative_to(folder) for folder in allowed):
-        raise CheckpointError(f"{path}: the symbolic link leaves the checkpoint's folder; put the file itself there")
+        raise CheckpointError(
+            f"{path}: the symbolic link leaves the checkpoint's folder; put the file itself there"
+        )
     return path
 
 
@@ -48,14 +54,15 @@ def open_regular(path: Path) -> tuple[BinaryIO, int]:
     """Open a regular file; returns it unbuffered, and its size in bytes.
 
     Raises:
-        CheckpointError: it can't be opened, or is a folder, FIFO, socket or device (reading those could block for ever).
+        CheckpointError: it can't be opened, or is a folder, FIFO, socket or device (reading those could block
+            for ever).
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        if not stat.S_ISREG(path.stat().st_mode):
             raise CheckpointError(f"{path}: not a regular file")
         # O_NONBLOCK: the path may have become a FIFO since, and opening one waits for its writer.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        file = open(fd, "rb", buffering=0)  # noqa: SIM115  # the caller closes it
+        file = os.fdopen(fd, "rb", buffering=0)  # the caller closes it
         status = os.fstat(fd)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be opened: {error.strerror or error}") from None
@@ -94,8 +101,8 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     """Parse bytes that hold one JSON object; `where` starts every message.
 
     Raises:
-        CheckpointError: not UTF-8, not JSON, not an object, a key twice in one object, NaN, Infinity, a number that
-            overflows, or nesting deeper than Python's stack.
+        CheckpointError: not UTF-8, not JSON, not an object, a key twice in one object, NaN, Infinity, a
+            number that overflows, or nesting deeper than Python's stack.
     """
     try:
         value = json.loads(

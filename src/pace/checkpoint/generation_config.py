@@ -44,7 +44,8 @@ class GenerationDefaults:
 def load_generation_defaults(
     directory: Path, config: Mapping[str, Any], *, vocab_size: int, tokenizer_eos_id: int | None = None
 ) -> GenerationDefaults:
-    """Read the sampling defaults, and the union of the EOS ids of config.json, generation_config.json and tokenizer.
+    """Read the sampling defaults, and the union of the EOS ids of config.json, generation_config.json and
+    tokenizer.
 
     Args:
         directory: the checkpoint's folder; generation_config.json may be absent.
@@ -58,7 +59,9 @@ def load_generation_defaults(
     path = checkpoint_file(directory, GENERATION_CONFIG)
     generation = {} if path is None else read_json(path)
     sampling = {
-        ours: generation[theirs] for theirs, ours in _SAMPLING_FIELDS.items() if generation.get(theirs) is not None
+        ours: generation[theirs]
+        for theirs, ours in _SAMPLING_FIELDS.items()
+        if generation.get(theirs) is not None
     }
     do_sample = generation.get("do_sample")
     if do_sample is not None and not isinstance(do_sample, bool):
@@ -87,5 +90,7 @@ def _eos_ids(path: Path, values: Mapping[str, Any], vocab_size: int) -> frozense
         raise CheckpointError(f"{path}: eos_token_id has {len(ids)} ids, expected at most {MAX_EOS_IDS}")
     for token_id in ids:
         if type(token_id) is not int or not 0 <= token_id < vocab_size:
-            raise CheckpointError(f"{path}: eos_token_id has {show(token_id)}, expected ids from 0 to {vocab_size - 1}")
+            raise CheckpointError(
+                f"{path}: eos_token_id has {show(token_id)}, expected ids from 0 to {vocab_size - 1}"
+            )
     return frozenset(ids)

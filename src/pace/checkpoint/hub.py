@@ -14,12 +14,19 @@ DEMO_MODEL = "demo"
 
 _EMBEDDED = Path(__file__).resolve().parent.parent / "demo" / "target"
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}", re.ASCII)
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 # model*: repositories also carry the same weights as consolidated.safetensors and under original/.
 _MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 
 
-def resolve(model: str | os.PathLike[str], revision: str | None = None, *, tokenizer_only: bool = False) -> Path:
+def resolve(
+    model: str | os.PathLike[str], revision: str | None = None, *, tokenizer_only: bool = False
+) -> Path:
     """Return the absolute path of the folder that holds the model, downloading a hub id where needed.
 
     HF_HUB_OFFLINE, HF_HOME and HF_TOKEN act as in every program that uses `huggingface_hub`.
@@ -34,7 +41,9 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None, *, token
     """
     text = os.fspath(model)
     if not isinstance(text, str) or not text or "\0" in text:
-        raise CheckpointError(f"model is {show(text)}, expected a folder, a hub id org/name, or {DEMO_MODEL!r}")
+        raise CheckpointError(
+            f"model is {show(text)}, expected a folder, a hub id org/name, or {DEMO_MODEL!r}"
+        )
     if text == DEMO_MODEL:
         if not _EMBEDDED.is_dir():
             raise CheckpointError(f"the embedded model isn't in this installation: no folder {_EMBEDDED}")
@@ -43,9 +52,13 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None, *, token
     if path.is_dir():
         return _local(path, revision)
     if path.exists():
-        raise CheckpointError(f"{path}: a file, expected the folder that holds config.json and model.safetensors")
+        raise CheckpointError(
+            f"{path}: a file, expected the folder that holds config.json and model.safetensors"
+        )
     if not _HUB_ID.fullmatch(text) or ".." in text or "--" in text:
-        raise CheckpointError(f"{text}: no such folder, and not a hub id org/name; {DEMO_MODEL!r} is the embedded model")
+        raise CheckpointError(
+            f"{text}: no such folder, and not a hub id org/name; {DEMO_MODEL!r} is the embedded model"
+        )
     return _download(text, revision, _TOKENIZER_FILES if tokenizer_only else _TOKENIZER_FILES + _MODEL_FILES)
 
 
@@ -64,7 +77,9 @@ def _download(repo_id: str, revision: str | None, patterns: tuple[str, ...]) -> 
         folder = snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns))
     except ImportError as error:
         raise CheckpointError(f"{tried}: {error}; pip install huggingface_hub, or pass a folder") from None
-    except Exception as error:  # the hub client raises its own, httpx's and OS errors; all end the same way here
+    except (
+        Exception
+    ) as error:  # the hub client raises its own, httpx's and OS errors; all end the same way here
         offline = "; HF_HUB_OFFLINE is set, so only the local cache was searched" if _is_offline() else ""
         reason = one_line(str(error).split("\n\n")[0], 300)
         raise CheckpointError(f"{tried}: {type(error).__name__}: {reason}{offline}") from None

@@ -1,9 +1,11 @@
-"""Reads `safetensors` checkpoints: one file or shards with an index, mapped into memory, checked completely first.
+"""Reads `safetensors` checkpoints: one file or shards with an index, mapped into memory, checked completely
+first.
 
-The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data. The
-Rust reader accepts a 100 MB header (1 M tensors cost it 2.7 s and 934 MB) and the last of two equal keys; this one
-checks, before any data is touched, that names are unique, that the byte ranges tile the data without gap or overlap,
-that each range is what shape and dtype need, and that index and shards name the same tensors.
+The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the
+data. The Rust reader accepts a 100 MB header (1 M tensors cost it 2.7 s and 934 MB) and the last of two equal
+keys; this one checks, before any data is touched, that names are unique, that the byte ranges tile the data
+without gap or overlap, that each range is what shape and dtype need, and that index and shards name the same
+tensors.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -78,15 +81,16 @@ class TensorInfo:
 class Checkpoint:
     """The tensors of a checkpoint folder; everything about them is checked when it is opened.
 
-    Arrays that `tensor` returns are read-only views of the mapped files: reading one pages it in, `drop` gives its pages
-    back. They stay valid after `close`. Files must not be truncated while they are mapped.
+    Arrays that `tensor` returns are read-only views of the mapped files: reading one pages it in, `drop`
+    gives its pages back. They stay valid after `close`. Files must not be truncated while they are mapped.
     """
 
     def __init__(self, directory: str | Path) -> None:
         """Open `model.safetensors`, else the shards that `model.safetensors.index.json` lists.
 
         Raises:
-            CheckpointError: no such files, or anything about them is malformed, contradictory or over a limit.
+            CheckpointError: no such files, or anything about them is malformed, contradictory or over a
+                limit.
         """
         self.directory = Path(directory)
         self._tensors: dict[str, TensorInfo] = {}
@@ -106,7 +110,9 @@ class Checkpoint:
     def __enter__(self) -> Checkpoint:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()
 
     def __len__(self) -> int:
@@ -163,17 +169,16 @@ class Checkpoint:
     def drop(self, name: str) -> None:
         """Give a tensor's pages back to the system; reading it again reads the file again.
 
-        The first and last page may hold a neighbour's bytes too: those return from the page cache when it is read.
+        The first and last page may hold a neighbour's bytes too: those return from the page cache when it is
+        read.
         """
         self._advise(name, mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         """Unmap the files; those that arrays still refer to are unmapped with the last of them."""
         for mapped in self._maps.values():
-            try:
+            with suppress(BufferError):  # an array still refers to it, and keeps it alive
                 mapped.close()
-            except BufferError:
-                pass  # an array still refers to it, and keeps it alive
         self._maps.clear()
 
     def _advise(self, name: str, advice: int) -> None:
@@ -187,7 +192,9 @@ class Checkpoint:
     def _open_shards(self) -> None:
         path = checkpoint_file(self.directory, INDEX_FILE)
         if path is None:
-            others = [suffix for suffix in ("bin", "pt", "pth", "gguf") if any(self.directory.glob(f"*.{suffix}"))]
+            others = [
+                suffix for suffix in ("bin", "pt", "pth", "gguf") if any(self.directory.glob(f"*.{suffix}"))
+            ]
             hint = f"; .{others[0]} files are not read, convert them to safetensors" if others else ""
             raise CheckpointError(f"{self.directory}: neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
         data = read_file(path, MAX_JSON_BYTES)
@@ -200,7 +207,9 @@ class Checkpoint:
         shards: dict[str, set[str]] = {}
         for name, shard in weight_map.items():
             if not isinstance(shard, str) or not shard.endswith(".safetensors"):
-                raise CheckpointError(f"{path}: {show(name)} is in {show(shard)}, expected a .safetensors file name")
+                raise CheckpointError(
+                    f"{path}: {show(name)} is in {show(shard)}, expected a .safetensors file name"
+                )
             shards.setdefault(shard, set()).add(name)
         if len(shards) > MAX_SHARDS:
             raise CheckpointError(f"{path}: {len(shards)} shards, expected at most {MAX_SHARDS}")
@@ -239,13 +248,16 @@ def _read_header(path: Path, prefix: bytes, size: int, read: Any) -> list[Tensor
     if not 2 <= header_len <= MAX_HEADER_BYTES:
         raise CheckpointError(f"{path}: a header of {header_len} bytes, expected 2 to {MAX_HEADER_BYTES}")
     if header_len > size - 8:
-        raise CheckpointError(f"{path}: a header of {header_len} bytes in a file of {size}; the file is truncated")
+        raise CheckpointError(
+            f"{path}: a header of {header_len} bytes in a file of {size}; the file is truncated"
+        )
     data = read(header_len) or b""
     if len(data) != header_len:
         raise CheckpointError(f"{path}: read {len(data)} of {header_len} header bytes")
     if data[:1] != b"{":
         raise CheckpointError(f"{path}: the header starts with {show(data[:1])}, expected {{")
-    # Every tensor has a brace of its own and at most MAX_RANK + 3 commas; counting is 1000 times cheaper than parsing.
+    # Every tensor has a brace of its own and at most MAX_RANK + 3 commas; counting is 1000 times cheaper than
+    # parsing.
     if data.count(b"{") > MAX_TENSORS + 2 or data.count(b",") > 16 * MAX_TENSORS:
         raise CheckpointError(f"{path}: the header has more than {MAX_TENSORS} tensors")
     header = parse_json(data, f"{path}: header")
@@ -277,14 +289,16 @@ def _read_entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInf
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise CheckpointError(f"{where} has dtype {show(dtype)}, expected one of {', '.join(_DTYPES)}")
     if not _sizes(shape) or len(shape) > MAX_RANK:
-        raise CheckpointError(f"{where} has shape {_show_list(shape)}, expected at most {MAX_RANK} sizes of 0 and more")
+        raise CheckpointError(
+            f"{where} has shape {_show_list(shape)}, expected at most {MAX_RANK} sizes of 0 and more"
+        )
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{where} has data_offsets {_show_list(offsets)}, expected [begin, end]")
     n_bytes = offsets[1] - offsets[0]
     needed = math.prod(shape) * _DTYPES[dtype].itemsize  # Python's integers don't overflow
     if n_bytes != needed:
         raise CheckpointError(
-            f"{where} has {show(n_bytes)} bytes, but shape {_show_list(shape)} of {dtype} needs {show(needed)}"
+            f"{where} has {show(n_bytes)} bytes, but {dtype} {_show_list(shape)} needs {show(needed)}"
         )
     return TensorInfo(name, dtype, tuple(shape), path, data_start + offsets[0], n_bytes)
 
@@ -306,4 +320,6 @@ def _check_total_size(path: Path, metadata: object, n_bytes: int) -> None:
         raise CheckpointError(f"{path}: metadata is {show(metadata)}, expected an object")
     total = metadata.get("total_size", n_bytes)
     if isinstance(total, bool) or not isinstance(total, (int, float)) or total != n_bytes:
-        raise CheckpointError(f"{path}: total_size is {show(total)}, but the shards hold {n_bytes} bytes of tensors")
+        raise CheckpointError(
+            f"{path}: total_size is {show(total)}, but the shards hold {n_bytes} bytes of tensors"
+        )

@@ -22,8 +22,8 @@ from pace.tokenizer import TextStream, Tokenizer
 
 __all__ = ["Engine", "EngineStats"]
 
-# What must end the loop and not just one request. Everything else that a request provokes ends that request: also
-# the panics of Rust extensions, which derive from BaseException.
+# What must end the loop and not just one request. Everything else that a request provokes ends that
+# request: also the panics of Rust extensions, which derive from BaseException.
 FATAL = (KeyboardInterrupt, SystemExit, GeneratorExit, ForkError)
 
 
@@ -56,8 +56,8 @@ class EngineStats:
 class Engine:
     """Runs many requests together, a step at a time.
 
-    `add_request` and `abort` may be called from any thread at any time; they only put something into a queue that the
-    next step reads. `step` belongs to one thread at a time.
+    Requests may be prepared, submitted and aborted from any thread at any time: that only puts something
+    into a queue which the next step reads. `step` belongs to one thread at a time.
 
     Args:
         runner: executes steps.
@@ -96,7 +96,7 @@ class Engine:
         self._aborted: deque[str] = deque()
         self._counter = itertools.count()  # its next() is atomic
 
-    def add_request(
+    def prepare(
         self,
         request_id: str,
         prompt_ids: Seq[int] | I32Array,
@@ -104,8 +104,8 @@ class Engine:
         *,
         prompt: str | None = None,
         stream: bool = False,
-    ) -> None:
-        """Accept a request; it starts to run in one of the next steps.
+    ) -> Sequence:
+        """Check a request without accepting it, so that a caller can check many before any of them runs.
 
         Args:
             request_id: unique among the requests in flight.
@@ -115,7 +115,7 @@ class Engine:
             stream: `step` returns an output after every token, not only the last.
 
         Raises:
-            RequestError: an invalid prompt or parameter, or a request id that is in use.
+            RequestError: an invalid prompt or parameter.
             CapacityError: the KV pool can never hold the request.
         """
         ids = self.check_prompt(prompt_ids)
@@ -128,36 +128,57 @@ class Engine:
                 f"the request may grow to {len(ids) + max_output} tokens, the KV pool holds "
                 f"{pool.n_blocks * pool.block_size}; lower max_tokens or shorten the prompt"
             )
-        number = next(self._counter)
         stop_ids = frozenset(params.stop_token_ids or ())
         if not params.ignore_eos:
             stop_ids |= self.eos_token_ids
-        text = None
-        if params.detokenize and self.tokenizer is not None:
-            text = TextStream(
+        return Sequence(
+            request_id,
+            ids,
+            params,
+            max_output=max_output,
+            stop_ids=stop_ids,
+            prompt=prompt,
+            text=self._text_stream(ids, params),
+            stream=stream,
+            arrival_s=time.monotonic(),
+        )
+
+    def submit(self, seq: Sequence) -> None:
+        """Accept a prepared request; it starts to run in one of the next steps.
+
+        Raises:
+            RequestError: the request id is in use.
+        """
+        if self._requests.setdefault(seq.request_id, seq) is not seq:
+            raise RequestError(f"request id {show(seq.request_id)} is in use; choose another")
+        seed, number = seq.params.seed, next(self._counter)
+        seq.seed = derive_seed(self.seed, number) if seed is None else seed & ((1 << 64) - 1)
+        self._arrived.append(seq)
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_ids: Seq[int] | I32Array,
+        params: SamplingParams,
+        *,
+        prompt: str | None = None,
+        stream: bool = False,
+    ) -> None:
+        """`prepare` and `submit`; arguments and errors as theirs."""
+        self.submit(self.prepare(request_id, prompt_ids, params, prompt=prompt, stream=stream))
+
+    def _text_stream(self, ids: I32Array, params: SamplingParams) -> TextStream | None:
+        if self.tokenizer is not None and params.detokenize:
+            return TextStream(
                 self.tokenizer,
                 ids[-64:].tolist(),  # its end tells whether a leading space is real
                 stop=params.stop_strings,
                 include_stop_str_in_output=params.include_stop_str_in_output,
                 skip_special_tokens=params.skip_special_tokens,
             )
-        elif params.stop:
-            raise RequestError("stop strings need text to search, but this engine has no tokenizer; use stop_token_ids")
-        seq = Sequence(
-            request_id,
-            ids,
-            params,
-            max_output=max_output,
-            seed=derive_seed(self.seed, number) if params.seed is None else params.seed & ((1 << 64) - 1),
-            stop_ids=stop_ids,
-            prompt=prompt,
-            text=text,
-            stream=stream,
-            arrival_s=time.monotonic(),
-        )
-        if self._requests.setdefault(request_id, seq) is not seq:
-            raise RequestError(f"request id {show(request_id)} is in use; choose another")
-        self._arrived.append(seq)
+        if params.stop:
+            raise RequestError("stop strings need text, but there is no tokenizer; use stop_token_ids")
+        return None
 
     def check_prompt(self, prompt_ids: Seq[int] | I32Array) -> I32Array:
         """The prompt as i32 [n].
@@ -175,14 +196,14 @@ class Engine:
             raise RequestError(f"the prompt is {show(prompt_ids)}, expected a flat list of token ids")
         if len(ids) >= self.max_model_len:
             raise RequestError(
-                f"the prompt has {len(ids)} tokens, expected at most {self.max_model_len - 1}: max_model_len is "
-                f"{self.max_model_len} and the output needs one; shorten it or raise max_model_len"
+                f"the prompt has {len(ids)} tokens, expected at most {self.max_model_len - 1}, as max_model_len "
+                f"is {self.max_model_len} and the output needs one; shorten it or raise max_model_len"
             )
         wrong = (ids < 0) | (ids >= self.vocab_size)
         if wrong.any():
             at = int(wrong.argmax())
             raise RequestError(
-                f"the prompt has token id {ids[at]} at index {at}, expected ids from 0 to {self.vocab_size - 1}"
+                f"the prompt has token id {ids[at]} at index {at}, expected 0 to {self.vocab_size - 1}"
             )
         return np.ascontiguousarray(ids, dtype=np.int32)
 
@@ -199,8 +220,9 @@ class Engine:
         """Run one step.
 
         Returns:
-            An output for every request that finished, and for every streaming one that got a token. A request that
-            failed has finish_reason "error" and the message as stop_reason; the others do not notice.
+            An output for every request that finished, and for every streaming one that got a token. A
+            request that failed has finish_reason "error" and the message as stop_reason; the others do not
+            notice.
         """
         start = time.perf_counter()
         emitted = self._receive()
@@ -221,7 +243,8 @@ class Engine:
                 self._fail(seq, error)
             return [seq.output() for seq in emitted + step.seqs]
         for seq, n_new in zip(step.seqs, step.n_new, strict=True):
-            if seq.n_computed + n_new < seq.n_tokens:  # a part of a prompt; the others are committed with their token
+            # Only parts of prompts; the others are committed together with their token.
+            if seq.n_computed + n_new < seq.n_tokens:
                 seq.n_computed += n_new
         if drawn is not None:
             self._commit(sampled, drawn)
@@ -299,7 +322,8 @@ class Engine:
 
     def _add_logprobs(self, seq: Sequence, drawn: SampleResult, i: int) -> None:
         """Record {token: Logprob} of the drawn token and of the most probable ones, as vLLM orders them."""
-        text_of = self.tokenizer.decode_token if self.tokenizer is not None and seq.params.detokenize else None
+        with_text = self.tokenizer is not None and seq.params.detokenize
+        text_of = self.tokenizer.decode_token if self.tokenizer is not None and with_text else None
 
         def entry(token: int, logprob: float, rank: int) -> Logprob:
             return Logprob(logprob, rank, None if text_of is None else text_of(token))

@@ -65,6 +65,7 @@ class Loaded:
 
     Attributes:
         directory: the checkpoint's folder.
+        tokenizer_directory: the folder of the tokenizer and the chat template.
         memory: what was allocated.
         weights_bytes: packed weights.
         load_s: wall time of loading.
@@ -72,6 +73,7 @@ class Loaded:
 
     engine: Engine
     directory: Path
+    tokenizer_directory: Path
     spec: DecoderSpec
     plan: ops.Plan
     team: ops.Team
@@ -100,7 +102,7 @@ def load(
         CheckpointError, ConfigError, CapacityError: see the parts.
     """
     start = time.perf_counter()
-    ops.check_kernels(config.kernels)
+    ops._check_kernels(config.kernels)
     directory = resolve(config.model, config.revision)
     values = _read_config(directory)
     spec, weight_map = parse_config(values, str(directory / "config.json"))
@@ -113,20 +115,26 @@ def load(
     )
     if config.max_model_len is None and memory.max_model_len < spec.max_len:
         logger.warning(
-            "max_model_len is %d: the KV pool can't hold the checkpoint's %d tokens", memory.max_model_len, spec.max_len
+            "max_model_len is %d: the KV pool can't hold the checkpoint's %d tokens",
+            memory.max_model_len,
+            spec.max_len,
         )
     logger.info("memory plan: %s", memory.describe())
     tokenizer = None
+    tokenizer_directory = directory
     if not skip_tokenizer:
-        folder = directory if config.tokenizer is None else resolve(config.tokenizer, tokenizer_only=True)
+        if config.tokenizer is not None:
+            tokenizer_directory = resolve(config.tokenizer, tokenizer_only=True)
         tokenizer = Tokenizer(
-            folder,
+            tokenizer_directory,
             vocab_size=spec.vocab_size,
             max_model_len=memory.max_model_len,
             trust_patterns=config.trust_tokenizer,
         )
     eos_id = None if tokenizer is None else tokenizer.eos_token_id
-    defaults = load_generation_defaults(directory, values, vocab_size=spec.vocab_size, tokenizer_eos_id=eos_id)
+    defaults = load_generation_defaults(
+        directory, values, vocab_size=spec.vocab_size, tokenizer_eos_id=eos_id
+    )
     plan = lower(spec, memory.max_model_len)
     team = make_team(config)
     try:
@@ -141,8 +149,26 @@ def load(
         team.close()
         raise
     load_s = time.perf_counter() - start
-    logger.info("loaded %s in %.2f s, weights %d MiB, %d threads", directory, load_s, sink.n_bytes >> 20, team.n_threads)
-    return Loaded(engine, directory, spec, executor, team, tokenizer, defaults, memory, sink.n_bytes, load_s)
+    logger.info(
+        "loaded %s in %.2f s, weights %d MiB, %d threads",
+        directory,
+        load_s,
+        sink.n_bytes >> 20,
+        team.n_threads,
+    )
+    return Loaded(
+        engine,
+        directory,
+        tokenizer_directory,
+        spec,
+        executor,
+        team,
+        tokenizer,
+        defaults,
+        memory,
+        sink.n_bytes,
+        load_s,
+    )
 
 
 def make_team(config: EngineConfig) -> ops.Team:
@@ -159,13 +185,17 @@ def make_team(config: EngineConfig) -> ops.Team:
 def _read_config(directory: Path) -> dict[str, Any]:
     path = checkpoint_file(directory, "config.json")
     if path is None:
-        raise CheckpointError(f"{directory}: no config.json; expected the folder of a Hugging Face checkpoint")
+        raise CheckpointError(
+            f"{directory}: no config.json; expected the folder of a Hugging Face checkpoint"
+        )
     return read_json(path)
 
 
 def _check_len(max_model_len: int | None, max_len: int) -> int | None:
     if max_model_len is not None and max_model_len > max_len:
-        raise ConfigError(f"max_model_len is {max_model_len}, the checkpoint supports {max_len} tokens; lower it")
+        raise ConfigError(
+            f"max_model_len is {max_model_len}, the checkpoint supports {max_len} tokens; lower it"
+        )
     return max_model_len
 
 
@@ -228,7 +258,9 @@ def _progress_bar(show: bool | None) -> Iterator[Callable[[int, int], None] | No
     if not (sys.stderr.isatty() if show is None else show):
         yield None
         return
-    from tqdm import tqdm  # comes with tokenizers' huggingface_hub; 20 ms that most imports of pace need not pay
+    from tqdm import (
+        tqdm,
+    )  # comes with tokenizers' huggingface_hub; 20 ms that most imports of pace need not pay
 
     with tqdm(desc="loading", unit="B", unit_scale=True, leave=False) as bar:
 

@@ -71,7 +71,8 @@ def plan_memory(
     Args:
         plan: lowered for any max_model_len; only its shapes are read.
         max_len: what the checkpoint supports, in tokens.
-        max_model_len: what the user asked for; None: max_len, or less where the pool can't hold one such sequence.
+        max_model_len: what the user asked for; None: max_len, or less where the pool can't hold one such
+            sequence.
         available: bytes; None: ask the system.
 
     Raises:
@@ -80,7 +81,9 @@ def plan_memory(
     available = available_bytes() if available is None else available
     weights_bytes = sum(_packed_bytes(shape.n, shape.k) for shape in plan.weights().values())
     activation_bytes = sum(
-        slot.width * SLOT_BYTES[slot.dtype] * (max_num_batched_tokens if slot.rows == "tokens" else max_num_seqs)
+        slot.width
+        * SLOT_BYTES[slot.dtype]
+        * (max_num_batched_tokens if slot.rows == "tokens" else max_num_seqs)
         for slot in plan.slots.values()
     )
     left = available - weights_bytes - activation_bytes - SLACK_BYTES

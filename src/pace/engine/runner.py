@@ -38,8 +38,8 @@ class Runner:
         """Compute one step; the sequences' state is not changed.
 
         Returns:
-            Logits f32 [R, vocab_size], valid until the next call, and the R sequences that they belong to: those of
-            which no pending token is left, so that the next one can be sampled.
+            Logits f32 [R, vocab_size], valid until the next call, and the R sequences that they belong to:
+            those of which no pending token is left, so that the next one can be sampled.
         """
         batch, sampled = self._batch(step)
         start = time.perf_counter()
@@ -67,7 +67,8 @@ class Runner:
             if end == seq.n_tokens:
                 logit_rows.append(at - 1)
                 sampled.append(seq)
-        # One conversion per array: assigning Python integers to elements one by one costs three times as much.
+        # One conversion per array: assigning Python integers to elements one by one costs three times as
+        # much.
         self._q_start[: n_seqs + 1] = q_start
         self._kv_len[:n_seqs] = kv_len
         self._logit_rows[: len(logit_rows)] = logit_rows

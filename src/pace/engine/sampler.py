@@ -97,8 +97,8 @@ class Sampler:
     def sample(self, logits: F32Array, seqs: list[Sequence]) -> SampleResult:
         """Draw the next token of every sequence.
 
-        A draw depends on the request's seed and the token's position only, so that it does not matter in which step
-        or beside whom it happens.
+        A draw depends on the request's seed and the token's position only, so that it does not matter in
+        which step or beside whom it happens.
 
         Args:
             logits: f32 [R, vocab_size].

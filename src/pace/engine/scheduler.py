@@ -38,9 +38,10 @@ class Schedule:
 class Scheduler:
     """First come, first served, under a budget of tokens per step.
 
-    Decoding sequences run in every step, one row each, so that nobody's stream stops while a prompt is read; what is
-    left of the budget goes to prompts in order of arrival, the last one cut to fit. A sequence is admitted when its
-    worst case fits the KV pool, so nothing has to be taken back later; the head of the queue is never overtaken.
+    Decoding sequences run in every step, one row each, so that nobody's stream stops while a prompt is
+    read; what is left of the budget goes to prompts in order of arrival, the last one cut to fit. A
+    sequence is admitted when its worst case fits the KV pool, so nothing has to be taken back later; the
+    head of the queue is never overtaken.
 
     Args:
         tables: block tables; their rows bound the running sequences.

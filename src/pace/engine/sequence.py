@@ -29,15 +29,15 @@ class Status(Enum):
 class Sequence:
     """A prompt and its growing output.
 
-    Tokens `[0, n_computed)` are in the KV cache, `[n_computed, n_tokens)` wait to run. Between steps a decoding
-    sequence has one pending token, a prompt that is still being read has many; the scheduler needs to know no more.
+    Tokens `[0, n_computed)` are in the KV cache, `[n_computed, n_tokens)` wait to run. Between steps a
+    decoding sequence has one pending token, a prompt that is still being read has many; the scheduler needs
+    to know no more.
 
     Args:
         request_id: unique within the engine.
         prompt_ids: i32 [n_prompt].
         params: complete: the checkpoint's defaults are merged in.
         max_output: output tokens at most, >= 1; n_prompt + max_output fits the engine's max_model_len.
-        seed: of this request's random numbers, 0 .. 2^64 - 1.
         stop_ids: token ids that end the output, EOS included.
         prompt: the prompt's text, to be handed back.
         text: the output's text; None where none is wanted.
@@ -83,7 +83,6 @@ class Sequence:
         params: SamplingParams,
         *,
         max_output: int,
-        seed: int,
         stop_ids: frozenset[int] = frozenset(),
         prompt: str | None = None,
         text: TextStream | None = None,
@@ -94,7 +93,7 @@ class Sequence:
         self.params = params
         self.prompt = prompt
         self.prompt_ids: list[int] = prompt_ids.tolist()  # as outputs hand it back
-        self.seed = seed
+        self.seed = 0  # of this request's random numbers, 0 .. 2^64 - 1; set when it is accepted
         self.stop_ids = stop_ids
         self.max_output = max_output
         self.stream = stream
@@ -112,7 +111,9 @@ class Sequence:
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self.has_penalty = (
-            params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+            params.repetition_penalty != 1.0
+            or params.presence_penalty != 0.0
+            or params.frequency_penalty != 0.0
         )
         self.banned_ids = np.array(sorted(stop_ids), dtype=np.int32) if params.min_tokens else EMPTY
         self.arrival_s = arrival_s

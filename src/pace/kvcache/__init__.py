@@ -1,4 +1,4 @@
-"""The KV cache: blocks, their reference counts, and the block tables that lead from a sequence to its blocks."""
+"""The KV cache: blocks with reference counts, and the tables that lead from a sequence to its blocks."""
 
 from pace.kvcache.pool import BlockPool, BlockTables, blocks_for, kv_block_bytes
 

@@ -1,11 +1,11 @@
 """Blocks of the KV cache and the block tables of the sequences that hold them.
 
-This is bookkeeping only: which block belongs to whom. The memory itself is `ops.KVPool`, in which one block index
-means the same block in every layer, so that one table per sequence serves all layers.
+This is bookkeeping only: which block belongs to whom. The memory itself is `ops.KVPool`, in which one block
+index means the same block in every layer, so that one table per sequence serves all layers.
 
-Admission *reserves* a sequence's worst case and blocks are taken from that reservation as the sequence grows. So the
-pool never runs out in the middle of a step, and blocks that nobody has reached yet are not touched: the operating
-system maps KV memory on first use.
+Admission *reserves* a sequence's worst case and blocks are taken from that reservation as the sequence
+grows. So the pool never runs out in the middle of a step, and blocks that nobody has reached yet are not
+touched: the operating system maps KV memory on first use.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pace.models.plan import I32Array
 __all__ = ["DEFAULT_BLOCK_SIZE", "MIN_BLOCK_SIZE", "BlockPool", "BlockTables", "blocks_for", "kv_block_bytes"]
 
 DEFAULT_BLOCK_SIZE = 256
-"""Tokens of a slab: one head's K and V (2 x 256 x 128 x 2 B = 128 KiB) stay in L2 while a work item reads them."""
+"""Tokens of a slab: K and V of one head (2 x 256 x 128 x 2 B = 128 KiB) fit the L2 of the reading core."""
 
 MIN_BLOCK_SIZE = 16
 """The kernel reads keys in vectors of 16 tokens."""
@@ -56,7 +56,9 @@ class BlockPool:
         if n_blocks < 1:
             raise ConfigError(f"a KV pool of {n_blocks} blocks holds nothing; expected at least 1")
         if block_size < MIN_BLOCK_SIZE or block_size & (block_size - 1):
-            raise ConfigError(f"block_size is {block_size}, expected a power of two of at least {MIN_BLOCK_SIZE}")
+            raise ConfigError(
+                f"block_size is {block_size}, expected a power of two of at least {MIN_BLOCK_SIZE}"
+            )
         self.n_blocks = n_blocks
         self.block_size = block_size
         self.n_reserved = 0  # promised by `reserve`, not yet taken
@@ -118,8 +120,8 @@ class BlockPool:
 class BlockTables:
     """The block tables of the running sequences: one row each of a single preallocated array.
 
-    A sequence owns its row from `open` to `close`; the runner gathers rows by index, so no list is converted in a
-    step. Unused entries are stale, never out of range.
+    A sequence owns its row from `open` to `close`; the runner gathers rows by index, so no list is
+    converted in a step. Unused entries are stale, never out of range.
 
     Args:
         pool: where the blocks come from.

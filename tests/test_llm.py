@@ -1,0 +1,287 @@
+"""The façade over a tiny real model: prompts, parameters, threads, errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_checkpoint import write_checkpoint
+
+from pace.errors import (
+    CapacityError,
+    CheckpointError,
+    ConfigError,
+    ForkError,
+    PaceError,
+    RequestError,
+    WeightsError,
+)
+from pace.llm import LLM
+from pace.params import SamplingParams
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def llm(model: Path) -> Iterator[LLM]:
+    with LLM(model, threads=2, max_num_seqs=4, max_num_batched_tokens=32) as llm:
+        yield llm
+
+
+def answers(outputs: list[Any]) -> list[Any]:
+    return [(o.outputs[0].token_ids, o.outputs[0].text, o.outputs[0].finish_reason) for o in outputs]
+
+
+def test_every_form_of_a_prompt_is_the_same_prompt(llm: LLM) -> None:
+    ids = llm.get_tokenizer().encode("hello")
+    forms: list[Any] = [
+        "hello",
+        ["hello"],
+        {"prompt": "hello"},
+        {"prompt_token_ids": ids},
+        [{"prompt_token_ids": tuple(ids), "prompt": "hello"}],
+    ]
+    outputs = [llm.generate(form, GREEDY) for form in forms]
+    assert all(answers(output) == answers(outputs[0]) for output in outputs)
+    assert outputs[0][0].prompt == "hello" and outputs[3][0].prompt is None
+    assert list(outputs[0][0].prompt_token_ids) == ids
+    assert len(outputs[0][0].outputs[0].token_ids) == 12
+
+
+def test_a_batch_equals_its_prompts_alone(llm: LLM, model: Path) -> None:
+    prompts = ["a" * n for n in (1, 7, 40, 64, 3, 90)]
+    params = [SamplingParams(max_tokens=5 + n, seed=n, temperature=n % 2, logprobs=3) for n in range(6)]
+    together = llm.generate(prompts, params)
+    alone = [llm.generate(prompt, one)[0] for prompt, one in zip(prompts, params, strict=True)]
+    assert [o.outputs for o in together] == [o.outputs for o in alone]
+    with LLM(model, threads=1) as other:
+        assert [o.outputs for o in other.generate(prompts, params)] == [o.outputs for o in alone]
+
+
+def test_stream_grows_into_the_generated_text(llm: LLM) -> None:
+    (whole,) = llm.generate("stream me", GREEDY)
+    outputs = list(llm.stream("stream me", GREEDY))
+    assert [len(o.outputs[0].token_ids) for o in outputs] == list(range(1, 13))
+    assert outputs[-1].outputs == whole.outputs
+    assert all(whole.outputs[0].text.startswith(o.outputs[0].text) for o in outputs)
+
+
+def test_a_dropped_stream_frees_its_blocks(llm: LLM) -> None:
+    stream = llm.stream("x", SamplingParams(max_tokens=400, ignore_eos=True))
+    next(stream)
+    assert llm.stats()["n_running"] == 1
+    stream.close()  # type: ignore[attr-defined]
+    llm.generate("y", GREEDY)
+    stats = llm.stats()
+    assert stats["n_running"] == 0 and stats["n_free_blocks"] == stats["n_blocks"]
+
+
+def test_chat(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    (output,) = llm.chat(messages, GREEDY)
+    assert output.prompt == "<|user|>hi<|end|><|assistant|>"
+    assert len(output.prompt_token_ids) == 5
+    many = llm.chat([messages, messages], GREEDY)
+    assert answers(many) == [answers([output])[0]] * 2
+    (custom,) = llm.chat(
+        messages, GREEDY, chat_template="{{ messages[0].content }}!", add_generation_prompt=False
+    )
+    assert custom.prompt == "hi!"
+    *_, last = llm.stream_chat(messages, GREEDY)
+    assert last.outputs == output.outputs
+
+
+def test_callers_in_threads_share_steps_and_keep_their_answers(llm: LLM) -> None:
+    expected = [llm.generate(f"thread {i}", GREEDY)[0].outputs for i in range(6)]
+    found: list[Any] = [None] * 6
+
+    def work(i: int) -> None:
+        for _ in range(5):
+            if i % 2:
+                found[i] = llm.generate(f"thread {i}", GREEDY)[0].outputs
+            else:
+                *_, last = llm.stream(f"thread {i}", GREEDY)
+                found[i] = last.outputs
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == expected
+
+
+def test_a_suspended_stream_does_not_block_others(llm: LLM) -> None:
+    stream = llm.stream("slow reader", GREEDY)
+    first = next(stream)
+    (whole,) = llm.generate("slow reader", GREEDY)
+    assert llm.generate("another", GREEDY)
+    *_, last = stream
+    assert first.outputs[0].token_ids == whole.outputs[0].token_ids[:1]
+    assert last.outputs == whole.outputs
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "message"),
+    [
+        (7, None, "prompts is 7"),
+        ([7], None, "prompt 0 is 7"),
+        (["a", {"text": "b"}], None, "prompt 1 has the key 'text'"),
+        (["a", {}], None, "prompt 1 has neither"),
+        ({"prompt": 3}, None, "prompt 0: prompt is 3"),
+        (["a", ""], None, "prompt 1: the prompt is empty"),
+        ({"prompt_token_ids": []}, None, "prompt 0: the prompt is empty"),
+        (
+            [{"prompt_token_ids": [1]}, {"prompt_token_ids": [10**6]}],
+            None,
+            "prompt 1: the prompt has token id 1000000",
+        ),
+        ({"prompt_token_ids": [1] * 512}, None, "512 tokens, expected at most 511"),
+        (["a", "b" * 600], None, "prompt 1: the prompt has 600 tokens"),
+        (["a", "b" * 100_000], None, "prompt 1: "),
+        (["a", "\ud800"], None, "prompt 1: .*surrogate"),
+        (["a", "b"], [GREEDY], "1 entries for 2 prompts"),
+        (["a", "b"], [GREEDY, 5], "for prompt 1 is 5"),
+        ("a", {"temperature": 0}, "expected SamplingParams"),
+        (["a", "b"], [GREEDY, SamplingParams(stop_token_ids=[9999])], "prompt 1: stop_token_ids"),
+    ],
+)
+def test_bad_requests_are_refused_before_anything_runs(
+    llm: LLM, prompts: Any, params: Any, message: str
+) -> None:
+    before = llm.stats()["n_steps"]
+    with pytest.raises(RequestError, match=message):
+        llm.generate(prompts, params)
+    assert llm.stats()["n_steps"] == before and not llm.engine.has_unfinished
+
+
+def test_bad_conversations(llm: LLM) -> None:
+    for messages in ("hi", [1], [[1]], {"role": "user"}):
+        with pytest.raises((RequestError,)):
+            llm.chat(messages, GREEDY)  # type: ignore[arg-type]
+
+
+def test_no_prompts(llm: LLM) -> None:
+    assert llm.generate([]) == []
+
+
+def test_generation_config_fills_what_the_caller_leaves_open(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path)
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps({"temperature": 0.0, "max_new_tokens": 5, "eos_token_id": [3, 4]})
+    )
+    with LLM(model, threads=1) as llm:
+        assert llm.engine.eos_token_ids >= {3, 4}
+        (default,) = llm.generate("a")
+        (again,) = llm.generate("a", SamplingParams())
+        (longer,) = llm.generate("a", SamplingParams(max_tokens=7, ignore_eos=True))
+        (sampled,) = llm.generate("a", SamplingParams(temperature=5.0, seed=1, ignore_eos=True))
+    assert default.outputs == again.outputs
+    assert len(longer.outputs[0].token_ids) == 7
+    assert (
+        list(longer.outputs[0].token_ids[:5])[: len(default.outputs[0].token_ids)]
+        == default.outputs[0].token_ids
+    )
+    assert sampled.outputs[0].token_ids != longer.outputs[0].token_ids[:5]
+
+
+def test_without_a_tokenizer(model: Path, tmp_path: Path) -> None:
+    bare = write_checkpoint(tmp_path)
+    (bare / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        LLM(bare)
+    with LLM(bare, skip_tokenizer_init=True, threads=1) as llm:
+        (output,) = llm.generate({"prompt_token_ids": [1, 2]}, GREEDY)
+        assert len(output.outputs[0].token_ids) == 12 and output.outputs[0].text == ""
+        with pytest.raises(RequestError, match="without a tokenizer"):
+            llm.generate("text")
+    with LLM(bare, tokenizer=model, threads=1) as llm:
+        assert llm.generate("text", GREEDY)[0].outputs[0].token_ids
+
+
+def test_closed(model: Path) -> None:
+    llm = LLM(model, threads=1)
+    stream = llm.stream("a", GREEDY)
+    llm.close()
+    llm.close()
+    for call in (lambda: llm.generate("a"), lambda: next(stream)):
+        with pytest.raises(PaceError, match="closed"):
+            call()
+
+
+def test_forked_child_gets_an_error(llm: LLM) -> None:
+    stream = llm.stream("a", GREEDY)
+    next(stream)
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            llm.generate("a", GREEDY)
+        except ForkError:
+            os.write(write, b"ForkError")
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        assert pipe.read() == b"ForkError"
+    os.waitpid(pid, 0)
+    assert len(list(stream)) == 11
+
+
+def test_two_engines_in_one_process(llm: LLM, model: Path) -> None:
+    with LLM(model, threads=1) as other:
+        first, second = llm.stream("a", GREEDY), other.stream("a", GREEDY)
+        pairs = list(zip(first, second, strict=True))
+    assert all(a.outputs == b.outputs for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"max_model_len": 513}, ConfigError, "supports 512"),
+        ({"max_model_len": 0}, ConfigError, "max_model_len is 0"),
+        ({"threads": 0}, ConfigError, "n_threads is 0"),
+        ({"cpus": "3-1"}, ConfigError, "empty"),
+        ({"cpus": []}, ConfigError, "cpus"),
+        ({"kernels": {"gemm": "sse2"}}, ConfigError, "sse2"),
+        ({"kernels": {"gem": "avx2"}}, ConfigError, "'gem'"),
+        ({"max_num_seqs": 0}, ConfigError, "max_num_seqs"),
+        ({"max_num_batched_tokens": 3}, ConfigError, "below max_num_seqs"),
+        ({"revision": "main"}, CheckpointError, "revision"),
+        ({"seed": -1}, ConfigError, "seed"),
+    ],
+)
+def test_bad_options(model: Path, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        LLM(model, **options)
+
+
+def test_kernels_can_be_forced(llm: LLM, model: Path) -> None:
+    with LLM(model, threads=1, kernels={"attention": "reference", "gemm": "reference"}) as other:
+        assert len(other.generate("a", GREEDY)[0].outputs[0].token_ids) == 12
+
+
+def test_missing_weights_leave_nothing_behind(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    n_threads = threading.active_count()
+    with pytest.raises(WeightsError, match=r"layers\.2"):
+        LLM(model)
+    assert threading.active_count() == n_threads
+
+
+def test_capacity_names_the_knob(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pace.engine.memory.available_bytes", lambda: 1 << 20)
+    with pytest.raises(CapacityError, match="max_num_batched_tokens"):
+        LLM(model)
