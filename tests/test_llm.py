@@ -151,7 +151,7 @@ def test_a_suspended_stream_does_not_block_others(llm: LLM) -> None:
         (["a", "b" * 100_000], None, "prompt 1: "),
         (["a", "\ud800"], None, "prompt 1: .*surrogate"),
         (["a", "b"], [GREEDY], "1 entries for 2 prompts"),
-        (["a", "b"], [GREEDY, 5], "for prompt 1 is 5"),
+        (["a", "b"], [GREEDY, 5], "sampling_params 1 is 5"),
         ("a", {"temperature": 0}, "expected SamplingParams"),
         (["a", "b"], [GREEDY, SamplingParams(stop_token_ids=[9999])], "prompt 1: stop_token_ids"),
     ],

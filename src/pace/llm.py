@@ -9,8 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
-from contextlib import AbstractContextManager, nullcontext
-from types import TracebackType
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from pace.chat import ChatTemplate
@@ -158,17 +157,19 @@ class LLM:
             ChatTemplateError: there is no template, or it refuses the messages.
             RequestError: as `generate`.
         """
+        if not isinstance(messages, (list, tuple)):
+            raise RequestError(f"messages is {show(messages)}, expected a list of messages")
         single = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Any = [messages] if single else messages
-        if not isinstance(messages, (list, tuple)) or not all(isinstance(c, (list, tuple)) for c in conversations):
-            raise RequestError(f"messages is {show(messages)}, expected a list of messages, or a list of such lists")
         prompts = [
-            self._encode_chat(conversation, add_generation_prompt, chat_template) for conversation in
-            conversations
+            self._encode_chat(conversation, add_generation_prompt, chat_template)
+            for conversation in conversations
         ]
         return self._run(prompts, sampling_params, use_tqdm)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
         """Complete one prompt token by token.
 
         Returns:
@@ -239,7 +240,7 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     # ---- from prompts to sequences
@@ -258,9 +259,11 @@ class LLM:
             tokenizer = self.get_tokenizer()
             try:
                 batch = tokenizer.encode_batch(list(texts.values()))
-            except RequestError:  # once more, one by one, to learn which it was
-                batch = [_named(f"prompt {i}", lambda text=text: tokenizer.encode(text)) for i, text in
-                texts.items()]
+            except RequestError:
+                for i, text in texts.items():  # once more, one by one, to learn which it was
+                    with _naming(f"prompt {i}"):
+                        tokenizer.encode(text)
+                raise
             for i, ids in zip(texts, batch, strict=True):
                 encoded[i] = ids, texts[i]
         return encoded
@@ -273,9 +276,7 @@ class LLM:
             template = ChatTemplate(chat_template, special_tokens=tokenizer.special_tokens)
         else:
             if self._chat_template is None:
-                self._chat_template = ChatTemplate.load(
-                    self.loaded.tokenizer_directory, tokenizer
-                )
+                self._chat_template = ChatTemplate.load(self.loaded.tokenizer_directory, tokenizer)
             template = self._chat_template
         text = template.render(messages, add_generation_prompt=add_generation_prompt)
         # The template has written the special tokens itself.
@@ -302,21 +303,14 @@ class LLM:
         sequences = []
         for i, ((ids, text), params) in enumerate(zip(prompts, all_params, strict=True)):
             if params is not None and not isinstance(params, SamplingParams):
-                raise RequestError(f"sampling_params for prompt {i} is {show(params)}, expected SamplingParams")
-            if id(params) not in merged:  # thousands of prompts usually share one
-                chosen = SamplingParams() if params is None else params
-                merged[id(params)] = _named(
-                    f"prompt {i}", lambda chosen=chosen: chosen.merged_with(self.loaded.defaults.sampling)
-                )
-            request_id = str(next(self._ids))
-            sequences.append(
-                _named(
-                    f"prompt {i}",
-                    lambda ids=ids, text=text, complete=merged[id(params)], request_id=request_id: self.engine.prepare(
-                        request_id, ids, complete, prompt=text, stream=stream
-                    ),
-                )
-            )
+                raise RequestError(f"sampling_params {i} is {show(params)}, expected SamplingParams")
+            with _naming(f"prompt {i}"):
+                if id(params) not in merged:  # thousands of prompts usually share one
+                    chosen = SamplingParams() if params is None else params
+                    merged[id(params)] = chosen.merged_with(self.loaded.defaults.sampling)
+                request_id = str(next(self._ids))
+                complete = merged[id(params)]
+                sequences.append(self.engine.prepare(request_id, ids, complete, prompt=text, stream=stream))
         return sequences
 
     # ---- driving the engine
@@ -387,7 +381,7 @@ class LLM:
 
 
 class _Accepted:
-    """Requests are in the engine inside the with block; those that have not finished are aborted at its end."""
+    """Requests are in the engine inside the with block; what has not finished at its end is aborted."""
 
     def __init__(self, llm: LLM, sequences: list[Sequence], mailbox: Mailbox) -> None:
         self.llm, self.sequences, self.mailbox = llm, sequences, mailbox
@@ -402,7 +396,7 @@ class _Accepted:
 
     def __exit__(self, *exception: object) -> None:
         if os.getpid() != self.llm._pid:
-            return  # a generator that a forked child inherited; another thread of the parent may hold the lock
+            return  # a generator that a forked child inherited; the lock may be held by a thread it hasn't
         with self.llm._turn:
             for seq in self.sequences:
                 self.llm._mailboxes.pop(seq.request_id, None)
@@ -416,7 +410,9 @@ def _parse_prompt(prompt: object, where: str) -> tuple[str | None, Any]:
     if isinstance(prompt, str):
         return prompt, None
     if not isinstance(prompt, Mapping):
-        raise RequestError(f'{where} is {show(prompt)}, expected a string, {{"prompt": ...}} or {{"prompt_token_ids": [...]}}')
+        raise RequestError(
+            f'{where} is {show(prompt)}, expected text, {{"prompt": text}} or {{"prompt_token_ids": [...]}}'
+        )
     unknown = [key for key in prompt if key not in ("prompt", "prompt_token_ids")]
     if unknown:
         raise RequestError(f"{where} has the key {show(unknown[0])}, expected prompt or prompt_token_ids")
@@ -428,10 +424,11 @@ def _parse_prompt(prompt: object, where: str) -> tuple[str | None, Any]:
     return text, ids
 
 
-def _named(where: str, call: Any) -> Any:
-    """Call; an error of one request says whose it is."""
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """An error of one request says whose it is."""
     try:
-        return call()
+        yield
     except RequestError as error:
         raise RequestError(f"{where}: {error}") from None
 

@@ -122,7 +122,7 @@ class Panic(BaseException):
 
 
 class LetterTokenizer:
-    """What `TextStream` needs of a tokenizer: token t is the letter t % 26, 95 and 96 are the halves of an e acute."""
+    """What `TextStream` needs of a tokenizer: token t is a letter, 95 and 96 the halves of one."""
 
     byte_level = True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def test_one_request_is_what_the_model_says() -> None:
 def test_numbers_do_not_depend_on_the_company(
     requests: list[tuple[int, int, int, bool]], max_tokens: int, n_blocks: int, n_seqs: int
 ) -> None:
-    """Any arrival times, lengths, budgets and pools: outputs and log probabilities equal those of a lone request."""
+    """Any arrival times, lengths, budgets and pools: tokens and logprobs equal those of a lone request."""
 
     def add(engine: Engine, i: int) -> None:
         n_prompt, n_output, _, sampled = requests[i]
@@ -115,7 +116,7 @@ def test_streaming_grows_and_ends_in_the_full_output() -> None:
     assert [len(o.outputs[0].token_ids) for o in outputs] == list(range(1, 9))
     assert [o.finished for o in outputs] == [False] * 7 + [True]
     texts = [o.outputs[0].text for o in outputs]
-    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
     assert texts[-1] == spelt(greedy([9, 9], 8))
 
 

@@ -38,7 +38,12 @@ static void amx_configure(int rows) {
     __asm__ volatile("ldtilecfg %0" ::"m"(t));
 }
 
+// GCC 12's tile loads do not tell the compiler that they read memory: without this, stores to A or C made just before
+// could be moved behind them. (Its tile stores do clobber memory.)
+#define AMX_FENCE __asm__ volatile("" ::: "memory")
+
 INLINE void amx_tile(const int halves, const int fetch, const mm_args *g) {
+    AMX_FENCE;
     const size_t lda = (size_t)g->lda * 2, ldc = (size_t)g->ldc * 4, ldb = (size_t)g->ldb * 2;
     float *c = g->c;
     if (g->accumulate) {
@@ -83,6 +88,48 @@ INLINE void amx_tile(const int halves, const int fetch, const mm_args *g) {
         _tile_stored(2, c + 16 * g->ldc, ldc);
         _tile_stored(3, c + 16 * g->ldc + 16, ldc);
     }
+}
+
+// Any rows x columns (a multiple of 16) with tiles configured for 32 rows: the attention products. Row counts are
+// rounded up to 16: the rows beyond are scratch of the caller, read and written but never used. kp: multiple of 16.
+static void amx_block(long rows, long columns, const mm_args *g) {
+    AMX_FENCE;
+    const size_t lda = (size_t)g->lda * 2, ldb = (size_t)g->ldb * 2, ldc = (size_t)g->ldc * 4;
+    for (long r = 0; r < rows; r += 32)
+        for (long n = 0; n < columns; n += 32) {
+            const int low = r + 16 < rows, right = n + 16 < columns;
+            const bf16 *a = g->a + r * g->lda, *b = g->b + n * 2;
+            float *c = g->c + r * g->ldc + n;
+            if (g->accumulate) {
+                _tile_loadd(0, c, ldc);
+                if (right) _tile_loadd(1, c + 16, ldc);
+                if (low) _tile_loadd(2, c + 16 * g->ldc, ldc);
+                if (low && right) _tile_loadd(3, c + 16 * g->ldc + 16, ldc);
+            } else {
+                _tile_zero(0);
+                _tile_zero(1);
+                _tile_zero(2);
+                _tile_zero(3);
+            }
+            for (long p = 0; p < g->kp; p += 16, a += 32, b += 16 * g->ldb) {
+                _tile_loadd(4, a, lda);
+                _tile_loadd(6, b, ldb);
+                _tile_dpbf16ps(0, 4, 6);
+                if (right) {
+                    _tile_loadd(7, b + 32, ldb);
+                    _tile_dpbf16ps(1, 4, 7);
+                }
+                if (low) {
+                    _tile_loadd(5, a + 16 * g->lda, lda);
+                    _tile_dpbf16ps(2, 5, 6);
+                    if (right) _tile_dpbf16ps(3, 5, 7);
+                }
+            }
+            _tile_stored(0, c, ldc);
+            if (right) _tile_stored(1, c + 16, ldc);
+            if (low) _tile_stored(2, c + 16 * g->ldc, ldc);
+            if (low && right) _tile_stored(3, c + 16 * g->ldc + 16, ldc);
+        }
 }
 
 static void gemm_tile(gemm_state *s, int rows, const mm_args *g) {

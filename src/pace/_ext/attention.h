@@ -10,6 +10,9 @@
 #define PACE_ATTENTION_H
 
 #include "mm.h"
+#ifdef PACE_AMX
+#include "amx.h"
+#endif
 
 typedef struct {
     _Alignas(64) bf16 q[PACE_ATTN_ROWS][PACE_MAX_HEAD_DIM];
@@ -18,7 +21,59 @@ typedef struct {
     float o[PACE_ATTN_ROWS][PACE_MAX_HEAD_DIM];
     float sum_o[PACE_ATTN_ROWS][PACE_MAX_HEAD_DIM];
     float max[PACE_ATTN_ROWS], sum[PACE_ATTN_ROWS];
+    bf16 v[32 * PACE_MAX_HEAD_DIM];  // two 16-token blocks of V side by side, for the tiles
 } attention_buf;
+
+// Which unit multiplies is a property of the tier and head_dim, never of the row count or the block size (law 1).
+INLINE int attention_in_tiles(long head_dim) {
+#ifdef PACE_AMX
+    return head_dim % 32 == 0;
+#else
+    (void)head_dim;
+    return 0;
+#endif
+}
+
+INLINE void attention_mm(int in_tiles, long rows, long columns, const mm_args *g) {
+#ifdef PACE_AMX
+    if (in_tiles) {
+        amx_block(rows, columns, g);
+        return;
+    }
+#endif
+    (void)in_tiles;
+    mm_block(rows, (int)(columns / 16), *g);
+}
+
+// O (+)= P V over columns [c0, c1) of a piece, 32 tokens to a tile instruction. Blocks of 16 tokens are joined in
+// pairs first, so that a tile's sum has the same 32 terms on every block size; a missing partner counts as zeros.
+INLINE void values_in_tiles(attention_buf *t, const pace_kv *kv, const int32_t *table, long kv_head, long rows,
+                            long piece, long c0, long c1) {
+    const long d = kv->head_dim, b = kv->block, head = kv_head * 2 * b * d + b * d;
+    mm_args g = {.lda = PACE_PIECE + 32, .ldb = 2 * d, .bps = 64, .c = t->o[0], .ldc = PACE_MAX_HEAD_DIM};
+    for (long c = c0, step; c < c1; c += step) {
+        g.a = t->p[0] + c;
+        g.accumulate = c > c0;
+        if (b >= 32) {
+            const long in = (piece + c) % b;
+            step = b - in < c1 - c ? b - in : c1 - c;
+            g.b = kv->kv + table[(piece + c) / b] * kv->block_stride + head + in * d;
+        } else {
+            step = 32;
+            for (int i = 0; i < 2; i++) {
+                if (c + 16 * i < c1) {
+                    memcpy(t->v + 16 * i * d, kv->kv + table[(piece + c) / b + i] * kv->block_stride + head, (size_t)d * 32);
+                } else {
+                    memset(t->v + 16 * i * d, 0, (size_t)d * 32);
+                    for (long r = 0; r < rows; r++) memset(t->p[r] + c + 16, 0, 32);
+                }
+            }
+            g.b = t->v;
+        }
+        g.kp = step / 2;
+        attention_mm(1, rows, d, &g);
+    }
+}
 
 // Columns [first, last) of one piece's score row become probabilities; columns [c0, c1) outside that are zero.
 // Returns the row maximum and sum over visible columns (-inf and 0 when there are none).
@@ -54,6 +109,10 @@ static void attention(const pace_attention *g, const pace_rows *rows, long kv_he
     const long end = pos0 + n_tok;  // positions the last row sees: [.., end)
     const long begin = g->window && pos0 - g->window + 1 > 0 ? pos0 - g->window + 1 : 0;
     const long unit = b < 32 ? b : 32;  // columns are computed in whole units; V is clean up to a unit
+    const int in_tiles = attention_in_tiles(d);
+#ifdef PACE_AMX
+    if (in_tiles) amx_configure(32);
+#endif
 
     for (long r = 0; r < n; r++) {  // row r is query token r / group, head r % group
         memcpy(t->q[r], g->q + (rows->row0 + r / group) * g->ldq + (kv_head * group + r % group) * d, (size_t)d * 2);
@@ -63,14 +122,15 @@ static void attention(const pace_attention *g, const pace_rows *rows, long kv_he
     }
 
     for (long piece = begin / PACE_PIECE * PACE_PIECE; piece < end; piece += PACE_PIECE) {
-        const long lo = begin > piece ? (begin - piece) / unit * unit : 0;  // columns of this piece: [lo, hi)
-        long hi = end - piece < PACE_PIECE ? (end - piece + unit - 1) / unit * unit : PACE_PIECE;
+        const long lo = begin > piece ? (begin - piece) / 32 * 32 : 0;  // columns of this piece: [lo, hi)
+        const long hi = end - piece < PACE_PIECE ? (end - piece + unit - 1) / unit * unit : PACE_PIECE;
         for (long c = lo, step; c < hi; c += step) {  // S = Q K^T, block by block
             const long in = (piece + c) % b;
             step = b - in < hi - c ? b - in : hi - c;
             const bf16 *k = kv->kv + table[(piece + c) / b] * kv->block_stride + kv_head * 2 * b * d + in * 2;
-            mm_block(n, (int)(step / 16), (mm_args){.a = t->q[0], .lda = PACE_MAX_HEAD_DIM, .b = k, .ldb = 2 * b,
-                     .bps = 64, .c = t->s[0] + c, .ldc = PACE_PIECE, .kp = d / 2});
+            attention_mm(in_tiles, n, step,
+                         &(mm_args){.a = t->q[0], .lda = PACE_MAX_HEAD_DIM, .b = k, .ldb = 2 * b, .bps = 64,
+                                    .c = t->s[0] + c, .ldc = PACE_PIECE, .kp = d / 2});
         }
         float max[PACE_ATTN_ROWS], sum[PACE_ATTN_ROWS];
         for (long r = 0; r < n; r++) {
@@ -79,7 +139,8 @@ static void attention(const pace_attention *g, const pace_rows *rows, long kv_he
             softmax_piece(t->s[r], t->p[r], lo, hi, first < 0 ? 0 : first, pos + 1 - piece, g->scale, g->softcap,
                           &max[r], &sum[r]);
         }
-        for (long c = lo, step; c < hi; c += step) {  // O = P V
+        if (in_tiles) values_in_tiles(t, kv, table, kv_head, n, piece, lo, hi);
+        for (long c = lo, step; c < hi && !in_tiles; c += step) {  // O = P V
             const long in = (piece + c) % b;
             step = b - in < hi - c ? b - in : hi - c;
             const bf16 *v = kv->kv + table[(piece + c) / b] * kv->block_stride + kv_head * 2 * b * d + b * d + in * d;
@@ -101,6 +162,9 @@ static void attention(const pace_attention *g, const pace_rows *rows, long kv_he
         }
     }
 
+#ifdef PACE_AMX
+    if (in_tiles) _tile_release();
+#endif
     for (long r = 0; r < n; r++) {
         const long head = kv_head * group + r % group;
         float sum = t->sum[r], scale = 1.0f;

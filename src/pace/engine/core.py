@@ -196,7 +196,7 @@ class Engine:
             raise RequestError(f"the prompt is {show(prompt_ids)}, expected a flat list of token ids")
         if len(ids) >= self.max_model_len:
             raise RequestError(
-                f"the prompt has {len(ids)} tokens, expected at most {self.max_model_len - 1}, as max_model_len "
+                f"the prompt has {len(ids)} tokens, expected at most {self.max_model_len - 1}: max_model_len "
                 f"is {self.max_model_len} and the output needs one; shorten it or raise max_model_len"
             )
         wrong = (ids < 0) | (ids >= self.vocab_size)

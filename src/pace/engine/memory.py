@@ -12,7 +12,7 @@ from pace.models.plan import Plan
 __all__ = ["MemoryPlan", "available_bytes", "plan_memory"]
 
 KV_SHARE = 0.4
-"""Of the available memory, the part that the KV pool may take by default: the rest is for the host program."""
+"""Of the available memory, what the KV pool takes by default; the rest is for the host program."""
 
 SLACK_BYTES = 64 << 20
 """Tokenizer, staging, thread stacks and Python."""
@@ -90,7 +90,7 @@ def plan_memory(
     if left < 0:
         raise CapacityError(
             f"the model needs {gib(weights_bytes)} for weights and {gib(activation_bytes)} for activations, "
-            f"{gib(available)} are available; free memory, lower max_num_batched_tokens or take a smaller model"
+            f"{gib(available)} are available; lower max_num_batched_tokens or take a smaller model"
         )
     wanted_len = max_len if max_model_len is None else max_model_len
     block_size = _block_size(wanted_len)
@@ -105,8 +105,8 @@ def plan_memory(
             share = need
         else:
             raise CapacityError(
-                f"one sequence of {wanted_len} tokens needs {gib(need * block_bytes)} of KV cache, {gib(left)} are left "
-                f"beside the weights; lower max_model_len to at most {left // block_bytes * block_size}"
+                f"one sequence of {wanted_len} tokens needs {gib(need * block_bytes)} of KV cache, {gib(left)} "
+                f"are left beside the weights; lower max_model_len to at most {left // block_bytes * block_size}"
             )
     n_blocks = min(share, need * max_num_seqs)
     return MemoryPlan(
@@ -115,7 +115,7 @@ def plan_memory(
 
 
 def available_bytes() -> int:
-    """Bytes that this process can still take: the least of what the system and every cgroup above it leave."""
+    """Bytes that this process can still take: the least that the system and its cgroups leave."""
     return min([_meminfo_available(), *_cgroup_available()])
 
 

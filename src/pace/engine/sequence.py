@@ -123,8 +123,8 @@ class Sequence:
 
     def __repr__(self) -> str:
         return (
-            f"Sequence({self.request_id!r}, {self.status.name}, prompt {self.n_prompt}, tokens {self.n_tokens}, "
-            f"computed {self.n_computed})"
+            f"Sequence({self.request_id!r}, {self.status.name}, n_prompt={self.n_prompt}, "
+            f"n_tokens={self.n_tokens}, n_computed={self.n_computed})"
         )
 
     @property
