@@ -105,8 +105,9 @@ def plan_memory(
             share = need
         else:
             raise CapacityError(
-                f"one sequence of {wanted_len} tokens needs {gib(need * block_bytes)} of KV cache, {gib(left)} "
-                f"are left beside the weights; lower max_model_len to at most {left // block_bytes * block_size}"
+                f"one sequence of {wanted_len} tokens needs {gib(need * block_bytes)} of KV cache, but "
+                f"{gib(left)} are left beside the weights; lower max_model_len to at most "
+                f"{left // block_bytes * block_size}"
             )
     n_blocks = min(share, need * max_num_seqs)
     return MemoryPlan(
