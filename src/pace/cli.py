@@ -317,7 +317,7 @@ def _generate(args: argparse.Namespace) -> int:
             for i, output in enumerate(outputs):
                 print(json.dumps(_to_json(i, output)) if args.json else _titled(i, output, args.echo))
     if args.stats:
-        print(_stats_line(outputs, load_s, time.perf_counter() - start - load_s), file=sys.stderr)
+        print(_stats_line(outputs, time.perf_counter() - start - load_s, load_s), file=sys.stderr)
     failed = [output.outputs[0] for output in outputs if output.outputs[0].finish_reason == "error"]
     for completion in failed:
         print(f"pace: error: {completion.stop_reason}", file=sys.stderr)
@@ -399,17 +399,18 @@ def _to_json(i: int, output: RequestOutput) -> dict[str, Any]:
     return values
 
 
-def _stats_line(outputs: list[RequestOutput], load_s: float, run_s: float) -> str:
+def _stats_line(outputs: list[RequestOutput], run_s: float, load_s: float | None = None) -> str:
     n_prompt = sum(output.metrics.n_prompt_tokens for output in outputs)
     n_output = sum(output.metrics.n_output_tokens for output in outputs)
-    line = f"[loaded in {load_s:.2f} s; {n_prompt} prompt tokens, {n_output} new tokens in {run_s:.2f} s"
+    parts = [] if load_s is None else [f"loaded in {load_s:.2f} s"]
+    parts.append(f"{n_prompt} prompt tokens, {n_output} new tokens in {run_s:.2f} s")
     if len(outputs) == 1:
         first, rate = outputs[0].metrics.time_to_first_token_s, outputs[0].metrics.decode_tokens_per_s
-        line += "" if first is None else f"; first token after {first:.3f} s"
-        line += "" if rate is None else f"; {rate:.1f} tokens/s"
+        parts += [] if first is None else [f"first token after {first:.3f} s"]
+        parts += [] if rate is None else [f"{rate:.1f} tokens/s"]
     else:
-        line += f"; {n_output / run_s:.1f} tokens/s"
-    return line + "]"
+        parts.append(f"{n_output / run_s:.1f} tokens/s")
+    return f"[{'; '.join(parts)}]"
 
 
 # ---- pace chat ----------------------------------------------------------------------------------------------
@@ -493,10 +494,7 @@ def _answer(
         if completion.finish_reason == "error":
             print(f"pace: error: {completion.stop_reason}", file=sys.stderr)
         if stats:
-            print(
-                _stats_line([output], 0.0, time.perf_counter() - start).partition("; ")[2].join("[ "),
-                file=sys.stderr,
-            )
+            print(_stats_line([output], time.perf_counter() - start), file=sys.stderr)
     return text
 
 

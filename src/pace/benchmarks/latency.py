@@ -12,6 +12,7 @@ import resource
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 
 from pace import ops
 from pace.benchmarks.cost import Cost, step_cost
-from pace.benchmarks.roofline import measure_dot, measure_read
+from pace.benchmarks.roofline import READ_BYTES, measure_dot, measure_read
 from pace.config import EngineConfig
 from pace.engine.core import Engine
 from pace.engine.loader import Loaded, load
@@ -68,7 +69,7 @@ class LatencyResult:
     Attributes:
         load_s: from the configuration to an engine.
         first_token_s: from the start of the process to the first token.
-        peak_rss_bytes: of the whole run.
+        peak_rss_bytes: of loading, or of the largest step if that is more.
         weights_bytes: packed.
         kv_bytes: reserved for the KV pool; only what was used counts in peak_rss_bytes.
     """
@@ -122,8 +123,10 @@ def run(
         bench = _Bench(loaded)
         bench.first_token()
         first_token_s = _process_age_s()
+        peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         phases = [bench.prefill(n, repeat) for n in input_lens]
         phases += [bench.decode(b, n, output_len, repeat) for n in contexts for b in batch_sizes]
+        peak_rss = max(peak_rss, _resident_bytes() - READ_BYTES)  # the roof's buffer is not the model's
     finally:
         loaded.team.close()
     return LatencyResult(
@@ -132,7 +135,7 @@ def run(
         n_threads=loaded.team.n_threads,
         load_s=loaded.load_s,
         first_token_s=first_token_s,
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss_bytes=peak_rss,
         weights_bytes=loaded.weights_bytes,
         kv_bytes=loaded.memory.kv_bytes,
         phases=phases,
@@ -184,7 +187,7 @@ class _Bench:
     def submit(self, n_seqs: int, n_tokens: int, n_output: int) -> None:
         params = SamplingParams(temperature=0.0, max_tokens=n_output, ignore_eos=True, detokenize=False)
         for _ in range(n_seqs):
-            prompt = self.rng.integers(0, self.engine.vocab_size, n_tokens)
+            prompt = self.rng.integers(0, self.engine.vocab_size, n_tokens, dtype=np.int32)
             self.engine.add_request(str(self.n_requests), prompt, params)
             self.n_requests += 1
 
@@ -228,8 +231,8 @@ def _phase(
     roofs: list[tuple[float, float]],
 ) -> Phase:
     """Medians; repetition i ran between roofs i and i + 1."""
-    reads = [(a[0] + b[0]) / 2 for a, b in zip(roofs, roofs[1:], strict=False)]
-    dots = [(a[1] + b[1]) / 2 for a, b in zip(roofs, roofs[1:], strict=False)]
+    reads = [(a[0] + b[0]) / 2 for a, b in pairwise(roofs)]
+    dots = [(a[1] + b[1]) / 2 for a, b in pairwise(roofs)]
     return Phase(
         phase=name,
         n_seqs=n_seqs,
@@ -252,20 +255,23 @@ def _process_age_s() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started_s
 
 
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def format_latency(result: LatencyResult) -> str:
     """A table for people."""
+    weights_gb, peak_gb = result.weights_bytes / 1e9, result.peak_rss_bytes / 1e9
+    columns = ("phase", "seqs", "context", "tok/s", "step ms", "python ms", "of read", "of dot", "GB/s", "GOP/s")
     lines = [
-        f"{result.model}: {result.isa}, {result.n_threads} threads, weights {result.weights_bytes / 1e9:.2f} GB",
-        f"load {result.load_s:.2f} s, process start to first token {result.first_token_s:.2f} s, "
-        f"peak memory {result.peak_rss_bytes / 1e9:.2f} GB",
+        f"{result.model}: {result.isa}, {result.n_threads} threads, weights {weights_gb:.2f} GB",
+        f"load {result.load_s:.2f} s, start to first token {result.first_token_s:.2f} s, peak {peak_gb:.2f} GB",
         "",
-        f"{'phase':8} {'seqs':>5} {'context':>8} {'tok/s':>9} {'step ms':>9} {'python ms':>10} "
-        f"{'of read':>8} {'of dot':>7} {'read GB/s':>10} {'dot GOP/s':>10}",
+        f"{columns[0]:8}" + "".join(f"{column:>10}" for column in columns[1:]),
     ]
-    lines += [
-        f"{p.phase:8} {p.n_seqs:5d} {p.n_context:8d} {p.tokens_per_s:9.1f} {p.step_s * 1e3:9.2f} "
-        f"{p.python_s * 1e3:10.3f} {p.share_read:8.2f} {p.share_dot:7.2f} {p.read_roof / 1e9:10.1f} "
-        f"{p.dot_roof / 1e9:10.0f}"
-        for p in result.phases
-    ]
+    for p in result.phases:
+        cells = [f"{p.n_seqs}", f"{p.n_context}", f"{p.tokens_per_s:.1f}", f"{p.step_s * 1e3:.2f}"]
+        cells += [f"{p.python_s * 1e3:.3f}", f"{p.share_read:.2f}", f"{p.share_dot:.2f}"]
+        cells += [f"{p.read_roof / 1e9:.1f}", f"{p.dot_roof / 1e9:.0f}"]
+        lines.append(f"{p.phase:8}" + "".join(f"{cell:>10}" for cell in cells))
     return "\n".join(lines)
