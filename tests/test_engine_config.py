@@ -107,8 +107,8 @@ def test_environment(variable: Any, text: str, value: object) -> None:
 
 @pytest.mark.parametrize(
     ("variable", "text"),
-    [(PACE_ISA, "avx3"), (PACE_THREADS, "0"), (PACE_THREADS, "1e3"), (PACE_THREADS, "-1"), (PACE_THREADS, "1" * 5000),
-     (PACE_CPUS, "x"), (PACE_LOG_LEVEL, "loud")],
+    [(PACE_ISA, "avx3"), (PACE_THREADS, "0"), (PACE_THREADS, "1e3"), (PACE_THREADS, "-1"),
+     (PACE_THREADS, "1" * 5000), (PACE_CPUS, "x"), (PACE_LOG_LEVEL, "loud")],
 )  # fmt: skip
 def test_environment_refused(variable: Any, text: str) -> None:
     with pytest.raises(ConfigError, match=f"^{variable.name}: "):

@@ -238,6 +238,28 @@ def test_forked_child_gets_an_error(llm: LLM) -> None:
     assert len(list(stream)) == 11
 
 
+def test_an_interrupt_ends_its_own_requests_only(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    (whole,) = llm.generate("other", GREEDY)
+    other = llm.stream("other", GREEDY)
+    next(other)
+    step = llm.engine.step
+    calls = iter([step, step, None])
+
+    def interrupted() -> Any:
+        call = next(calls)
+        if call is None:
+            raise KeyboardInterrupt
+        return call()
+
+    monkeypatch.setattr(llm.engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["a", "b"], GREEDY)
+    monkeypatch.undo()
+    *_, last = other
+    assert last.outputs == whole.outputs
+    assert not llm.engine.has_unfinished and llm.stats()["n_running"] == 0
+
+
 def test_two_engines_in_one_process(llm: LLM, model: Path) -> None:
     with LLM(model, threads=1) as other:
         first, second = llm.stream("a", GREEDY), other.stream("a", GREEDY)

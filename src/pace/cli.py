@@ -77,7 +77,7 @@ def _complain(line: str) -> None:
     print(f"pace: {line}", file=sys.stderr)
 
 
-# ---- arguments ----------------------------------------------------------------------------------------------
+# ---- arguments -------------------------------------------------------------------------------------------
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -274,7 +274,21 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-SAMPLING_FIELDS = ["max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "stop", "ignore_eos", "logprobs"]
+SAMPLING_FIELDS = (
+    "max_tokens",
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "stop",
+    "ignore_eos",
+    "logprobs",
+)
 
 
 def _sampling_params(args: argparse.Namespace) -> SamplingParams:
@@ -301,7 +315,7 @@ def _load(args: argparse.Namespace) -> LLM:
     )
 
 
-# ---- pace generate ------------------------------------------------------------------------------------------
+# ---- pace generate ---------------------------------------------------------------------------------------
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -413,7 +427,7 @@ def _stats_line(outputs: list[RequestOutput], run_s: float, load_s: float | None
     return f"[{'; '.join(parts)}]"
 
 
-# ---- pace chat ----------------------------------------------------------------------------------------------
+# ---- pace chat -------------------------------------------------------------------------------------------
 
 CHAT_HELP = """/reset  forget the conversation
 /exit   leave (so does Ctrl-D)
@@ -498,7 +512,7 @@ def _answer(
     return text
 
 
-# ---- pace info ----------------------------------------------------------------------------------------------
+# ---- pace info -------------------------------------------------------------------------------------------
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -523,7 +537,7 @@ def _print_tree(values: dict[str, Any], out: TextIO, indent: str = "") -> None:
             print(f"{indent}{key!s:<{width}}  {text}", file=out)
 
 
-# ---- pace bench ---------------------------------------------------------------------------------------------
+# ---- pace bench ------------------------------------------------------------------------------------------
 
 
 def _roofline(args: argparse.Namespace) -> int:

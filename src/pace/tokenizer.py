@@ -160,9 +160,6 @@ class Tokenizer:
         self.special_tokens = _special_tokens(directory, self.config)
         self.bos_token_id = self._special_id(path, "bos_token", vocabulary)
         self.eos_token_id = self._special_id(path, "eos_token", vocabulary)
-        self._prefix: list[int] | None = None  # None: the post-processor of tokenizer.json decides
-        self._suffix: list[int] = []
-        self._read_add_flags(directory / "tokenizer_config.json")
 
         added = self._rust.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
@@ -185,9 +182,8 @@ class Tokenizer:
         """Encode several texts, in parallel and without holding the GIL; arguments and errors as `encode`."""
         for text in texts:
             self._check_text(text)
-        by_library = add_special_tokens and self._prefix is None
         # encode() would hold the GIL: a 3 MB prompt froze every other thread for 1.5 s; this one, for 7 ms.
-        call = partial(self._rust.encode_batch_fast, list(texts), add_special_tokens=by_library)
+        call = partial(self._rust.encode_batch_fast, list(texts), add_special_tokens=add_special_tokens)
         ids = [
             list(encoding.ids)
             for encoding in _guarded(call, RequestError, "the tokenizer failed on this text")
@@ -277,22 +273,6 @@ class Tokenizer:
         if token not in vocabulary:
             raise TokenizerError(f"{path}: {name} is {show(token)}, which isn't in the vocabulary")
         return vocabulary[token]
-
-    def _read_add_flags(self, path: Path) -> None:
-        """Let `add_bos_token` and `add_eos_token`, where given, replace the post-processor, as transformers
-        does."""
-        flags: dict[str, bool | None] = {}
-        for name in ("add_bos_token", "add_eos_token"):
-            flags[name] = self.config.get(name)
-            if flags[name] is not None and not isinstance(flags[name], bool):
-                raise TokenizerError(f"{path}: {name} is {show(flags[name])}, expected true or false")
-        if any(flag is not None for flag in flags.values()):
-            self._prefix = (
-                [self.bos_token_id] if flags["add_bos_token"] and self.bos_token_id is not None else []
-            )
-            self._suffix = (
-                [self.eos_token_id] if flags["add_eos_token"] and self.eos_token_id is not None else []
-            )
 
 
 class IncrementalDetokenizer:

@@ -42,6 +42,8 @@ static void amx_configure(int rows) {
 // could be moved behind them. (Its tile stores do clobber memory.)
 #define AMX_FENCE __asm__ volatile("" ::: "memory")
 
+// fetch 1: g->prefetch is a stream of 2 KB per step (the next panel); 2: four rows lda apart, a line of each per step
+// (the next row tile: 32 rows on 32 pages are more streams than the hardware prefetcher follows).
 INLINE void amx_tile(const int halves, const int fetch, const mm_args *g) {
     AMX_FENCE;
     const size_t lda = (size_t)g->lda * 2, ldc = (size_t)g->ldc * 4, ldb = (size_t)g->ldb * 2;
@@ -74,10 +76,14 @@ INLINE void amx_tile(const int halves, const int fetch, const mm_args *g) {
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
-        if (fetch) {
+        if (fetch == 1) {
 #pragma GCC unroll 32
             for (int i = 0; i < 32; i++) _mm_prefetch(pf + 64 * i, _MM_HINT_T1);
             pf += 32 * 64;
+        } else if (fetch == 2) {
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) _mm_prefetch(pf + (size_t)i * lda, _MM_HINT_T1);
+            pf += 64;
         }
         a += 32;
         b += 16 * g->ldb;
@@ -138,7 +144,9 @@ static void gemm_tile(gemm_state *s, int rows, const mm_args *g) {
         s->rows = rows;
     }
     if (rows > 16) {
-        if (g->prefetch)
+        if (g->prefetch && g->prefetch_rows)
+            amx_tile(2, 2, g);
+        else if (g->prefetch)
             amx_tile(2, 1, g);
         else
             amx_tile(2, 0, g);

@@ -17,10 +17,12 @@
 #define GEMM_TILE_ROWS 32
 #define GEMM_KC 512   // 32 columns x 512 k of B = 32 KB, and 32 rows of A the same: both near L1
 #define GEMM_FEW 64
+#define GEMM_FETCH_ROWS 1
 #else
 #define GEMM_TILE_ROWS (MM_ROWS_2 > 4 ? MM_ROWS_2 : 12)
 #define GEMM_KC 2048  // a panel chunk is 128 KB: L2; smaller chunks only add C traffic (vdpbf16ps is the limit)
 #define GEMM_FEW 64
+#define GEMM_FETCH_ROWS 0
 #endif
 #define GEMM_GROUP 8
 #define GEMM_MC 256
@@ -137,7 +139,7 @@ static void gemm_bf16(const pace_gemm *g, long p0, long p1, long m0, long m1, vo
         gemm_end(&state);
         return;
     }
-    a.prefetch = NULL;
+    a.prefetch_rows = GEMM_FETCH_ROWS;
     for (long pg = p0; pg < p1; pg += GEMM_GROUP) {
         const long pe = pg + GEMM_GROUP < p1 ? pg + GEMM_GROUP : p1;
         for (long mb = m0; mb < m1; mb += GEMM_MC) {
@@ -147,7 +149,11 @@ static void gemm_bf16(const pace_gemm *g, long p0, long p1, long m0, long m1, vo
                 const long kc = g->k - k0 < GEMM_KC ? g->k - k0 : GEMM_KC;
                 for (long t = 0, done = 0, mr; t < tiles; t++, done += mr) {
                     mr = gemm_rows_of(block - done, tiles - t);
+                    // The row tile after this one: its rows come to L2 four at a time while the panels compute.
+                    const bf16 *next = t + 1 < tiles ? g->a + (mb + done + mr) * g->lda + k0
+                                       : k0 + kc < g->k ? g->a + mb * g->lda + k0 + kc : NULL;
                     for (long p = pg; p < pe; p++) {
+                        a.prefetch = GEMM_FETCH_ROWS && next ? (const char *)(next + (p - pg) * 4 * g->lda) : NULL;
                         a.a = g->a + (mb + done) * g->lda + k0;
                         a.b = g->w + p * panel + k0 * PACE_NR;
                         a.c = c + ((p - pg) * GEMM_MC + done) * PACE_NR;

@@ -28,6 +28,7 @@ typedef struct {
     const char *prefetch;  // NULL, or 128 bytes per k pair of it are brought to L2 along the way
     long lda, ldb, bps, ldc, kp;
     int accumulate;
+    int prefetch_rows;  // amx only: prefetch is four rows of A instead of a stream
 } mm_args;
 
 #if defined(__AVX512F__)

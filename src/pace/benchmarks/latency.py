@@ -262,12 +262,12 @@ def _resident_bytes() -> int:
 def format_latency(result: LatencyResult) -> str:
     """A table for people."""
     weights_gb, peak_gb = result.weights_bytes / 1e9, result.peak_rss_bytes / 1e9
-    columns = ("phase", "seqs", "context", "tok/s", "step ms", "python ms", "of read", "of dot", "GB/s", "GOP/s")
+    columns = ["seqs", "context", "tok/s", "step ms", "python ms", "of read", "of dot", "GB/s", "GOP/s"]
     lines = [
         f"{result.model}: {result.isa}, {result.n_threads} threads, weights {weights_gb:.2f} GB",
-        f"load {result.load_s:.2f} s, start to first token {result.first_token_s:.2f} s, peak {peak_gb:.2f} GB",
+        f"load {result.load_s:.2f} s, first token {result.first_token_s:.2f} s, peak memory {peak_gb:.2f} GB",
         "",
-        f"{columns[0]:8}" + "".join(f"{column:>10}" for column in columns[1:]),
+        f"{'phase':8}" + "".join(f"{column:>10}" for column in columns),
     ]
     for p in result.phases:
         cells = [f"{p.n_seqs}", f"{p.n_context}", f"{p.tokens_per_s:.1f}", f"{p.step_s * 1e3:.2f}"]

@@ -115,7 +115,7 @@ def derive_seed(engine_seed: int, n_requests: int) -> int:
     A plain sum would give request 1 of seed 0 the numbers of request 0 of seed 1.
     """
     z = engine_seed & MASK64
-    for word in (n_requests, 0):
+    for word in (0, n_requests):
         z = (z + 0x9E3779B97F4A7C15 + word) & MASK64
         z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK64

@@ -1,0 +1,70 @@
+"""The denominators of the roof shares, against counts by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from pace.benchmarks.cost import step_cost
+from pace.models.decoder import lower
+from pace.models.plan import Plan
+from pace.models.registry import parse_config
+
+LLAMA_1B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
+
+QKV = 2048 * (2048 + 2 * 512)
+REST = 2048 * 2048 + 3 * 2048 * 8192  # o_proj and the MLP
+HEAD = 2048 * 128256
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return lower(parse_config(LLAMA_1B)[0], 8192)
+
+
+def test_decode_reads_the_weights_and_every_cache(plan: Plan) -> None:
+    cost = step_cost(plan, [1, 1], [100, 1], 2)
+    kv_bytes = 16 * 2 * 8 * 64 * 2 * 101
+    assert cost.n_bytes == 2 * (16 * (QKV + REST) + HEAD) + kv_bytes + 2 * 2048 * 2
+    assert cost.n_flops == 2 * 2 * (16 * (QKV + REST) + HEAD) + 16 * 4 * 32 * 64 * 101
+
+
+def test_prefill_runs_the_end_of_the_last_layer_on_one_row(plan: Plan) -> None:
+    cost = step_cost(plan, [512], [512], 1)
+    linear = 2 * (512 * (16 * QKV + 15 * REST) + REST + HEAD)
+    attention = 16 * 4 * 32 * 64 * 512 * 513 / 2
+    assert cost.n_flops == linear + attention
+
+
+def test_a_chunk_without_logits_reads_no_head(plan: Plan) -> None:
+    whole, chunk = step_cost(plan, [16], [16], 1), step_cost(plan, [16], [16], 0)
+    assert whole.n_bytes - chunk.n_bytes == 2 * (HEAD + REST)
+
+
+def test_a_window_bounds_what_is_read() -> None:
+    config = LLAMA_1B | {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "sliding_window": 64,
+    }
+    windowed = lower(parse_config(config)[0], 8192)
+    full = step_cost(windowed, [1], [64], 1)
+    assert step_cost(windowed, [1], [5000], 1) == full
+    assert step_cost(windowed, [1], [32], 1).n_bytes < full.n_bytes
+    # Row by row or all at once: the same products.
+    rows = [step_cost(windowed, [1], [n], 0).n_flops for n in range(1, 101)]
+    assert step_cost(windowed, [100], [100], 0).n_flops == sum(rows)

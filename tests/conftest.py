@@ -1,0 +1,41 @@
+"""Fixtures that many directories use: the ISA tier under test, a thread team, golden models ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from ext.kit import Packed, pack_model
+from golden import tiny
+from golden.harness import load
+
+from pace import ops
+
+
+@pytest.fixture(params=ops.isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every ISA tier that runs here, chosen for the length of the test."""
+    with ops.using_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture(scope="session")
+def team() -> Iterator[ops.Team]:
+    """Two threads, whatever the machine has: work is shared and stolen."""
+    team = ops.Team(2)
+    yield team
+    team.close()
+
+
+@pytest.fixture(scope="session")
+def packed_model(tmp_path_factory: pytest.TempPathFactory, team: ops.Team) -> Callable[[str], Packed]:
+    """packed_model(name): a golden case with its weights packed, once per session."""
+    packed: dict[str, Packed] = {}
+
+    def get(name: str) -> Packed:
+        if name not in packed:
+            directory = tiny.write(name, tmp_path_factory.mktemp("packed") / name)
+            packed[name] = pack_model(team, load(directory, tiny.CASES[name].max_model_len))
+        return packed[name]
+
+    return get

@@ -1,0 +1,191 @@
+"""What tests of kernels share: plans of one or two operators, bf16, poison, and comparisons that a NaN fails.
+
+A kernel is reached the way the engine reaches it, through a plan: write into `plan.slot(name)`, step, read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from golden.harness import Model, batch_of
+
+from pace import ops
+from pace.models import plan as ir
+
+Array = npt.NDArray[Any]
+F64 = npt.NDArray[np.float64]
+
+U_F32 = 2.0**-24
+"""Unit roundoff of f32: half a unit in the last of 24 bits."""
+U_BF16 = 2.0**-8
+"""Unit roundoff of bf16: half a unit in the last of 8 bits."""
+TINY = 2.0**-120
+"""Below this results may be flushed to zero (a step runs without denormals)."""
+
+NAN_BF16 = 0x7FC0
+SENTINEL = {np.dtype(np.float32): np.float32(np.nan), np.dtype(np.uint16): np.uint16(NAN_BF16)}
+
+
+def to_bf16(x: Array) -> npt.NDArray[np.uint16]:
+    """To bf16 bits: nearest, ties to even; NaN stays NaN."""
+    x = np.asarray(x, np.float32)
+    bits = x.view(np.uint32)
+    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    return np.where(np.isnan(x), (bits >> 16).astype(np.uint16) | 0x40, rounded).astype(np.uint16)
+
+
+def from_bf16(bits: npt.NDArray[np.uint16]) -> F64:
+    """bf16 bits as float64, exactly."""
+    return (np.asarray(bits).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def bf16(x: Array) -> F64:
+    """Round to bf16 and back."""
+    return from_bf16(to_bf16(x))
+
+
+def rng(*key: object) -> np.random.Generator:
+    """A generator seeded by the text of its arguments."""
+    return np.random.Generator(np.random.PCG64(list(repr(key).encode())))
+
+
+def packed(team: ops.Team, w: Array) -> ops.PackedMatrix:
+    """A matrix [n, k] packed from float32."""
+    matrix = ops.PackedMatrix(team, *w.shape)
+    matrix.pack(np.ascontiguousarray(w, np.float32), "f32")
+    return matrix
+
+
+def build(
+    team: ops.Team,
+    plan_ops: Sequence[ir.Op],
+    slots: Sequence[ir.Slot],
+    weights: Mapping[str, Any] | None = None,
+    *,
+    kernels: Mapping[str, str] | None = None,
+    pool: ops.KVPool | None = None,
+    n_heads: int = 1,
+    n_kv_heads: int = 1,
+    head_dim: int = 16,
+    vocab_size: int = 97,
+    max_tokens: int = 320,
+    max_seqs: int = 8,
+    ropes: tuple[ir.Rope, ...] = (),
+) -> ops.Plan:
+    """A plan of just these operators; its logits are the last slot."""
+    shape = ir.Plan(
+        slots={slot.name: slot for slot in slots},
+        ops=tuple(plan_ops),
+        ropes=ropes,
+        n_layers=1,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocab_size,
+        dim=slots[0].width,
+        logits=slots[-1].name,
+    )
+    pool = pool or ops.KVPool(1, n_kv_heads, head_dim, max_seqs, 512)
+    return ops.Plan(team, shape, weights or {}, pool, max_tokens, max_seqs, max_tokens, kernels)
+
+
+def rows_batch(n: int) -> ir.Batch:
+    """n rows of one sequence, for operators that do not look at sequences."""
+    return batch_of([([0] * n, 0, [0])])
+
+
+def memory(plan: ops.Plan, name: str) -> Array:
+    """A slot with its padding: [rows, ld], writable."""
+    view = plan.slot(name)
+    ld = view.strides[0] // view.itemsize
+    base = view.base
+    assert isinstance(base, np.ndarray)
+    return base[: len(view) * ld].reshape(len(view), ld)
+
+
+def poison(plan: ops.Plan, *names: str) -> None:
+    """Fill slots with NaN, padding included."""
+    for name in names:
+        whole = memory(plan, name)
+        whole[...] = SENTINEL[whole.dtype]
+
+
+def put(plan: ops.Plan, name: str, values: Array) -> F64:
+    """Write the first rows of a slot; padding columns become 0, other rows NaN. Returns what it holds."""
+    whole = memory(plan, name)
+    n, width = values.shape
+    whole[...] = SENTINEL[whole.dtype]
+    whole[:n] = 0
+    if whole.dtype == np.uint16:
+        whole[:n, :width] = bits = to_bf16(values)
+        return from_bf16(bits)
+    whole[:n, :width] = values
+    return whole[:n, :width].astype(np.float64)
+
+
+def take(plan: ops.Plan, name: str, n: int) -> F64:
+    """The first n rows of a slot, after checking that everything beside and below them is still poison."""
+    whole, width = memory(plan, name), plan.slot(name).shape[1]
+    poison_bits = np.array([SENTINEL[whole.dtype]]).view(np.uint8).tobytes()
+    assert whole[:n, width:].tobytes() == poison_bits * whole[:n, width:].size, "wrote beside the row"
+    assert whole[n:].tobytes() == poison_bits * whole[n:].size, "wrote below the last row"
+    rows = whole[:n, :width]
+    return from_bf16(rows) if rows.dtype == np.uint16 else rows.astype(np.float64)
+
+
+def assert_close(got: Array, want: Array, tolerance: Array | float) -> None:
+    """|got - want| <= tolerance everywhere; a NaN on either side fails."""
+    assert got.shape == want.shape
+    assert np.isfinite(want).all(), "the oracle must be finite"
+    error = np.abs(got.astype(np.float64) - want)
+    bad = ~(error <= tolerance + TINY)
+    if bad.any():
+        at = tuple(int(i[0]) for i in np.nonzero(bad))
+        limit = np.broadcast_to(tolerance, want.shape)[at]
+        raise AssertionError(
+            f"{int(bad.sum())} of {bad.size} outside the tolerance; first at {at}: "
+            f"got {got[at]!r}, want {want[at]!r}, tolerance {limit:.3e}"
+        )
+
+
+# ---- golden models on the compiled executor ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A golden model with its weights as the kernels take them."""
+
+    model: Model
+    weights: dict[str, Any]
+
+    def runner(
+        self,
+        team: ops.Team,
+        *,
+        n_blocks: int = 16,
+        block_size: int = 16,
+        max_tokens: int = 512,
+        kernels: Mapping[str, str] | None = None,
+    ) -> ops.Plan:
+        """The executor with a fresh KV pool."""
+        plan = self.model.plan
+        pool = ops.KVPool(plan.n_layers, plan.n_kv_heads, plan.head_dim, n_blocks, block_size)
+        return ops.Plan(team, plan, self.weights, pool, max_tokens, 8, max_tokens, kernels)
+
+
+def pack_model(team: ops.Team, model: Model) -> Packed:
+    """Pack every matrix; they hold bf16 values already, so this loses nothing."""
+    weights = {
+        name: packed(team, value) if value.ndim == 2 else np.ascontiguousarray(value, np.float32)
+        for name, value in model.weights.items()
+    }
+    return Packed(model, weights)
+
+
+def chosen(kernel: str) -> dict[str, str] | None:
+    """`kernels=` of a plan: tiers come from `using_isa`, the scalar C table is named for every operator."""
+    return dict.fromkeys(ops.OPERATORS, "reference") if kernel == "reference" else None

@@ -1,0 +1,278 @@
+"""The command line, mostly in this process: exit codes, one-line errors, output formats."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_checkpoint import write_checkpoint
+
+from pace import cli
+from pace.llm import LLM
+from pace.params import SamplingParams
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_checkpoint(tmp_path_factory.mktemp("tiny")))
+
+
+class Stdin(io.TextIOWrapper):
+    """A pipe, or with `tty` a terminal."""
+
+    def __init__(self, text: str | bytes, tty: bool = False) -> None:
+        super().__init__(io.BytesIO(text if isinstance(text, bytes) else text.encode()), encoding="utf-8")
+        self.tty = tty
+
+    def isatty(self) -> bool:
+        return self.tty
+
+
+def expected(model: str, prompt: str, n: int) -> str:
+    with LLM(model, threads=1) as llm:
+        return llm.generate(prompt, SamplingParams(temperature=0.0, max_tokens=n))[0].outputs[0].text
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    code = cli.main(argv)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+GREEDY = ("--temperature", "0", "--max-tokens", "8", "--threads", "1")
+
+
+def test_generate_prints_the_completion_and_its_speed(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "generate", "--model", model, "--prompt", "hello", *GREEDY)
+    assert (code, out) == (0, expected(model, "hello", 8) + "\n")
+    assert "5 prompt tokens, 8 new tokens" in err and "tokens/s" in err
+    code, out, err = run(
+        capsys, "generate", "--model", model, "--prompt", "hello", *GREEDY, "--no-stats", "--echo"
+    )
+    assert (code, out, err) == (0, "hello" + expected(model, "hello", 8) + "\n", "")
+
+
+def test_generate_json_from_every_source(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompt.txt").write_text("from a file\n")
+    monkeypatch.setattr(sys, "stdin", Stdin("from stdin\n"))
+    argv = ["generate", "--model", model, *GREEDY, "--json", "--no-stats", "--logprobs", "2"]
+    argv += ["--prompt", "given", "--prompt", "-", "--prompt-file", str(tmp_path / "prompt.txt")]
+    code, out, _ = run(capsys, *argv)
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [line["prompt"] for line in lines] == ["given", "from stdin", "from a file"]
+    assert [line["text"] for line in lines] == [expected(model, line["prompt"], 8) for line in lines]
+    assert all(len(line["logprobs"]) == len(line["token_ids"]) == 8 for line in lines)
+
+
+def test_several_prompts_and_piped_stdin(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out, err = run(capsys, "generate", "--model", model, "--prompt", "a", "--prompt", "b", *GREEDY)
+    assert out == f"--- 0\n{expected(model, 'a', 8)}\n--- 1\n{expected(model, 'b', 8)}\n"
+    assert "tokens/s" in err
+    monkeypatch.setattr(sys, "stdin", Stdin("a\n"))
+    assert run(capsys, "generate", "--model", model, *GREEDY)[1] == expected(model, "a", 8) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--prompt", "a", "--max-tokens", "0"], "max_tokens is 0"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature is -1"),
+        (["--prompt", "a", "--top-p", "2"], "top_p is 2"),
+        (["--prompt", "a", "--kernels", "gemm"], "operator=kernel"),
+        (["--prompt", "a", "--kernels", "gemm=sse"], "'sse'"),
+        (["--prompt", "a", "--cpus", "x"], "CPU list"),
+        (["--prompt", "a", "--max-model-len", "100000"], "supports 512"),
+        (["--prompt", "a", "--revision", "x"], "revision"),
+        (["--prompt", ""], "empty"),
+        (["--prompt", "a" * 600], "600 tokens"),
+        (["--prompt-file", "/nowhere"], "/nowhere: cannot be read"),
+        ([], "no prompt"),
+    ],
+)
+def test_user_errors_are_one_line(
+    model: str,
+    argv: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "stdin", Stdin("", tty=True))
+    code, out, err = run(capsys, "generate", "--model", model, *argv)
+    assert (code, out) == (2, "")
+    assert err.startswith("pace: error: ") and err.count("\n") == 1 and message in err
+
+
+def test_bad_stdin_and_models(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", Stdin(b"\xff"))
+    assert "stdin: not UTF-8 at byte 0" in run(capsys, "generate", "--model", model)[2]
+    for name in ("/nowhere", __file__):
+        code, _, err = run(capsys, "generate", "--model", name, "--prompt", "a")
+        assert code == 2 and err.startswith("pace: error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["generate"],
+        ["fly"],
+        ["generate", "--model", "x", "--threads", "0"],
+        ["bench"],
+        ["chat", "--model"],
+    ],
+)
+def test_wrong_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(argv)
+    assert exit_.value.code == 2
+    assert "usage: pace" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["generate", "--help"], ["chat", "--help"], ["bench", "latency", "--help"]]
+)
+def test_help_has_examples(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(argv)
+    assert exit_.value.code == 0
+    assert "example" in capsys.readouterr().out
+
+
+def test_traceback_on_request_only(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def crash(*_: Any, **__: Any) -> None:
+        raise ValueError("two\nlines")
+
+    monkeypatch.setattr(LLM, "__init__", crash)
+    argv = ("generate", "--model", model, "--prompt", "a")
+    code, _, err = run(capsys, *argv)
+    assert code == 1 and err.count("\n") == 1 and "internal error: ValueError: two lines" in err
+    monkeypatch.setenv("PACE_LOG_LEVEL", "debug")
+    assert "Traceback" in run(capsys, *argv)[2]
+    monkeypatch.setenv("PACE_LOG_LEVEL", "loud")
+    assert run(capsys, *argv)[0] == 2
+
+
+def test_interrupt(model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LLM, "stream", interrupt)
+    assert run(capsys, "generate", "--model", model, "--prompt", "a")[0] == 130
+
+
+def test_chat_keeps_a_history(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+    stream_chat = LLM.stream_chat
+
+    def spy(self: LLM, messages: Any, *args: Any, **options: Any) -> Any:
+        seen.append([dict(message) for message in messages])
+        return stream_chat(self, messages, *args, **options)
+
+    monkeypatch.setattr(LLM, "stream_chat", spy)
+    monkeypatch.setattr(
+        sys, "stdin", Stdin("one\n\n/what\n/help\ntwo\n/reset\nthree\n" + "x" * 600 + "\nfour\n/exit\nno\n")
+    )
+    code, out, err = run(capsys, "chat", "--model", model, "--system", "be brief", *GREEDY)
+    assert code == 0
+    roles = [[message["role"] for message in messages] for messages in seen]
+    once = ["system", "user"]
+    assert roles == [once, [*once, "assistant", "user"], once, *[[*once, "assistant", "user"]] * 2]
+    assert out.startswith(seen[1][2]["content"] + "\n")
+    assert [messages[-1]["content"] for messages in seen if len(messages[-1]["content"]) < 9] == [
+        "one",
+        "two",
+        "three",
+        "four",
+    ]
+    assert (
+        "/what is not a command" in err
+        and "/reset  forget" in err
+        and "/reset forgets the conversation" in err
+    )
+
+
+def test_ctrl_c_stops_the_answer_only(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream_chat = LLM.stream_chat
+    calls = []
+
+    def interrupted(self: LLM, messages: Any, *args: Any, **options: Any) -> Any:
+        calls.append([dict(message) for message in messages])
+        for n, output in enumerate(stream_chat(self, messages, *args, **options)):
+            yield output
+            if n == 2 and len(calls) == 1:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(LLM, "stream_chat", interrupted)
+    monkeypatch.setattr(sys, "stdin", Stdin("one\ntwo\n"))
+    assert run(capsys, "chat", "--model", model, *GREEDY)[0] == 0
+    assert [message["role"] for message in calls[1]] == ["user", "assistant", "user"]
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "info", "--json")
+    values = json.loads(out)
+    assert code == 0 and values["isa"] in values["tiers"] and values["version"]
+    code, out, _ = run(capsys, "info")
+    assert code == 0 and values["isa"] in out
+
+
+def test_bench_latency_json(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pace.benchmarks.roofline.READ_BYTES", 1 << 20)
+    argv = ["bench", "latency", "--model", model, "--input-len", "20", "40", "--batch-size", "1", "3"]
+    argv += ["--context", "5", "--output-len", "3", "--repeat", "2", "--threads", "2"]
+    code, out, _ = run(capsys, *argv, "--json")
+    values = json.loads(out)
+    assert code == 0
+    assert [(row["n_seqs"], row["n_context"]) for row in values["prefill"]] == [(1, 20), (1, 40)]
+    assert [(row["n_seqs"], row["n_context"]) for row in values["decode"]] == [(1, 5), (3, 5)]
+    for row in values["prefill"] + values["decode"]:
+        assert row["tokens_per_s"] > 0 and 0 < row["python_s"] < row["step_s"]
+        assert row["share_read"] > 0 and row["share_dot"] > 0
+    assert values["n_threads"] == 2 and values["load_s"] > 0 and values["first_token_s"] > 0
+    code, out, _ = run(capsys, *argv, "--random-weights")
+    assert code == 0 and out.count("decode") == 2
+
+
+def test_bench_roofline(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pace.benchmarks.roofline.READ_BYTES", 1 << 20)
+    code, out, _ = run(capsys, "bench", "roofline", "--threads", "1", "--repeat", "1", "--json")
+    (roofs,) = json.loads(out)
+    assert code == 0 and roofs["read"] > 0 and set(roofs["dot"]) == {"bf16", "int8", "f32"}
+    code, out, _ = run(capsys, "bench", "roofline", "--threads", "1", "--repeat", "1")
+    assert code == 0 and "read GB/s" in out
+
+
+def test_the_program_itself(model: str) -> None:
+    env = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    command = [sys.executable, "-m", "pace.cli"]
+    version = subprocess.run([*command, "--version"], env=env, capture_output=True, text=True, check=True)
+    assert version.stdout.startswith("pace ")
+    pipe = subprocess.Popen(
+        [*command, "generate", "--model", model, "--prompt", "a", *GREEDY],
+        env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert pipe.stdout is not None and pipe.stderr is not None
+    pipe.stdout.close()  # as `pace … | head -0`
+    assert b"Traceback" not in pipe.stderr.read()
+    assert pipe.wait() == 1
