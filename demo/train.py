@@ -156,6 +156,12 @@ def validate(loss: Loss, batches: Batches) -> float:
     return sum(loss(*batches(0, i, CONTEXT_LEN)).item() for i in range(N_VALID_BATCHES)) / N_VALID_BATCHES
 
 
+def forget_after(curve: Path, step: int) -> None:
+    """Drop the rows of `curve` past `step`: a resumed run writes them again."""
+    rows = curve.read_text(encoding="utf-8").splitlines(keepends=True) if curve.exists() else []
+    curve.write_text("".join(row for row in rows if int(row.split(",")[0]) <= step), encoding="utf-8")
+
+
 def train(role: str, work: Path, n_steps: int) -> None:
     """Train `role` up to `n_steps`, from its saved state if there is one; curve in ``<role>.csv``."""
     model = build(role)
@@ -166,6 +172,7 @@ def train(role: str, work: Path, n_steps: int) -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
+    forget_after(work / f"{role}.csv", first)
     loss = cross_entropy(model)
     if role == "draft":
         teacher = build("target")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -39,3 +40,12 @@ def packed_model(tmp_path_factory: pytest.TempPathFactory, team: ops.Team) -> Ca
         return packed[name]
 
     return get
+
+
+@pytest.fixture(autouse=True)
+def _pace_logger() -> Iterator[None]:
+    """The command line configures the library's logger; no test sees what another's command set up."""
+    logger = logging.getLogger("pace")
+    state = list(logger.handlers), logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = state

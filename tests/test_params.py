@@ -27,14 +27,16 @@ def test_defaults_are_vllms() -> None:
 
 
 def test_forms_are_normalised() -> None:
-    params = SamplingParams(temperature=0, top_k=-1, seed=-1, stop="x", stop_token_ids=[np.int64(3)])
+    np_ids: Any = [np.int64(3)]
+    params = SamplingParams(temperature=0, top_k=-1, seed=-1, stop="x", stop_token_ids=np_ids)
     assert params.greedy and params.top_k == 0 and params.seed is None
     assert params.stop_strings == ("x",) and params.stop_token_ids == (3,)
     assert SamplingParams(stop=["a", "b"]).stop_strings == ("a", "b")
     assert SamplingParams(stop=None).stop_strings == ()
     assert SamplingParams(temperature=9e-6).greedy and not SamplingParams(temperature=1e-4).greedy
-    assert type(SamplingParams(temperature=np.float32(0.5)).temperature) is float
-    assert type(SamplingParams(max_tokens=np.int32(5)).max_tokens) is int
+    np_values: dict[str, Any] = {"temperature": np.float32(0.5), "max_tokens": np.int32(5)}
+    assert type(SamplingParams(**np_values).temperature) is float
+    assert type(SamplingParams(**np_values).max_tokens) is int
     assert SamplingParams(max_tokens=None).max_tokens is None
 
 
@@ -73,7 +75,7 @@ def test_unknown_fields_and_positions_are_refused() -> None:
     with pytest.raises(TypeError):
         SamplingParams(temprature=1)  # type: ignore[call-arg]
     with pytest.raises(TypeError):
-        SamplingParams(0.5)  # type: ignore[misc]
+        SamplingParams(0.5)  # type: ignore[call-arg]
 
 
 def test_explicit_wins_over_defaults() -> None:

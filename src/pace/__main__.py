@@ -2,7 +2,7 @@
 
 import sys
 
-from pace.cli import main
+from _pace_main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -80,8 +80,8 @@ class ChatTemplate:
         value = tokenizer.config.get("chat_template")
         if value is None:
             raise ChatTemplateError(
-                f"{directory}: the checkpoint has no chat template (no chat_template.jinja, and no chat_template "
-                "in tokenizer_config.json); use generate with a prompt, or pass a template"
+                f"{directory}: the checkpoint has no chat template (no chat_template.jinja, and none in "
+                "tokenizer_config.json); use generate with a prompt, or pass a template"
             )
         if isinstance(value, str):
             return cls(value, special_tokens=special_tokens)
@@ -122,7 +122,7 @@ class ChatTemplate:
         n_chars = _n_chars(plain) + _n_chars(plain_tools)
         # Templates look at every message a few times; a budget in proportion admits long chats and stops
         # bombs.
-        budget = Budget(steps=500_000 + 200 * len(plain), chars=16_000_000 + 16 * n_chars)
+        budget = Budget(steps=250_000 + 200 * len(plain), chars=16_000_000 + 16 * n_chars)
         template = self._tool_template if tools and self.tool_source is not None else self._template
         return render(
             template,

@@ -53,7 +53,7 @@ class Budget:
         deadline_s: `time.monotonic()` after which it is refused.
     """
 
-    steps: int = 500_000
+    steps: int = 250_000
     chars: int = 16_000_000
     deadline_s: float = field(default_factory=lambda: time.monotonic() + MAX_SECONDS)
 

@@ -223,7 +223,7 @@ class Plan:
     ) -> None:
         self.ir = plan
         self._team = team
-        self._kernels = _check_kernels(kernels or {})
+        self._kernels = check_kernels(kernels or {})
         self._plan = _kernels.Plan(
             team._team, kv_pool._pool, max_tokens, max_seqs, max_logit_rows, plan.n_heads, plan.vocab_size
         )
@@ -339,7 +339,12 @@ class Plan:
         return list(zip(self._op_names, self._plan.op_seconds(), strict=True))
 
 
-def _check_kernels(kernels: Mapping[str, str]) -> dict[str, str]:
+def check_kernels(kernels: Mapping[str, str]) -> dict[str, str]:
+    """An engine's `kernels` mapping, checked.
+
+    Raises:
+        ConfigError: unknown operator, or a tier that does not run here.
+    """
     for operator, tier in kernels.items():
         if operator not in OPERATORS:
             raise ConfigError(f"kernels names operator {operator!r}; expected one of {', '.join(OPERATORS)}")

@@ -34,7 +34,7 @@ class CompletionOutput:
         cumulative_logprob: sum of the sampled tokens' log probabilities; None where none were asked for.
         logprobs: for each token, {token id: Logprob} of the sampled and the most probable tokens; None where
             not asked.
-        finish_reason: "stop", "length" or "abort"; None while running.
+        finish_reason: "stop", "length", "abort" or "error"; None while running.
         stop_reason: the stop string or stop token id that ended the output; None for EOS and the other
             reasons.
     """

@@ -102,7 +102,7 @@ def load(
         CheckpointError, ConfigError, CapacityError: see the parts.
     """
     start = time.perf_counter()
-    ops._check_kernels(config.kernels)
+    ops.check_kernels(config.kernels)
     directory = resolve(config.model, config.revision)
     values = _read_config(directory)
     spec, weight_map = parse_config(values, str(directory / "config.json"))

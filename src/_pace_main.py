@@ -1,0 +1,15 @@
+"""Entry point of the `pace` script, outside the package so that a failed import ends in one line, not a traceback."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> int:
+    """Run the command line; 2 if pace can't be imported on this CPU or with this PACE_ISA."""
+    try:
+        from pace.cli import main as run
+    except ImportError as error:
+        print(f"pace: error: {error}", file=sys.stderr)
+        return 2
+    return run()
