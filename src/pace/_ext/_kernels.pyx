@@ -524,8 +524,8 @@ cdef class Plan:
     def add_embed(self, tier, int dst, Matrix table, float scale):
         cdef slot *d = self.at(dst)
         cdef pace_op *op = self.add(PACE_EMBED, tier)
-        if d.is_bf16 or d.width != table.k:
-            raise ValueError(f"embedding of width {table.k} into a slot of width {d.width}")
+        if d.is_bf16 or d.width != table.k or table.n < self.vocab_size:
+            raise ValueError(f"embedding table [{table.n}, {table.k}] does not hold {self.vocab_size} tokens of width {d.width}")
         self.keep.append(table)
         op.logits = d.logits
         op.u.embed.table, op.u.embed.x = &table.w, <float *>d.data
