@@ -1,13 +1,10 @@
 // glibc_compat.h - bind to the oldest version of the few glibc symbols that got a newer one, so that a wheel built on a
 // current system still loads on glibc 2.28 (manylinux_2_28). Force-included into every unit by meson.build; a test reads
 // the versions back. The old entry points are the same functions: libpthread's moved into libc in 2.34, and the 2.29
-// exp, log and pow only dropped the SVID error handling.
+// exp and log only dropped the SVID error handling. (No header may come first: units choose their own feature macros.)
 #ifndef PACE_GLIBC_COMPAT_H
 #define PACE_GLIBC_COMPAT_H
 
-#include <features.h>
-
-#if defined(__GLIBC__) && defined(__x86_64__)
 #define PACE_OLD(name, version) __asm__(".symver " #name "," #name "@GLIBC_" #version)
 PACE_OLD(exp, 2.2.5);
 PACE_OLD(log, 2.2.5);
@@ -19,6 +16,5 @@ PACE_OLD(pthread_once, 2.2.5);
 PACE_OLD(pthread_setname_np, 2.12);
 PACE_OLD(pthread_sigmask, 2.2.5);
 #undef PACE_OLD
-#endif
 
 #endif
