@@ -1,8 +1,9 @@
 """Law 1: a sequence's logits are the same bytes whatever the company, the chunks, the threads and the blocks.
 
-The truth of an example is one prefill of a long stream of tokens, alone, with one thread and blocks of 16. Every
-example replays prefixes of such streams on a random schedule and compares bytes: a row's logits depend on nothing
-but the tokens up to it. Pools are reused from example to example, so the blocks hold old sequences.
+The truth of an example is one prefill of a long stream of tokens, alone, with one thread and blocks of
+16. Every example replays prefixes of such streams on a random schedule and compares bytes: a row's logits
+depend on nothing but the tokens up to it. Pools are reused from example to example, so the blocks hold
+old sequences.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Part:
         stream: which tokens.
         n: how many of them.
         first: tokens of the first step (0: none apart from the sizes).
-        sizes: step sizes after that, repeated; more than one row at once is a chunk, or drafts being verified.
+        sizes: step sizes after that, repeated; several rows at once are a chunk, or drafts being verified.
         delay: steps that the sequence waits for.
     """
 
@@ -70,7 +71,9 @@ PARTS = st.builds(
     stream=st.integers(0, N_STREAMS - 1),
     n=st.integers(1, 48) | st.integers(1, N_TOKENS),
     first=st.sampled_from([0, 0, 1, 7, 16, 31, 64, 200, 250, 260]),
-    sizes=st.lists(st.sampled_from([1, 1, 2, 3, 4, 13, 14, 15, 16, 17, 33, 70]), min_size=1, max_size=4).map(tuple),
+    sizes=st.lists(st.sampled_from([1, 1, 2, 3, 4, 13, 14, 15, 16, 17, 33, 70]), min_size=1, max_size=4).map(
+        tuple
+    ),
     delay=st.integers(0, 3),
 )
 EXAMPLES = st.fixed_dictionaries(
@@ -149,7 +152,8 @@ class Lab:
                 want = truths[i][position]
                 assert got.tobytes() == want.tobytes(), (
                     f"sequence {i} at position {position}, step {t}: "
-                    f"{int((got != want).sum())} of {len(want)} logits differ, at most {np.abs(got - want).max()}"
+                    f"{int((got != want).sum())} of {len(want)} logits differ, "
+                    f"by {np.abs(got - want).max()} at most"
                 )
 
 
@@ -170,8 +174,17 @@ QUICK = settings(
 
 
 @given(case=EXAMPLES)
-@example(case=dict(model="qwen3", parts=LONG, n_threads=2, block_size=32, shuffle=1, every=1))
-@example(case=dict(model="mistral-window", parts=LONG, n_threads=3, block_size=16, shuffle=2, every=1))
+@example(case={"model": "qwen3", "parts": LONG, "n_threads": 2, "block_size": 32, "shuffle": 1, "every": 1})
+@example(
+    case={
+        "model": "mistral-window",
+        "parts": LONG,
+        "n_threads": 3,
+        "block_size": 16,
+        "shuffle": 2,
+        "every": 1,
+    }
+)
 @QUICK
 def test_best_tier(lab: Lab, case: dict[str, object]) -> None:
     lab.check(**case)  # type: ignore[arg-type]
@@ -208,7 +221,9 @@ def test_threads_and_blocks(lab: Lab, isa: str, n_threads: int, block_size: int)
 
 @pytest.mark.parametrize("k", [2, 5, 13, 16])
 def test_rejected_drafts_leave_no_trace(lab: Lab, isa: str, k: int) -> None:
-    """Verification: k wrong tokens are run, rejected and overwritten; what follows is as if they never were."""
+    """Verification: k wrong tokens are run, rejected and overwritten; what follows is as if they never
+    were.
+    """
     model = "qwen3"
     truth, tokens = lab.truth(model, 0), lab.tokens(model, 0)
     runner, table = lab.runner(model, 2, 16), [3, 0, 8, 1, 7]

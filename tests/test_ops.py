@@ -89,7 +89,9 @@ def batch(**changes: Any) -> ir.Batch:
     arrays = {**GOOD, **changes}
     return ir.Batch(
         **{
-            key: value if isinstance(value, np.ndarray) else np.asarray(value, np.int32).reshape(np.shape(value))
+            key: value
+            if isinstance(value, np.ndarray)
+            else np.asarray(value, np.int32).reshape(np.shape(value))
             for key, value in arrays.items()
         }
     )
@@ -431,7 +433,7 @@ def test_pace_isa_unknown() -> None:
 def sample_params(n: int, **fields: Any) -> np.ndarray:
     """n rows of parameters with everything off: temperature 1, no filters, no penalties, no logprobs."""
     rows = np.zeros(n, ops.SAMPLE_DTYPE)
-    defaults = dict(temperature=1.0, top_p=1.0, repetition_penalty=1.0, n_logprobs=-1)
+    defaults = {"temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0, "n_logprobs": -1}
     for name, value in {**defaults, **fields}.items():
         rows[name] = value
     return rows
@@ -449,7 +451,9 @@ def philox(seed: int, position: int, index: int = 0) -> float:
     return ((c[0] >> 5) * 67108864 + (c[1] >> 6)) / 9007199254740992
 
 
-def penalised(x: np.ndarray, row: np.void, history: tuple[np.ndarray, np.ndarray, np.ndarray] | None) -> np.ndarray:
+def penalised(
+    x: np.ndarray, row: np.void, history: tuple[np.ndarray, np.ndarray, np.ndarray] | None
+) -> np.ndarray:
     """Logits after bans and penalties, in float64."""
     x = x.astype(np.float64)
     if history is None:
@@ -524,7 +528,9 @@ def test_draws_have_the_right_frequencies(team: ops.Team) -> None:
     x = np.array([2.0, 1.0, 0.0, -1.0, -1.0, 0.5], np.float32)
     params = sample_params(n, seed=7)
     params["position"] = np.arange(n)
-    counts = np.bincount(ops.sample(team, np.repeat(x[None], n, axis=0), params, [None] * n).tokens, minlength=6)
+    counts = np.bincount(
+        ops.sample(team, np.repeat(x[None], n, axis=0), params, [None] * n).tokens, minlength=6
+    )
     p = np.exp(x.astype(np.float64)) / np.exp(x.astype(np.float64)).sum()
     assert (np.abs(counts / n - p) < 5 * np.sqrt(p * (1 - p) / n)).all()
 
@@ -630,7 +636,8 @@ def test_a_draw_depends_on_its_row_only(team: ops.Team) -> None:
     params["seed"], params["position"] = r.integers(0, 2**63, n), r.integers(0, 5000, n)
     params["top_k"] = r.choice([0, 1, 20, 100], n)
     history: list[Any] = [
-        None if i % 3 == 0 else tuple(r.integers(0, vocab, 9).astype(np.int32) for _ in range(3)) for i in range(n)
+        None if i % 3 == 0 else tuple(r.integers(0, vocab, 9).astype(np.int32) for _ in range(3))
+        for i in range(n)
     ]
     whole = ops.sample(team, logits, params, history)
     order = r.permutation(n)

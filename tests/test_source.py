@@ -64,7 +64,7 @@ def module_path() -> Path:
 
 
 def test_the_module_exports_only_its_init_function() -> None:
-    """Everything else is hidden: no symbol of one tier can be resolved to another's, or to another library's."""
+    """All else is hidden: no symbol of one tier can be resolved to another's, or another library's."""
     symbols = run(*command("nm"), "-D", "--defined-only", module_path()).split()[2::3]
     assert symbols == ["PyInit__kernels"]
 
@@ -79,7 +79,17 @@ def test_baseline_code_uses_no_vectors_beyond_sse() -> None:
         pytest.skip("the module is stripped")
     listing = run(*command("objdump"), "-d", "--no-show-raw-insn", module_path())
     wide = re.compile(r"%[yz]mm|%k[1-7]")
-    baseline = ("pace_", "sample_worker", "roof_worker", "step_worker", "pack_worker", "PyInit", "__pyx", "draw", "edit")
+    baseline = (
+        "pace_",
+        "sample_worker",
+        "roof_worker",
+        "step_worker",
+        "pack_worker",
+        "PyInit",
+        "__pyx",
+        "draw",
+        "edit",
+    )
     found, checked, name = set(), 0, ""
     for line in listing.splitlines():
         head = re.match(r"[0-9a-f]+ <([^>]+)>:", line)

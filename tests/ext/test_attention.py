@@ -2,10 +2,10 @@
 
 K and V live in a pool that Python cannot see; what was appended shows in what attention returns.
 
-Tolerance of attention, with p the exact weights, A = sum p |v| and o the output: P is rounded to bf16 before it
-meets V and the same rounding may or may not be in the sum, 2 * 2^-8 A; a score is off by at most
-e = (d + 4) 2^-24 scale sum |q||k| (and 2^-20 cap with a soft cap), which changes a weight by 2 e relative; f32
-sums over kv_len columns, (kv_len + 64) 2^-24 A; bf16 output, 2^-8 |o|.
+Tolerance of attention, with p the exact weights, A = sum p |v| and o the output: P is rounded to bf16
+before it meets V and the same rounding may or may not be in the sum, 2 * 2^-8 A; a score is off by at
+most e = (d + 4) 2^-24 scale sum |q||k| (and 2^-20 cap with a soft cap), which changes a weight by 2 e
+relative; f32 sums over kv_len columns, (kv_len + 64) 2^-24 A; bf16 output, 2^-8 |o|.
 
 V is a spike per position plus noise, so that one position too many or too few moves some channel by several
 times the tolerance.
@@ -144,7 +144,9 @@ def attend(
     op: ir.Attention,
     sinks: np.ndarray | None,
 ) -> tuple[F64, F64]:
-    """The last len(q) rows of one sequence in float64: output [n, H * D] and the tolerance of each element."""
+    """The last len(q) rows of one sequence in float64: output [n, H * D] and the tolerance of each
+    element.
+    """
     n, length = len(q), len(k)
     out, tolerance = np.empty_like(q), np.empty_like(q)
     age = np.arange(length - n, length)[:, None] - np.arange(length)[None, :]
@@ -190,14 +192,18 @@ def check(
     plan = plan_of(team, shape, pool, kernel, op, weights=weights)
     # Whatever was in the pool before must not matter: make it NaN, keys and values of every block.
     for block in range(0, shape.n_blocks * shape.block_size, 512):
-        blocks = list(range(block // shape.block_size, min((block + 512) // shape.block_size, shape.n_blocks)))
+        blocks = list(
+            range(block // shape.block_size, min((block + 512) // shape.block_size, shape.n_blocks))
+        )
         step(fill, [(np.full((len(blocks) * shape.block_size, shape.qkv_width), np.nan), 0, blocks)])
     rows = [make_rows(shape, length, i) for i, (length, _) in enumerate(sequences)]
     tables = shape.tables([length for length, _ in sequences])
     for qkv, table, (length, n) in zip(rows, tables, sequences, strict=True):
         if length > n:
             step(fill, [(qkv[: length - n], 0, table)])
-    step(plan, [(q[len(q) - n :], len(q) - n, t) for q, t, (_, n) in zip(rows, tables, sequences, strict=True)])
+    step(
+        plan, [(q[len(q) - n :], len(q) - n, t) for q, t, (_, n) in zip(rows, tables, sequences, strict=True)]
+    )
     got = take(plan, "o", sum(n for _, n in sequences))
     at = 0
     for qkv, (_, n) in zip(rows, sequences, strict=True):
@@ -207,11 +213,13 @@ def check(
         at += n
 
 
-HEADS = [(1, 1), (4, 4), (6, 2), (8, 2), (8, 1), (12, 1)]
+# Every head_dim at a ratio of 3, every ratio at 64, and the corners.
+HEADS = [(6, 2, dim) for dim in (16, 32, 48, 64, 80, 96, 128, 256)]
+HEADS += [(heads, kv_heads, 64) for heads, kv_heads in ((1, 1), (4, 4), (8, 2), (8, 1), (12, 1))]
+HEADS += [(4, 4, 16), (8, 1, 256), (8, 1, 80)]
 
 
-@pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 80, 96, 128, 256])
-@pytest.mark.parametrize(("n_heads", "n_kv_heads"), HEADS)
+@pytest.mark.parametrize(("n_heads", "n_kv_heads", "head_dim"), HEADS)
 def test_heads(kernel: str, team: ops.Team, n_heads: int, n_kv_heads: int, head_dim: int) -> None:
     shape = Shape(n_heads, n_kv_heads, head_dim, n_blocks=8)
     check(kernel, team, shape, [(65, 1), (40, 13), (17, 17)])
@@ -326,7 +334,10 @@ def test_no_leak_from_reused_blocks(kernel: str, team: ops.Team, block_size: int
         n_old = min(512, shape.n_blocks * block_size)
         table = list(range(n_old // block_size))
         if stale is not None:
-            step(plan_of(team, shape, pool, kernel, None), [(np.full((n_old, shape.qkv_width), stale), 0, table)])
+            step(
+                plan_of(team, shape, pool, kernel, None),
+                [(np.full((n_old, shape.qkv_width), stale), 0, table)],
+            )
         rows = []
         for i in range(n):
             step(plan, [(qkv[i : i + 1], i, table)])
@@ -379,7 +390,15 @@ def test_rope(kernel: str, team: ops.Team, variant: str, head_norm: ir.NormKind 
     if head_norm is not None:
         rope = replace(rope, q_norm="qn", k_norm="kn", norm_kind=head_norm, norm_eps=1e-5)
     plan = plan_of(
-        team, shape, shape.pool(), kernel, None, rope, () if table is None else (table,), weights, max_tokens=64
+        team,
+        shape,
+        shape.pool(),
+        kernel,
+        None,
+        rope,
+        () if table is None else (table,),
+        weights,
+        max_tokens=64,
     )
     blocks = list(range(40))
     for cached, n in ((0, 45), (31, 1), (9000, 40)):
@@ -402,8 +421,10 @@ def test_rope(kernel: str, team: ops.Team, variant: str, head_norm: ir.NormKind 
 def test_keys_are_appended_as_queries_are_kept(
     kernel: str, team: ops.Team, variant: str, block_size: int
 ) -> None:
-    """Keys cannot be read, queries can. With the same input and the same norm for both, K in the cache must be
-    the bits of q, through chunks and a scattered table; attention over it then meets the usual tolerance."""
+    """Keys cannot be read, queries can. With the same input and the same norm for both, K in the cache
+    must be the bits of q, through chunks and a scattered table; attention over it then meets the usual
+    tolerance.
+    """
     shape = Shape(2, 2, 64, block_size, n_blocks=12)
     table = ROPES[variant]
     weights = {"n": rng("n").standard_normal(64).astype(np.float32)}

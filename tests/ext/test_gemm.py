@@ -1,9 +1,9 @@
 """gemm_bf16: every tier, odd shapes, epilogues and activations, against float64.
 
-Tolerance. Inputs are bf16, so the products are exact in float64. A sum of k products in f32 is off by at most
-(k + 2) u S, with u = 2^-24 and S = sum |a| |w| + |bias|. An activation stretches that by its steepest slope
-(1.13 for the gelus, 1.1 for silu) and adds its own approximation, 2^-21 |y| (simd.h: erf within 2e-7, exp within
-a few units). Storing costs 2^-24 relative for f32 and 2^-8 for bf16.
+Tolerance. Inputs are bf16, so the products are exact in float64. A sum of k products in f32 is off by at
+most (k + 2) u S, with u = 2^-24 and S = sum |a| |w| + |bias|. An activation stretches that by its
+steepest slope (1.13 for the gelus, 1.1 for silu) and adds its own approximation, 2^-21 |y| (simd.h: erf
+within 2e-7, exp within a few units). Storing costs 2^-24 relative for f32 and 2^-8 for bf16.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def test_shapes(kernel: str, team: ops.Team, n: int, k: int) -> None:
 @pytest.mark.parametrize(("n", "k"), [(33, 2080), (1600, 48)])
 def test_large_shapes(kernel: str, team: ops.Team, n: int, k: int) -> None:
     """Longer than one chunk of k, and enough panels for whole groups per worker."""
-    check_shape(kernel, team, n, k, (3,) if kernel == "reference" else (1, 2, 5, 13, 14, 15, 32, 33, 64, 65, 300))
+    check_shape(
+        kernel, team, n, k, (3,) if kernel == "reference" else (1, 2, 5, 13, 14, 15, 32, 33, 64, 65, 300)
+    )
 
 
 def check_shape(kernel: str, team: ops.Team, n: int, k: int, rows: tuple[int, ...]) -> None:

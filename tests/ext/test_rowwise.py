@@ -41,8 +41,10 @@ def special_values(n: int, k: int) -> np.ndarray:
     return x
 
 
-@pytest.mark.parametrize("k", [1, 16, 17, 31, 32, 33, 255, 300])
-@pytest.mark.parametrize("n", [1, 15, 16, 17, 33, 307])
+@pytest.mark.parametrize(
+    ("n", "k"),
+    [(1, 1), (15, 16), (16, 17), (17, 31), (33, 32), (1, 33), (307, 255), (33, 300), (307, 1), (16, 256), (5, 257)],
+)
 def test_pack_round_trip(isa: str, team: ops.Team, n: int, k: int) -> None:
     """bf16 exactly, f32 rounded to nearest even, f16 converted exactly first."""
     x = special_values(n, k)
@@ -130,14 +132,13 @@ def test_select(kernel: str, team: ops.Team, width: int, dtype: ir.Dtype) -> Non
 # ---- norms ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", [1, 7, 16, 17, 31, 128, 1003])
+@pytest.mark.parametrize("width", [1, 17, 31, 128, 1003])
 @pytest.mark.parametrize("kind", ["rms", "rms1", "layer"])
 @pytest.mark.parametrize(("dtype", "add"), [("f32", False), ("bf16", False), ("f32", True)])
-def test_norm(
-    kernel: str, team: ops.Team, kind: ir.NormKind, width: int, dtype: ir.Dtype, add: bool
-) -> None:
-    """The sum of squares has n / 16 terms per lane (8 on avx2), all positive: (n / 8 + 8) u relative. The mean
-    of a layer norm is off by that much of mean |x|, which its row then carries times inv * w."""
+def test_norm(kernel: str, team: ops.Team, kind: ir.NormKind, width: int, dtype: ir.Dtype, add: bool) -> None:
+    """The sum of squares has n / 16 terms per lane (8 on avx2), all positive: (n / 8 + 8) u relative. The
+    mean of a layer norm is off by that much of mean |x|, which its row then carries times inv * w.
+    """
     r = rng("norm", width, kind)
     x = 3 * r.standard_normal((41, width)) + 0.5
     w, b = (r.standard_normal(width).astype(np.float32) for _ in range(2))

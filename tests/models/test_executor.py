@@ -1,11 +1,10 @@
 """The compiled executor: every golden model on every tier against transformers and against the reference.
 
-Tolerance. The kernels round to bf16 about ten times per layer on the way of one token (norm, q, k, v, P, attention's
-output, norm, gate * up, and the weights' partners in between), each by at most u = 2^-8 relative and 2^-8 / sqrt(3)
-on average, independently of each other; errors of independent roundings add as squares. So
-max |difference| / max |logit| is expected below sqrt(10 n_layers) 2^-8 = 0.012, 0.017, 0.021 for 1, 2, 3 layers.
-Measured: at most 0.0105 against exact arithmetic. The reference with rounding="bf16" rounds at the same places, and
-what is left are roundings that a last f32 bit tipped over.
+Tolerance. A layer rounds to bf16 eight times (norm, q, k, v, P, attention's output, norm, gate * up) and the
+last norm once more, each by at most 2^-8 relative and independently of the others, and errors of independent
+roundings add as squares: max |difference| / max |logit| is expected below sqrt(8 n_layers + 1) 2^-8, which is
+0.012, 0.016, 0.020 for 1, 2, 3 layers. Measured: at most 0.0105 against exact arithmetic. The reference with
+rounding="bf16" rounds at the same places; what is left there are roundings that a last f32 bit tipped over.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ PackedModel = Callable[[str], Packed]
 
 def tolerance(packed: Packed) -> float:
     """max |difference| / max |logit| that bf16 rounding explains."""
-    return float(np.sqrt(10 * len(packed.model.spec.layers))) * 2.0**-8
+    return float(np.sqrt(8 * len(packed.model.spec.layers) + 1)) * 2.0**-8
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,7 @@ def golden() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def references(packed_model: PackedModel) -> Callable[[str], tuple[np.ndarray, np.ndarray]]:
-    """references(name): logits of the case's prompt in float64, exact and with the kernels' rounding points."""
+    """references(name): logits of the prompt in float64, exact and with the kernels' rounding points."""
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def get(name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -81,10 +80,15 @@ def test_logits(
 
 
 def test_average_error_is_far_below_the_worst(
-    isa: str, team: ops.Team, packed_model: PackedModel, references: Callable[[str], tuple[np.ndarray, np.ndarray]]
+    isa: str,
+    team: ops.Team,
+    packed_model: PackedModel,
+    references: Callable[[str], tuple[np.ndarray, np.ndarray]],
 ) -> None:
-    """A kernel that loses a bit everywhere would hide under the worst case's tolerance, but not here: the root mean
-    square is a quarter of the maximum or less for roundings, and the bf16 reference explains most of it."""
+    """A kernel that loses a bit everywhere would hide under the worst case's tolerance, but not here: the
+    root mean square is a quarter of the maximum or less for roundings, and the bf16 reference explains
+    most of it.
+    """
     for name in ("llama-mha", "llama-gqa8", "qwen3"):
         packed = packed_model(name)
         got = prefill(packed.runner(team), tiny.prompt(name))
@@ -113,7 +117,10 @@ def test_each_operator_on_the_scalar_kernel(
 
 @pytest.mark.parametrize("name", ["llama-mha", "qwen2-window", "llama-head96-gelu-tanh"])
 def test_all_operators_on_the_scalar_kernels(
-    name: str, team: ops.Team, packed_model: PackedModel, references: Callable[[str], tuple[np.ndarray, np.ndarray]]
+    name: str,
+    team: ops.Team,
+    packed_model: PackedModel,
+    references: Callable[[str], tuple[np.ndarray, np.ndarray]],
 ) -> None:
     """The scalar table sums in double, so it follows the bf16 reference more closely than any tier must."""
     packed = packed_model(name)
@@ -138,7 +145,10 @@ def test_tiers_can_be_mixed(isa: str, team: ops.Team, packed_model: PackedModel)
 @pytest.mark.parametrize(
     ("kernels", "message"),
     [
-        ({"matmul": "avx2"}, r"operator 'matmul'; expected one of embed, norm, gemm, rope, attention, select$"),
+        (
+            {"matmul": "avx2"},
+            r"operator 'matmul'; expected one of embed, norm, gemm, rope, attention, select$",
+        ),
         ({"gemm": "sse2"}, r"gemm='sse2'; runnable here: .*avx2, and reference$"),
         ({"gemm": ""}, r"gemm=''"),
         ({"": "avx2"}, r"operator ''"),

@@ -158,7 +158,7 @@ cdef extern from "plan.h" nogil:
         long n_ops, max_tokens, max_seqs, max_logits
         double *op_s
     int pace_plan_init(pace_plan *p, pace_team *team, long max_tokens, long max_seqs, long max_logits, long n_heads,
-                       long n_kv_heads)
+                       long n_kv_heads, long head_dim)
     void pace_plan_free(pace_plan *p)
     pace_op *pace_plan_add(pace_plan *p, int kind, const pace_kernels *kernels)
     int pace_plan_step(pace_plan *p, const pace_batch *batch)
@@ -475,7 +475,8 @@ cdef class Plan:
         self.memory = []
         self.team, self.pool = team, pool
         self.vocab_size, self.n_heads = vocab_size, n_heads
-        if pace_plan_init(&self.p, team.team, max_tokens, max_seqs, max_logits, n_heads, pool.n_kv_heads):
+        if pace_plan_init(&self.p, team.team, max_tokens, max_seqs, max_logits, n_heads, pool.n_kv_heads,
+                          pool.head_dim):
             raise MemoryError("cannot allocate the plan")
 
     def __dealloc__(self):

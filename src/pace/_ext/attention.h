@@ -99,87 +99,165 @@ INLINE void softmax_piece(float *s, bf16 *p, long c0, long c1, long first, long 
     *sum = v_sum(total);
 }
 
-static void attention(const pace_attention *g, const pace_rows *rows, long kv_head, void *scratch) {
-    attention_buf *t = scratch;
-    const pace_kv *kv = &g->kv;
-    const long d = kv->head_dim, b = kv->block, group = kv->n_heads / kv->n_kv_heads;
-    const long n_tok = rows->row1 - rows->row0, n = n_tok * group;
-    const int32_t *table = kv->block_tables + rows->seq * kv->table_stride;
-    const long pos0 = (long)kv->kv_len[rows->seq] - kv->q_start[rows->seq + 1] + rows->row0;
-    const long end = pos0 + n_tok;  // positions the last row sees: [.., end)
-    const long begin = g->window && pos0 - g->window + 1 > 0 ? pos0 - g->window + 1 : 0;
-    const long unit = b < 32 ? b : 32;  // columns are computed in whole units; V is clean up to a unit
-    const int in_tiles = attention_in_tiles(d);
-#ifdef PACE_AMX
-    if (in_tiles) amx_configure(32);
-#endif
+// What a tile is: rows of one sequence and kv head, the positions they see, and how they are multiplied.
+typedef struct {
+    const int32_t *table;
+    long d, group, n, pos0, begin, end;  // n rows; the first at position pos0; positions [begin, end) are seen
+    int in_tiles;
+} attention_tile;
 
-    for (long r = 0; r < n; r++) {  // row r is query token r / group, head r % group
-        memcpy(t->q[r], g->q + (rows->row0 + r / group) * g->ldq + (kv_head * group + r % group) * d, (size_t)d * 2);
+static attention_tile attention_shape(const pace_attention *g, const pace_rows *rows) {
+    const pace_kv *kv = &g->kv;
+    const long n_tok = rows->row1 - rows->row0;
+    attention_tile a = {.table = kv->block_tables + rows->seq * kv->table_stride, .d = kv->head_dim};
+    a.group = kv->n_heads / kv->n_kv_heads;
+    a.n = n_tok * a.group;
+    a.pos0 = (long)kv->kv_len[rows->seq] - kv->q_start[rows->seq + 1] + rows->row0;
+    a.end = a.pos0 + n_tok;
+    a.begin = g->window && a.pos0 - g->window + 1 > 0 ? a.pos0 - g->window + 1 : 0;
+    a.in_tiles = attention_in_tiles(a.d);
+    return a;
+}
+
+static void attention_load(attention_buf *t, const pace_attention *g, const pace_rows *rows, long kv_head,
+                           const attention_tile *a) {
+    for (long r = 0; r < a->n; r++)  // row r is query token r / group, head r % group
+        memcpy(t->q[r], g->q + (rows->row0 + r / a->group) * g->ldq + (kv_head * a->group + r % a->group) * a->d,
+               (size_t)a->d * 2);
+#ifdef PACE_AMX
+    if (a->in_tiles) amx_configure(32);
+#endif
+}
+
+INLINE void attention_release(const attention_tile *a) {
+#ifdef PACE_AMX
+    if (a->in_tiles) _tile_release();
+#else
+    (void)a;
+#endif
+}
+
+// One piece: t->o[r], max[r], sum[r] of every row.
+static void attention_piece(attention_buf *t, const pace_attention *g, long kv_head, const attention_tile *a, long piece,
+                            float *max, float *sum) {
+    const pace_kv *kv = &g->kv;
+    const long d = a->d, b = kv->block;
+    const long unit = b < 32 ? b : 32;  // columns are computed in whole units; V is clean up to a unit
+    const long lo = a->begin > piece ? (a->begin - piece) / 32 * 32 : 0;  // columns of this piece: [lo, hi)
+    const long hi = a->end - piece < PACE_PIECE ? (a->end - piece + unit - 1) / unit * unit : PACE_PIECE;
+    for (long c = lo, step; c < hi; c += step) {  // S = Q K^T, block by block
+        const long in = (piece + c) % b;
+        step = b - in < hi - c ? b - in : hi - c;
+        const bf16 *k = kv->kv + a->table[(piece + c) / b] * kv->block_stride + kv_head * 2 * b * d + in * 2;
+        attention_mm(a->in_tiles, a->n, step,
+                     &(mm_args){.a = t->q[0], .lda = PACE_MAX_HEAD_DIM, .b = k, .ldb = 2 * b, .bps = 64,
+                                .c = t->s[0] + c, .ldc = PACE_PIECE, .kp = d / 2});
+    }
+    for (long r = 0; r < a->n; r++) {
+        const long pos = a->pos0 + r / a->group;
+        const long first = g->window ? pos - g->window + 1 - piece : 0;
+        softmax_piece(t->s[r], t->p[r], lo, hi, first < 0 ? 0 : first, pos + 1 - piece, g->scale, g->softcap, &max[r],
+                      &sum[r]);
+    }
+    if (a->in_tiles) {
+        values_in_tiles(t, kv, a->table, kv_head, a->n, piece, lo, hi);
+        return;
+    }
+    for (long c = lo, step; c < hi; c += step) {  // O = P V
+        const long in = (piece + c) % b;
+        step = b - in < hi - c ? b - in : hi - c;
+        const bf16 *v = kv->kv + a->table[(piece + c) / b] * kv->block_stride + kv_head * 2 * b * d + b * d + in * d;
+        mm_block(a->n, (int)(d / 16), (mm_args){.a = t->p[0] + c, .lda = PACE_PIECE + 32, .b = v, .ldb = 2 * d,
+                 .bps = 64, .c = t->o[0], .ldc = PACE_MAX_HEAD_DIM, .kp = step / 2, .accumulate = c > lo});
+    }
+}
+
+INLINE float exp_one(float x) {
+    float lanes[VL];
+    v_store(lanes, v_exp(v_set(x)));
+    return lanes[0];
+}
+
+// The running (max, sum, O) of row r takes in one more piece. Pieces must come in ascending order.
+INLINE void attention_fold_row(attention_buf *t, long r, long d, const float *o, float max, float sum) {
+    if (sum == 0.0f) return;  // nothing visible in this piece
+    const float top = t->max[r] > max ? t->max[r] : max;
+    const float keep = t->sum[r] == 0.0f ? 0.0f : exp_one(t->max[r] - top), take = exp_one(max - top);
+    for (long e = 0; e < d; e += VL)
+        v_store(t->sum_o[r] + e, v_fma(v_load(o + e), v_set(take), v_mul(v_load(t->sum_o[r] + e), v_set(keep))));
+    t->sum[r] = t->sum[r] * keep + sum * take;
+    t->max[r] = top;
+}
+
+INLINE void attention_clear(attention_buf *t, const attention_tile *a) {
+    for (long r = 0; r < a->n; r++) {
         t->max[r] = -__builtin_inff();
         t->sum[r] = 0.0f;
-        memset(t->sum_o[r], 0, (size_t)d * 4);
+        memset(t->sum_o[r], 0, (size_t)a->d * 4);
     }
+}
 
-    for (long piece = begin / PACE_PIECE * PACE_PIECE; piece < end; piece += PACE_PIECE) {
-        const long lo = begin > piece ? (begin - piece) / 32 * 32 : 0;  // columns of this piece: [lo, hi)
-        const long hi = end - piece < PACE_PIECE ? (end - piece + unit - 1) / unit * unit : PACE_PIECE;
-        for (long c = lo, step; c < hi; c += step) {  // S = Q K^T, block by block
-            const long in = (piece + c) % b;
-            step = b - in < hi - c ? b - in : hi - c;
-            const bf16 *k = kv->kv + table[(piece + c) / b] * kv->block_stride + kv_head * 2 * b * d + in * 2;
-            attention_mm(in_tiles, n, step,
-                         &(mm_args){.a = t->q[0], .lda = PACE_MAX_HEAD_DIM, .b = k, .ldb = 2 * b, .bps = 64,
-                                    .c = t->s[0] + c, .ldc = PACE_PIECE, .kp = d / 2});
-        }
-        float max[PACE_ATTN_ROWS], sum[PACE_ATTN_ROWS];
-        for (long r = 0; r < n; r++) {
-            const long pos = pos0 + r / group;
-            const long first = g->window ? pos - g->window + 1 - piece : 0;
-            softmax_piece(t->s[r], t->p[r], lo, hi, first < 0 ? 0 : first, pos + 1 - piece, g->scale, g->softcap,
-                          &max[r], &sum[r]);
-        }
-        if (in_tiles) values_in_tiles(t, kv, table, kv_head, n, piece, lo, hi);
-        for (long c = lo, step; c < hi && !in_tiles; c += step) {  // O = P V
-            const long in = (piece + c) % b;
-            step = b - in < hi - c ? b - in : hi - c;
-            const bf16 *v = kv->kv + table[(piece + c) / b] * kv->block_stride + kv_head * 2 * b * d + b * d + in * d;
-            mm_block(n, (int)(d / 16), (mm_args){.a = t->p[0] + c, .lda = PACE_PIECE + 32, .b = v, .ldb = 2 * d,
-                     .bps = 64, .c = t->o[0], .ldc = PACE_MAX_HEAD_DIM, .kp = step / 2, .accumulate = c > lo});
-        }
-        for (long r = 0; r < n; r++) {  // fold
-            if (sum[r] == 0.0f) continue;  // nothing visible in this piece
-            const float top = t->max[r] > max[r] ? t->max[r] : max[r];
-            float lanes[VL];
-            v_store(lanes, v_exp(v_sub(v_set(t->max[r]), v_set(top))));
-            const float keep = t->sum[r] == 0.0f ? 0.0f : lanes[0];
-            v_store(lanes, v_exp(v_sub(v_set(max[r]), v_set(top))));
-            const float take = lanes[0];
-            for (long e = 0; e < d; e += VL)
-                v_store(t->sum_o[r] + e, v_fma(v_load(t->o[r] + e), v_set(take), v_mul(v_load(t->sum_o[r] + e), v_set(keep))));
-            t->sum[r] = t->sum[r] * keep + sum[r] * take;
-            t->max[r] = top;
-        }
-    }
-
-#ifdef PACE_AMX
-    if (in_tiles) _tile_release();
-#endif
-    for (long r = 0; r < n; r++) {
-        const long head = kv_head * group + r % group;
+static void attention_store(const attention_buf *t, const pace_attention *g, const pace_rows *rows, long kv_head,
+                            const attention_tile *a) {
+    for (long r = 0; r < a->n; r++) {
+        const long head = kv_head * a->group + r % a->group;
         float sum = t->sum[r], scale = 1.0f;
         if (g->sinks) {  // a sink is one more column with score sinks[head] and no value
             const float sink = g->sinks[head], top = t->max[r] > sink ? t->max[r] : sink;
-            float lanes[VL];
-            v_store(lanes, v_exp(v_sub(v_set(t->max[r]), v_set(top))));
-            scale = lanes[0];
-            v_store(lanes, v_exp(v_sub(v_set(sink), v_set(top))));
-            sum = sum * scale + lanes[0];
+            scale = exp_one(t->max[r] - top);
+            sum = sum * scale + exp_one(sink - top);
         }
         const vf inv = v_set(scale / sum);
-        bf16 *o = g->out + (rows->row0 + r / group) * g->ldo + head * d;
-        for (long e = 0; e < d; e += VL) v_store_bf16(o + e, v_mul(v_load(t->sum_o[r] + e), inv));
+        bf16 *o = g->out + (rows->row0 + r / a->group) * g->ldo + head * a->d;
+        for (long e = 0; e < a->d; e += VL) v_store_bf16(o + e, v_mul(v_load(t->sum_o[r] + e), inv));
     }
+}
+
+static void attention(const pace_attention *g, const pace_rows *rows, long kv_head, void *scratch) {
+    attention_buf *t = scratch;
+    const attention_tile a = attention_shape(g, rows);
+    attention_load(t, g, rows, kv_head, &a);
+    attention_clear(t, &a);
+    for (long piece = a.begin / PACE_PIECE * PACE_PIECE; piece < a.end; piece += PACE_PIECE) {
+        float max[PACE_ATTN_ROWS], sum[PACE_ATTN_ROWS];
+        attention_piece(t, g, kv_head, &a, piece, max, sum);
+        for (long r = 0; r < a.n; r++) attention_fold_row(t, r, a.d, t->o[r], max[r], sum[r]);
+    }
+    attention_release(&a);
+    attention_store(t, g, rows, kv_head, &a);
+}
+
+// The same in two steps, for few tiles and many threads: pieces [p0, p1) go to parts [n_pieces][n][2 + d] as
+// (max, sum, O), and the fold, after a barrier, takes them in the order that attention() would have.
+static void attention_part(const pace_attention *g, const pace_rows *rows, long kv_head, long p0, long p1, float *parts,
+                           void *scratch) {
+    attention_buf *t = scratch;
+    const attention_tile a = attention_shape(g, rows);
+    attention_load(t, g, rows, kv_head, &a);
+    for (long i = p0; i < p1; i++) {
+        float max[PACE_ATTN_ROWS], sum[PACE_ATTN_ROWS];
+        attention_piece(t, g, kv_head, &a, (a.begin / PACE_PIECE + i) * PACE_PIECE, max, sum);
+        for (long r = 0; r < a.n; r++) {
+            float *part = parts + (i * a.n + r) * (a.d + 2);
+            part[0] = max[r];
+            part[1] = sum[r];
+            memcpy(part + 2, t->o[r], (size_t)a.d * 4);
+        }
+    }
+    attention_release(&a);
+}
+
+static void attention_fold(const pace_attention *g, const pace_rows *rows, long kv_head, long n_pieces,
+                           const float *parts, void *scratch) {
+    attention_buf *t = scratch;
+    const attention_tile a = attention_shape(g, rows);
+    attention_clear(t, &a);
+    for (long i = 0; i < n_pieces; i++)
+        for (long r = 0; r < a.n; r++) {
+            const float *part = parts + (i * a.n + r) * (a.d + 2);
+            attention_fold_row(t, r, a.d, part + 2, part[0], part[1]);
+        }
+    attention_store(t, g, rows, kv_head, &a);
 }
 
 #endif

@@ -123,6 +123,13 @@ typedef struct {
     void (*rope_kv)(const pace_rope_kv *g, const pace_rows *rows, long kv_head);
     // Query tokens [row0, row1) of sequence rows->seq for one kv head; (row1 - row0) * group <= PACE_ATTN_ROWS.
     void (*attention)(const pace_attention *g, const pace_rows *rows, long kv_head, void *scratch);
+    // The same tile in two steps, so that few tiles keep many threads busy: its pieces [p0, p1), counted from the
+    // first one it sees, to parts [n_pieces][rows][2 + head_dim] (max, sum, O); then all of them folded in order. NULL:
+    // the tier has no split form.
+    void (*attention_part)(const pace_attention *g, const pace_rows *rows, long kv_head, long p0, long p1, float *parts,
+                           void *scratch);
+    void (*attention_fold)(const pace_attention *g, const pace_rows *rows, long kv_head, long n_pieces,
+                           const float *parts, void *scratch);
     size_t attention_scratch;
     void (*softmax)(float *x, long n);  // in place, one row
     long (*argmax)(const float *x, long n);  // lowest index among equals; -1 when a NaN is met

@@ -66,8 +66,12 @@ int pace_matrix_pack(pace_matrix *w, pace_team *team, const pace_kernels *kernel
 
 // ---- building ---------------------------------------------------------------------------------------------
 
+// Room for split attention's partial results; touched only when used. 32 MB hold 4000 pieces (a million tokens) of 32
+// heads of 64.
+#define PARTS_BYTES ((size_t)32 << 20)
+
 int pace_plan_init(pace_plan *p, pace_team *team, long max_tokens, long max_seqs, long max_logits, long n_heads,
-                   long n_kv_heads) {
+                   long n_kv_heads, long head_dim) {
     memset(p, 0, sizeof *p);
     p->team = team;
     p->n_threads = pace_team_size(team);
@@ -76,10 +80,13 @@ int pace_plan_init(pace_plan *p, pace_team *team, long max_tokens, long max_seqs
     p->max_logits = max_logits;
     p->n_heads = n_heads;
     p->n_kv_heads = n_kv_heads;
+    p->head_dim = head_dim;
     // A sequence's rows fall into at most rows / 32 + 2 groups; tiles are never more than that or one per token.
     p->rope_rows = malloc((size_t)(max_tokens + 2 * max_seqs) * sizeof(pace_rows));
     p->tiles = malloc((size_t)(max_tokens + max_seqs) * sizeof(pace_rows));
-    if (!p->rope_rows || !p->tiles) return ENOMEM;
+    if (p->n_threads > 1) p->parts = pace_alloc_huge(PARTS_BYTES);
+    if (!p->rope_rows || !p->tiles || (p->n_threads > 1 && !p->parts)) return ENOMEM;
+    if (pace_work_init(&p->fold, p->n_threads)) return ENOMEM;
     for (int i = 0; i < 2; i++)
         if (pace_work_init(&p->ring[i], p->n_threads)) return ENOMEM;
     return 0;
@@ -91,6 +98,8 @@ void pace_plan_free(pace_plan *p) {
     free(p->ops);
     free(p->op_s);
     for (int i = 0; i < 2; i++) pace_work_destroy(&p->ring[i]);
+    pace_work_destroy(&p->fold);
+    pace_free_huge(p->parts, PARTS_BYTES);
     pace_free_huge(p->scratch, p->scratch_bytes);
     memset(p, 0, sizeof *p);
 }
@@ -151,6 +160,22 @@ static cut cut_gemm(const pace_plan *p, long n_panels, long m) {
     return c;
 }
 
+static int splits(const pace_plan *p, const pace_op *op) {
+    return op->kind == PACE_ATTENTION && p->split && op->kernels->attention_part;
+}
+
+// First and last piece of the positions that a tile's rows see under a window (0: none).
+static long pieces_of(const pace_plan *p, const pace_rows *tile, long window) {
+    const long pos0 = (long)p->batch.kv_len[tile->seq] - p->batch.q_start[tile->seq + 1] + tile->row0;
+    const long begin = window && pos0 - window + 1 > 0 ? pos0 - window + 1 : 0;
+    const long end = pos0 + tile->row1 - tile->row0;
+    return (end + PACE_PIECE - 1) / PACE_PIECE - begin / PACE_PIECE;
+}
+
+static float *parts_of(const pace_plan *p, long tile, long kv_head) {
+    return p->parts + (tile * p->n_kv_heads + kv_head) * p->part_stride;
+}
+
 static cut cut_op(const pace_plan *p, const pace_op *op) {
     const long m = op->logits ? p->batch.n_logits : p->batch.n_tokens;
     switch (op->kind) {
@@ -159,6 +184,10 @@ static cut cut_op(const pace_plan *p, const pace_op *op) {
         case PACE_ROPE_KV:
             return (cut){.n = p->n_rope_rows * p->n_kv_heads};
         case PACE_ATTENTION:
+            if (splits(p, op)) {
+                const long per_head = (p->split + p->pieces_per_item - 1) / p->pieces_per_item;
+                return (cut){.n = p->n_tiles * p->n_kv_heads * per_head, .grain = per_head};
+            }
             return (cut){.n = p->n_tiles * p->n_kv_heads};
         default: {
             // Row-wise work: about 4 claims per worker.
@@ -195,6 +224,15 @@ static void angles(const pace_plan *p, const pace_op *op, long m0, long m1) {
     }
 }
 
+static pace_attention attention_of(const pace_plan *p, const pace_op *op) {
+    pace_attention g = op->u.attention;
+    g.kv.block_tables = p->batch.block_tables;
+    g.kv.table_stride = p->batch.table_stride;
+    g.kv.q_start = p->batch.q_start;
+    g.kv.kv_len = p->batch.kv_len;
+    return g;
+}
+
 static void run_item(const pace_plan *p, const pace_op *op, const cut *c, long item, void *scratch) {
     const pace_batch *b = &p->batch;
     const long m = op->logits ? b->n_logits : b->n_tokens;
@@ -228,12 +266,16 @@ static void run_item(const pace_plan *p, const pace_op *op, const cut *c, long i
             break;
         }
         case PACE_ATTENTION: {
-            pace_attention g = op->u.attention;
-            g.kv.block_tables = b->block_tables;
-            g.kv.table_stride = b->table_stride;
-            g.kv.q_start = b->q_start;
-            g.kv.kv_len = b->kv_len;
-            op->kernels->attention(&g, &p->tiles[item / p->n_kv_heads], item % p->n_kv_heads, scratch);
+            const pace_attention g = attention_of(p, op);
+            if (splits(p, op)) {
+                const long unit = item / c->grain, tile = unit / p->n_kv_heads, kv_head = unit % p->n_kv_heads;
+                const long pieces = pieces_of(p, &p->tiles[tile], g.window), p0 = item % c->grain * p->pieces_per_item;
+                const long p1 = p0 + p->pieces_per_item < pieces ? p0 + p->pieces_per_item : pieces;
+                if (p0 < p1)
+                    op->kernels->attention_part(&g, &p->tiles[tile], kv_head, p0, p1, parts_of(p, tile, kv_head), scratch);
+            } else {
+                op->kernels->attention(&g, &p->tiles[item / p->n_kv_heads], item % p->n_kv_heads, scratch);
+            }
             break;
         }
         case PACE_SELECT:
@@ -260,8 +302,19 @@ static void step_worker(void *arg, int tid, pace_team *team) {
         const cut c = cut_op(p, op);
         arm(p, i + 1, tid);
         long begin, end;
+        const int fold = splits(p, op);
+        if (fold) pace_work_arm(&p->fold, tid, p->n_tiles * p->n_kv_heads);
         while (pace_work_next(&p->ring[i & 1], tid, 1, &begin, &end)) run_item(p, op, &c, begin, scratch);
         pace_team_barrier(team, tid);
+        if (fold) {
+            const pace_attention g = attention_of(p, op);
+            while (pace_work_next(&p->fold, tid, 1, &begin, &end)) {
+                const long tile = begin / p->n_kv_heads, kv_head = begin % p->n_kv_heads;
+                op->kernels->attention_fold(&g, &p->tiles[tile], kv_head, pieces_of(p, &p->tiles[tile], g.window),
+                                            parts_of(p, tile, kv_head), scratch);
+            }
+            pace_team_barrier(team, tid);
+        }
         if (tid == 0) {
             const double now = seconds();
             p->op_s[i] = now - last;
@@ -296,9 +349,29 @@ static void list_rows(pace_plan *p) {
     qsort_r(p->tiles, (size_t)p->n_tiles, sizeof(pace_rows), longest_first, &p->batch);
 }
 
+// Fewer than two tiles and heads per worker, and a cache long enough: cut along the cache too. Three items a worker
+// even out; the pieces themselves never change (law 1).
+static void cut_attention(pace_plan *p) {
+    const long units = p->n_tiles * p->n_kv_heads, group = p->n_heads / p->n_kv_heads;
+    long most = 0, rows = 0;
+    for (long i = 0; i < p->n_tiles; i++) {
+        const long pieces = pieces_of(p, &p->tiles[i], 0), n = (p->tiles[i].row1 - p->tiles[i].row0) * group;
+        most = pieces > most ? pieces : most;
+        rows = n > rows ? n : rows;
+    }
+    p->split = 0;
+    p->part_stride = most * rows * (p->head_dim + 2);
+    if (p->n_threads == 1 || units >= 2 * p->n_threads || most < 4) return;
+    if ((size_t)(units * p->part_stride) * sizeof(float) > PARTS_BYTES) return;
+    const long wanted = (3 * p->n_threads + units - 1) / units;
+    p->split = most;
+    p->pieces_per_item = (most + wanted - 1) / wanted;
+}
+
 int pace_plan_step(pace_plan *p, const pace_batch *batch) {
     p->batch = *batch;
     list_rows(p);
+    cut_attention(p);
     for (int tid = 0; tid < p->n_threads; tid++) arm(p, 0, tid);
     return pace_team_run(p->team, step_worker, p);
 }

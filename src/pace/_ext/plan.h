@@ -81,10 +81,16 @@ typedef struct {
     pace_op *ops;
     long n_ops, cap_ops;
     long max_tokens, max_seqs, max_logits;
-    long n_heads, n_kv_heads;
+    long n_heads, n_kv_heads, head_dim;
     pace_batch batch;
     pace_rows *rope_rows, *tiles;  // this step's work lists
     long n_rope_rows, n_tiles;
+    // Split attention: few tiles are cut along the KV cache as well (see cut_attention). All of one step's layers share
+    // the same cut.
+    long split, pieces_per_item;  // pieces of the longest tile, 0: no split; pieces a work item takes
+    float *parts;                 // [tile][kv head][piece][rows][2 + head_dim]
+    long part_stride;             // floats of one tile and kv head
+    pace_work fold;
     pace_work ring[2];
     void *scratch;  // one area per worker
     size_t scratch_stride, scratch_bytes;
@@ -92,7 +98,7 @@ typedef struct {
 } pace_plan;
 
 int pace_plan_init(pace_plan *p, pace_team *team, long max_tokens, long max_seqs, long max_logits, long n_heads,
-                   long n_kv_heads);
+                   long n_kv_heads, long head_dim);
 void pace_plan_free(pace_plan *p);
 pace_op *pace_plan_add(pace_plan *p, int kind, const pace_kernels *kernels);  // NULL: out of memory
 // The batch must have been checked by the caller (ranges, monotone q_start, table entries). 0 or an error of
