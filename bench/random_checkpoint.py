@@ -24,7 +24,12 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-COMMON: dict[str, Any] = {"hidden_act": "silu", "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2}
+COMMON: dict[str, Any] = {
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": COMMON
     | {

@@ -110,7 +110,9 @@ def _read_buffer(n_bytes: int) -> _kernels.Memory:
     if n_bytes not in _buffers:
         _buffers.clear()
         _buffers[n_bytes] = memory = _kernels.Memory(n_bytes)
-        np.frombuffer(memory, np.uint8)[:] = 1  # untouched pages all read one shared zero page, from the cache
+        np.frombuffer(memory, np.uint8)[:] = (
+            1  # untouched pages all read one shared zero page, from the cache
+        )
     return _buffers[n_bytes]
 
 
@@ -171,7 +173,9 @@ class PackedMatrix:
         """
         code, np_dtype = _DTYPES[dtype]
         if src.dtype != np_dtype or src.ndim != 2 or not src.flags.c_contiguous:
-            raise ValueError(f"source is {src.dtype} {src.shape}, expected C-contiguous {np_dtype.__name__} [rows, {self.k}]")
+            raise ValueError(
+                f"source is {src.dtype} {src.shape}, expected C-contiguous {np_dtype.__name__} [rows, {self.k}]"
+            )
         self._matrix.pack(self._team._team, src.view(np.uint8), code, at, _MODES[mode])
 
     def unpack(self) -> F32:
@@ -263,12 +267,21 @@ class Plan:
     def _add(self, op: ir.Op) -> None:
         plan, slots, tier = self._plan, self._slots, self._kernels.get
         if isinstance(op, ir.Embed):
+            if op.positions is not None:
+                raise ConfigError(f"{op.name} wants learned positions, which no kernel adds")
             plan.add_embed(tier("embed"), slots[op.dst], self._matrix(op.weight), op.scale)
         elif isinstance(op, ir.Norm):
             weight = self._vector(op.weight)
             assert weight is not None
             plan.add_norm(
-                tier("norm"), slots[op.src], slots[op.dst], weight, self._vector(op.bias), _NORMS[op.kind], op.eps, op.add
+                tier("norm"),
+                slots[op.src],
+                slots[op.dst],
+                weight,
+                self._vector(op.bias),
+                _NORMS[op.kind],
+                op.eps,
+                op.add,
             )
         elif isinstance(op, ir.Gemm):
             plan.add_gemm(
@@ -325,7 +338,9 @@ class Plan:
             ForkError: called in a forked child.
         """
         try:
-            self._plan.step(batch.token_ids, batch.q_start, batch.kv_len, batch.block_tables, batch.logit_rows)
+            self._plan.step(
+                batch.token_ids, batch.q_start, batch.kv_len, batch.block_tables, batch.logit_rows
+            )
         except _kernels.Forked as error:
             raise ForkError(str(error)) from None
         return self._logits[: len(batch.logit_rows)]

@@ -43,7 +43,19 @@ def special_values(n: int, k: int) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("n", "k"),
-    [(1, 1), (15, 16), (16, 17), (17, 31), (33, 32), (1, 33), (307, 255), (33, 300), (307, 1), (16, 256), (5, 257)],
+    [
+        (1, 1),
+        (15, 16),
+        (16, 17),
+        (17, 31),
+        (33, 32),
+        (1, 33),
+        (307, 255),
+        (33, 300),
+        (307, 1),
+        (16, 256),
+        (5, 257),
+    ],
 )
 def test_pack_round_trip(isa: str, team: ops.Team, n: int, k: int) -> None:
     """bf16 exactly, f32 rounded to nearest even, f16 converted exactly first."""

@@ -12,6 +12,7 @@ class Forked(RuntimeError): ...
 class Memory:
     nbytes: int
     def __init__(self, nbytes: int) -> None: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
 
 class Team:
     n_threads: int
@@ -47,7 +48,9 @@ class KVPool:
     head_dim: int
     n_blocks: int
     block_size: int
-    def __init__(self, n_layers: int, n_kv_heads: int, head_dim: int, n_blocks: int, block_size: int) -> None: ...
+    def __init__(
+        self, n_layers: int, n_kv_heads: int, head_dim: int, n_blocks: int, block_size: int
+    ) -> None: ...
     @property
     def nbytes(self) -> int: ...
 
@@ -55,12 +58,27 @@ class Plan:
     vocab_size: int
     nbytes: int
     def __init__(
-        self, team: Team, pool: KVPool, max_tokens: int, max_seqs: int, max_logits: int, n_heads: int, vocab_size: int
+        self,
+        team: Team,
+        pool: KVPool,
+        max_tokens: int,
+        max_seqs: int,
+        max_logits: int,
+        n_heads: int,
+        vocab_size: int,
     ) -> None: ...
     def add_slot(self, width: int, is_bf16: bool, logits: bool) -> int: ...
     def add_embed(self, tier: str | None, dst: int, table: Matrix, scale: float) -> None: ...
     def add_norm(
-        self, tier: str | None, src: int, dst: int, weight: F32, bias: F32 | None, kind: int, eps: float, add: bool
+        self,
+        tier: str | None,
+        src: int,
+        dst: int,
+        weight: F32,
+        bias: F32 | None,
+        kind: int,
+        eps: float,
+        add: bool,
     ) -> None: ...
     def add_gemm(
         self,

@@ -550,8 +550,8 @@ cdef class Plan:
     def add_gemm(self, tier, int src, int dst, Matrix w, bias, int epilogue, int act, float scale):
         cdef slot *s = self.at(src)
         cdef slot *d = self.at(dst)
-        n = (d.width + 15) // 16 * 32 if epilogue == 2 else d.width
-        if not s.is_bf16 or s.width != w.k or s.logits != d.logits or w.w.n_panels != (n + 31) // 32:
+        cdef long n = (2 if epilogue == 2 else 1) * d.width
+        if not s.is_bf16 or s.width != w.k or s.logits != d.logits or w.n != n:
             raise ValueError(f"matrix [{w.n}, {w.k}] does not take a slot of width {s.width} to one of {d.width}")
         if (epilogue == 1 and d.is_bf16) or (epilogue == 2 and not d.is_bf16):
             raise ValueError("the add epilogue wants an f32 slot, the gated one a bf16 slot")

@@ -62,7 +62,8 @@ INLINE void values_in_tiles(attention_buf *t, const pace_kv *kv, const int32_t *
             step = 32;
             for (int i = 0; i < 2; i++) {
                 if (c + 16 * i < c1) {
-                    memcpy(t->v + 16 * i * d, kv->kv + table[(piece + c) / b + i] * kv->block_stride + head, (size_t)d * 32);
+                    memcpy(t->v + 16 * i * d, kv->kv + table[(piece + c) / b + i] * kv->block_stride + head,
+                           (size_t)d * 32);
                 } else {
                     memset(t->v + 16 * i * d, 0, (size_t)d * 32);
                     for (long r = 0; r < rows; r++) memset(t->p[r] + c + 16, 0, 32);
@@ -138,8 +139,8 @@ INLINE void attention_release(const attention_tile *a) {
 }
 
 // One piece: t->o[r], max[r], sum[r] of every row.
-static void attention_piece(attention_buf *t, const pace_attention *g, long kv_head, const attention_tile *a, long piece,
-                            float *max, float *sum) {
+static void attention_piece(attention_buf *t, const pace_attention *g, long kv_head, const attention_tile *a,
+                            long piece, float *max, float *sum) {
     const pace_kv *kv = &g->kv;
     const long d = a->d, b = kv->block;
     const long unit = b < 32 ? b : 32;  // columns are computed in whole units; V is clean up to a unit
@@ -150,8 +151,14 @@ static void attention_piece(attention_buf *t, const pace_attention *g, long kv_h
         step = b - in < hi - c ? b - in : hi - c;
         const bf16 *k = kv->kv + a->table[(piece + c) / b] * kv->block_stride + kv_head * 2 * b * d + in * 2;
         attention_mm(a->in_tiles, a->n, step,
-                     &(mm_args){.a = t->q[0], .lda = PACE_MAX_HEAD_DIM, .b = k, .ldb = 2 * b, .bps = 64,
-                                .c = t->s[0] + c, .ldc = PACE_PIECE, .kp = d / 2});
+                     &(mm_args){.a = t->q[0],
+                                .lda = PACE_MAX_HEAD_DIM,
+                                .b = k,
+                                .ldb = 2 * b,
+                                .bps = 64,
+                                .c = t->s[0] + c,
+                                .ldc = PACE_PIECE,
+                                .kp = d / 2});
     }
     for (long r = 0; r < a->n; r++) {
         const long pos = a->pos0 + r / a->group;
@@ -167,8 +174,16 @@ static void attention_piece(attention_buf *t, const pace_attention *g, long kv_h
         const long in = (piece + c) % b;
         step = b - in < hi - c ? b - in : hi - c;
         const bf16 *v = kv->kv + a->table[(piece + c) / b] * kv->block_stride + kv_head * 2 * b * d + b * d + in * d;
-        mm_block(a->n, (int)(d / 16), (mm_args){.a = t->p[0] + c, .lda = PACE_PIECE + 32, .b = v, .ldb = 2 * d,
-                 .bps = 64, .c = t->o[0], .ldc = PACE_MAX_HEAD_DIM, .kp = step / 2, .accumulate = c > lo});
+        mm_block(a->n, (int)(d / 16),
+                 (mm_args){.a = t->p[0] + c,
+                           .lda = PACE_PIECE + 32,
+                           .b = v,
+                           .ldb = 2 * d,
+                           .bps = 64,
+                           .c = t->o[0],
+                           .ldc = PACE_MAX_HEAD_DIM,
+                           .kp = step / 2,
+                           .accumulate = c > lo});
     }
 }
 

@@ -20,8 +20,7 @@ struct regs {
 
 static struct regs cpuid(unsigned leaf, unsigned sub) {
     struct regs r = {0, 0, 0, 0};
-    if (__get_cpuid_max(leaf & 0x80000000u, NULL) >= leaf)
-        __cpuid_count(leaf, sub, r.eax, r.ebx, r.ecx, r.edx);
+    if (__get_cpuid_max(leaf & 0x80000000u, NULL) >= leaf) __cpuid_count(leaf, sub, r.eax, r.ebx, r.ecx, r.edx);
     if (leaf == 7 && sub > 0) {  // the answer is undefined beyond the sub-leaf count
         struct regs head = cpuid(7, 0);
         if (head.eax < sub) memset(&r, 0, sizeof r);
@@ -38,8 +37,7 @@ static uint64_t os_saved_state(void) {
     // side effect, unlike the request.
     unsigned long supported = 0;
     if ((state & STATE_AMX) == STATE_AMX &&
-        (syscall(SYS_arch_prctl, ARCH_GET_XCOMP_SUPP_, &supported) != 0 ||
-         !(supported >> XFEATURE_XTILEDATA_ & 1)))
+        (syscall(SYS_arch_prctl, ARCH_GET_XCOMP_SUPP_, &supported) != 0 || !(supported >> XFEATURE_XTILEDATA_ & 1)))
         state &= ~(uint64_t)STATE_AMX;
     return state;
 }
@@ -49,9 +47,8 @@ static uint32_t detected;
 
 static void detect(void) {
     uint64_t state = os_saved_state();
-#define X(name, leaf, sub, reg, bit, need)                               \
-    if ((cpuid(leaf, sub).reg >> bit & 1) && (state & (need)) == (need)) \
-        detected |= 1u << PACE_FEATURE_##name;
+#define X(name, leaf, sub, reg, bit, need) \
+    if ((cpuid(leaf, sub).reg >> bit & 1) && (state & (need)) == (need)) detected |= 1u << PACE_FEATURE_##name;
     PACE_CPU_FEATURES(X)
 #undef X
 }
@@ -84,8 +81,7 @@ static uint32_t tier_features(enum pace_tier tier) {
 #undef PACE_F
     };
     uint32_t all = tiers[tier].features;
-    for (; tiers[tier].parent != tier; tier = tiers[tier].parent)
-        all |= tiers[tiers[tier].parent].features;
+    for (; tiers[tier].parent != tier; tier = tiers[tier].parent) all |= tiers[tiers[tier].parent].features;
     return all;
 }
 
@@ -118,8 +114,8 @@ static void read_caches(unsigned leaf, struct pace_cpu_info *info) {
         unsigned type = r.eax & 31, level = r.eax >> 5 & 7;
         if (type == 0) break;
         if (type == 2) continue;  // instruction cache
-        size_t bytes = (size_t)((r.ebx >> 22) + 1) * ((r.ebx >> 12 & 1023) + 1) *
-                       ((r.ebx & 4095) + 1) * ((size_t)r.ecx + 1);
+        size_t bytes =
+            (size_t)((r.ebx >> 22) + 1) * ((r.ebx >> 12 & 1023) + 1) * ((r.ebx & 4095) + 1) * ((size_t)r.ecx + 1);
         if (level == 1) info->l1d_bytes = bytes;
         if (level == 2) info->l2_bytes = bytes;
         if (level == 3) info->l3_bytes = bytes;

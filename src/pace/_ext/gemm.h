@@ -15,14 +15,16 @@
 
 #ifdef PACE_AMX
 #define GEMM_TILE_ROWS 32
-#define GEMM_KC 512   // 32 columns x 512 k of B = 32 KB, and 32 rows of A the same: both near L1
+#define GEMM_KC 512  // 32 columns x 512 k of B = 32 KB, and 32 rows of A the same: both near L1
 #define GEMM_FEW 64
 #define GEMM_FETCH_ROWS 1
+#define GEMM_AHEAD 4096
 #else
 #define GEMM_TILE_ROWS (MM_ROWS_2 > 4 ? MM_ROWS_2 : 12)
 #define GEMM_KC 2048  // a panel chunk is 128 KB: L2; smaller chunks only add C traffic (vdpbf16ps is the limit)
 #define GEMM_FEW 64
 #define GEMM_FETCH_ROWS 0
+#define GEMM_AHEAD 4096
 #endif
 #define GEMM_GROUP 8
 #define GEMM_MC 256
@@ -73,7 +75,13 @@ static void gemm_epilogue(const pace_gemm *g, long p, long m, long rows, const f
 
 #ifdef PACE_AMX
 #include "amx.h"
+#define GEMM_SKINNY amx_rows
+#define GEMM_SKINNY_ROWS AMX_LIKE_ROWS
+#define GEMM_SKINNY_WIDTH(rows) ((rows) == 1 ? 8 : 4)
 #else
+#define GEMM_SKINNY mm
+#define GEMM_SKINNY_ROWS MM_ROWS_4
+#define GEMM_SKINNY_WIDTH mm_width
 typedef int gemm_state;
 INLINE void gemm_begin(gemm_state *s) { (void)s; }
 INLINE void gemm_end(gemm_state *s) { (void)s; }
@@ -104,9 +112,8 @@ static void gemm_bf16(const pace_gemm *g, long p0, long p1, long m0, long m1, vo
     gemm_state state;
     gemm_begin(&state);
     mm_args a = {.a = g->a + m0 * g->lda, .lda = g->lda, .ldb = 2 * PACE_NR, .bps = panel, .kp = g->k / 2};
-#ifndef PACE_AMX
-    if (rows <= MM_ROWS_4) {  // skinny: several panels side by side
-        const long most = mm_width(rows) / 2;
+    if (rows <= GEMM_SKINNY_ROWS) {  // several panels side by side
+        const long most = GEMM_SKINNY_WIDTH(rows) / 2;
         for (long p = p0, np; p < p1; p += np) {
             np = most;
             while (np > p1 - p) np /= 2;
@@ -114,12 +121,11 @@ static void gemm_bf16(const pace_gemm *g, long p0, long p1, long m0, long m1, vo
             a.c = c;
             a.ldc = np * PACE_NR;
             a.prefetch = np > 1 ? (const char *)a.b : (const char *)a.b + MM_PREFETCH_AHEAD;
-            mm((int)rows, (int)np * 2, &a);
+            GEMM_SKINNY((int)rows, (int)np * 2, &a);
             for (long i = 0; i < np; i++) gemm_epilogue(g, p + i, m0, rows, c + i * PACE_NR, a.ldc);
         }
         return;
     }
-#endif
     a.ldc = PACE_NR;
     if (rows <= GEMM_FEW) {
         const long tiles = (rows + GEMM_TILE_ROWS - 1) / GEMM_TILE_ROWS;
@@ -130,8 +136,9 @@ static void gemm_bf16(const pace_gemm *g, long p0, long p1, long m0, long m1, vo
                 a.b = g->w + p * panel;
                 a.c = c;
                 // one tile: read a little ahead of itself; several: the first fetches the whole next panel
-                a.prefetch = tiles == 1 ? (const char *)a.b + MM_PREFETCH_AHEAD
-                             : t == 0 && p + 1 < p1 ? (const char *)(a.b + panel) : NULL;
+                a.prefetch = tiles == 1             ? (const char *)a.b + GEMM_AHEAD
+                             : t == 0 && p + 1 < p1 ? (const char *)(a.b + panel)
+                                                    : NULL;
                 gemm_tile(&state, (int)mr, &a);
                 gemm_epilogue(g, p, m0 + done, mr, c, PACE_NR);
             }
@@ -150,8 +157,9 @@ static void gemm_bf16(const pace_gemm *g, long p0, long p1, long m0, long m1, vo
                 for (long t = 0, done = 0, mr; t < tiles; t++, done += mr) {
                     mr = gemm_rows_of(block - done, tiles - t);
                     // The row tile after this one: its rows come to L2 four at a time while the panels compute.
-                    const bf16 *next = t + 1 < tiles ? g->a + (mb + done + mr) * g->lda + k0
-                                       : k0 + kc < g->k ? g->a + mb * g->lda + k0 + kc : NULL;
+                    const bf16 *next = t + 1 < tiles    ? g->a + (mb + done + mr) * g->lda + k0
+                                       : k0 + kc < g->k ? g->a + mb * g->lda + k0 + kc
+                                                        : NULL;
                     for (long p = pg; p < pe; p++) {
                         a.prefetch = GEMM_FETCH_ROWS && next ? (const char *)(next + (p - pg) * 4 * g->lda) : NULL;
                         a.a = g->a + (mb + done) * g->lda + k0;

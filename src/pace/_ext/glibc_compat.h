@@ -1,7 +1,8 @@
 // glibc_compat.h - bind to the oldest version of the few glibc symbols that got a newer one, so that a wheel built on a
-// current system still loads on glibc 2.28 (manylinux_2_28). Force-included into every unit by meson.build; a test reads
-// the versions back. The old entry points are the same functions: libpthread's moved into libc in 2.34, and the 2.29
-// exp and log only dropped the SVID error handling. (No header may come first: units choose their own feature macros.)
+// current system still loads on glibc 2.28 (manylinux_2_28). Force-included into every unit by meson.build; a test
+// reads the versions back. The old entry points are the same functions: libpthread's moved into libc in 2.34, and
+// the 2.29 exp and log only dropped the SVID error handling. (No header may come first: units choose their own feature
+// macros.)
 #ifndef PACE_GLIBC_COMPAT_H
 #define PACE_GLIBC_COMPAT_H
 

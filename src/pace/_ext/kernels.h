@@ -83,9 +83,9 @@ typedef struct {
     const float *qkv;  // [m][ldx] q | k | v of each token
     bf16 *q;           // [m][ldq]
     long ldx, ldq;
-    const float *cos, *sin;  // [m][rotary_dim / 2], attention factor included
-    long rotary_dim;         // 0: no rotation
-    int interleaved;         // 0: halves (x[i], x[i + r/2]); 1: neighbours (x[2i], x[2i+1])
+    const float *cos, *sin;        // [m][rotary_dim / 2], attention factor included
+    long rotary_dim;               // 0: no rotation
+    int interleaved;               // 0: halves (x[i], x[i + r/2]); 1: neighbours (x[2i], x[2i+1])
     const float *q_norm, *k_norm;  // [head_dim] RMS weights applied per head before the rotation, or NULL
     int norm_kind;                 // as pace_norm.kind
     float norm_eps;
@@ -131,7 +131,7 @@ typedef struct {
     void (*attention_fold)(const pace_attention *g, const pace_rows *rows, long kv_head, long n_pieces,
                            const float *parts, void *scratch);
     size_t attention_scratch;
-    void (*softmax)(float *x, long n);  // in place, one row
+    void (*softmax)(float *x, long n);       // in place, one row
     long (*argmax)(const float *x, long n);  // lowest index among equals; -1 when a NaN is met
     pace_roofline roof;
 } pace_kernels;

@@ -175,19 +175,20 @@ INLINE void mm_tile(const int mr, const int nv, const int fetch, const mm_args *
 
 // One register tile; mr <= MM_ROWS_<nv>.
 static void mm(int mr, int nv, const mm_args *g) {
-#define MM_CASE(NV, MR)                        \
-    case NV * 16 + MR:                         \
-        if (MR > MM_ROWS_##NV) break;          \
-        if (g->prefetch)                       \
-            mm_tile(MR, NV, 1, g);             \
-        else                                   \
-            mm_tile(MR, NV, 0, g);             \
+#define MM_CASE(NV, MR)               \
+    case NV * 16 + MR:                \
+        if (MR > MM_ROWS_##NV) break; \
+        if (g->prefetch)              \
+            mm_tile(MR, NV, 1, g);    \
+        else                          \
+            mm_tile(MR, NV, 0, g);    \
         return;
 #define MM_3(NV) MM_CASE(NV, 1) MM_CASE(NV, 2) MM_CASE(NV, 3)
 #define MM_6(NV) MM_3(NV) MM_CASE(NV, 4) MM_CASE(NV, 5) MM_CASE(NV, 6)
-#define MM_14(NV)                                                                                       \
-    MM_6(NV) MM_CASE(NV, 7) MM_CASE(NV, 8) MM_CASE(NV, 9) MM_CASE(NV, 10) MM_CASE(NV, 11) MM_CASE(NV, 12) MM_CASE(NV, 13) \
-        MM_CASE(NV, 14)
+#define MM_14(NV)  \
+    MM_6(NV)       \
+    MM_CASE(NV, 7) \
+    MM_CASE(NV, 8) MM_CASE(NV, 9) MM_CASE(NV, 10) MM_CASE(NV, 11) MM_CASE(NV, 12) MM_CASE(NV, 13) MM_CASE(NV, 14)
     switch (nv * 16 + mr) {
 #ifdef __AVX512F__
         MM_14(1) MM_14(2) MM_6(4) MM_CASE(8, 1) MM_CASE(8, 2)
@@ -205,9 +206,7 @@ static void mm(int mr, int nv, const mm_args *g) {
 INLINE int mm_width(long rows) {
     return rows <= MM_ROWS_8 ? 8 : rows <= MM_ROWS_4 ? 4 : rows <= MM_ROWS_2 ? 2 : MM_ROWS_2 >= 8 ? 2 : 1;
 }
-INLINE long mm_rows(int nv) {
-    return nv == 8 ? MM_ROWS_8 : nv == 4 ? MM_ROWS_4 : nv == 2 ? MM_ROWS_2 : MM_ROWS_1;
-}
+INLINE long mm_rows(int nv) { return nv == 8 ? MM_ROWS_8 : nv == 4 ? MM_ROWS_4 : nv == 2 ? MM_ROWS_2 : MM_ROWS_1; }
 
 // Any rows x nv_total: rows in equal tiles (33 rows are 3 x 11, not 14 + 14 + 5), columns in the widest steps.
 static void mm_block(long rows, int nv_total, mm_args g) {

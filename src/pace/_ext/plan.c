@@ -54,8 +54,8 @@ static void pack_worker(void *arg, int tid, pace_team *team) {
 
 int pace_matrix_pack(pace_matrix *w, pace_team *team, const pace_kernels *kernels, const void *src, int dtype, long ld,
                      long rows, long at, int mode) {
-    pack_job j = {.w = w, .src = src, .kernels = kernels, .ld = ld, .rows = rows, .at = at,
-                  .dtype = dtype, .mode = mode};
+    pack_job j = {
+        .w = w, .src = src, .kernels = kernels, .ld = ld, .rows = rows, .at = at, .dtype = dtype, .mode = mode};
     int e = pace_work_init(&j.work, pace_team_size(team));
     if (e) return e;
     pace_work_arm_all(&j.work, (rows + 15) / 16);
@@ -115,7 +115,8 @@ pace_op *pace_plan_add(pace_plan *p, int kind, const pace_kernels *kernels) {
         p->op_s = op_s;
         p->cap_ops = cap;
     }
-    size_t need = kernels->gemm_scratch > kernels->attention_scratch ? kernels->gemm_scratch : kernels->attention_scratch;
+    size_t need =
+        kernels->gemm_scratch > kernels->attention_scratch ? kernels->gemm_scratch : kernels->attention_scratch;
     need = (need + 4095) / 4096 * 4096;
     if (need > p->scratch_stride) {
         pace_free_huge(p->scratch, p->scratch_bytes);
@@ -272,7 +273,8 @@ static void run_item(const pace_plan *p, const pace_op *op, const cut *c, long i
                 const long pieces = pieces_of(p, &p->tiles[tile], g.window), p0 = item % c->grain * p->pieces_per_item;
                 const long p1 = p0 + p->pieces_per_item < pieces ? p0 + p->pieces_per_item : pieces;
                 if (p0 < p1)
-                    op->kernels->attention_part(&g, &p->tiles[tile], kv_head, p0, p1, parts_of(p, tile, kv_head), scratch);
+                    op->kernels->attention_part(&g, &p->tiles[tile], kv_head, p0, p1, parts_of(p, tile, kv_head),
+                                                scratch);
             } else {
                 op->kernels->attention(&g, &p->tiles[item / p->n_kv_heads], item % p->n_kv_heads, scratch);
             }
@@ -281,8 +283,7 @@ static void run_item(const pace_plan *p, const pace_op *op, const cut *c, long i
         case PACE_SELECT:
             for (long r = r0; r < r1; r++)
                 memcpy(op->u.select.dst + (size_t)r * op->u.select.dst_stride,
-                       op->u.select.src + (size_t)b->logit_rows[r] * op->u.select.src_stride,
-                       op->u.select.row_bytes);
+                       op->u.select.src + (size_t)b->logit_rows[r] * op->u.select.src_stride, op->u.select.row_bytes);
             break;
     }
 }

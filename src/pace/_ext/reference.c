@@ -170,7 +170,8 @@ static void attention(const pace_attention *g, const pace_rows *rows, long kv_he
                 s *= (double)g->scale;
                 if (g->softcap > 0.0f) s = (double)g->softcap * tanh(s / (double)g->softcap);
                 const double m = s > top ? s : top, keep = exp(top - m), take = exp(s - m);
-                for (long e = 0; e < d; e++) o[e] = o[e] * keep + take * from_bf16(*value_at(kv, rows->seq, p, kv_head, e));
+                for (long e = 0; e < d; e++)
+                    o[e] = o[e] * keep + take * from_bf16(*value_at(kv, rows->seq, p, kv_head, e));
                 sum = sum * keep + take;
                 top = m;
             }

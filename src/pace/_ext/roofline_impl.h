@@ -9,10 +9,9 @@
 
 #if defined(__AVX512F__)
 #define ROOF_ACCUMULATORS 20  // latency 4-5 x 2 per cycle = 10 in flight at least
-#define ROOF_REPEAT(X)                                                                           \
-    X(0)                                                                                         \
-    X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15) X(16) X(17) \
-        X(18) X(19)
+#define ROOF_REPEAT(X) \
+    X(0)               \
+    X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15) X(16) X(17) X(18) X(19)
 #define ROOF_REG "v"
 #define ROOF_BYTES 64
 typedef __m512 roof_f32;
@@ -63,8 +62,7 @@ static double roof_fma_f32(long iters) {
     ROOF_REPEAT(X)
 #undef X
     for (long k = 0; k < iters; k++) {
-#define X(i) \
-    __asm__ volatile("vfmadd231ps %2, %1, %0" : "+" ROOF_REG(acc##i) : ROOF_REG(x), ROOF_REG(y));
+#define X(i) __asm__ volatile("vfmadd231ps %2, %1, %0" : "+" ROOF_REG(acc##i) : ROOF_REG(x), ROOF_REG(y));
         ROOF_REPEAT(X)
 #undef X
     }
@@ -124,8 +122,7 @@ static double roof_dot_bf16(long iters) {
     ROOF_REPEAT(X)
 #undef X
     for (long k = 0; k < iters; k++) {
-#define X(i) \
-    __asm__ volatile("vdpbf16ps %2, %1, %0" : "+" ROOF_REG(acc##i) : ROOF_REG(x), ROOF_REG(y));
+#define X(i) __asm__ volatile("vdpbf16ps %2, %1, %0" : "+" ROOF_REG(acc##i) : ROOF_REG(x), ROOF_REG(y));
         ROOF_REPEAT(X)
 #undef X
     }
@@ -147,8 +144,7 @@ static double roof_dot_s8(long iters) {
 #endif
     for (long k = 0; k < iters; k++) {
 #if defined(__AVX512VNNI__)
-#define X(i) \
-    __asm__ volatile("vpdpbusd %2, %1, %0" : "+" ROOF_REG(acc##i) : ROOF_REG(x), ROOF_REG(y));
+#define X(i) __asm__ volatile("vpdpbusd %2, %1, %0" : "+" ROOF_REG(acc##i) : ROOF_REG(x), ROOF_REG(y));
 #else  // u8 x s8 pairs to s16, pairs of those to s32, add
 #define X(i)                                             \
     {                                                    \
@@ -168,9 +164,8 @@ static double roof_dot_s8(long iters) {
 }
 #endif
 
-#define PACE_ROOFLINE_TABLE                                                                \
-    {                                                                                      \
-        .read = roof_read, .dot_bf16 = roof_dot_bf16, .dot_s8 = roof_dot_s8,               \
-        .fma_f32 = roof_fma_f32, .dot_bf16_ops = ROOF_BF16_OPS, .dot_s8_ops = ROOF_S8_OPS, \
-        .fma_f32_ops = ROOF_FMA_OPS,                                                       \
+#define PACE_ROOFLINE_TABLE                                                                           \
+    {                                                                                                 \
+        .read = roof_read, .dot_bf16 = roof_dot_bf16, .dot_s8 = roof_dot_s8, .fma_f32 = roof_fma_f32, \
+        .dot_bf16_ops = ROOF_BF16_OPS, .dot_s8_ops = ROOF_S8_OPS, .fma_f32_ops = ROOF_FMA_OPS,        \
     }

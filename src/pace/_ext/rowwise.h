@@ -143,8 +143,8 @@ static void norm(const pace_norm *g, long m0, long m1) {
 INLINE void rotate_head(float *h, const pace_rope_kv *g, const float *w, long row) {
     const long d = g->kv.head_dim, half = g->rotary_dim / 2;
     if (w) {
-        pace_norm n = {.x = h, .y = h, .weight = w, .ldx = d, .ldy = d, .m = 1, .n = d,
-                       .eps = g->norm_eps, .kind = g->norm_kind};
+        pace_norm n = {
+            .x = h, .y = h, .weight = w, .ldx = d, .ldy = d, .m = 1, .n = d, .eps = g->norm_eps, .kind = g->norm_kind};
         norm(&n, 0, 1);
     }
     const float *cos = g->cos + row * half, *sin = g->sin + row * half;

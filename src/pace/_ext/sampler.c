@@ -154,8 +154,7 @@ static int count_at_least(const float *x, int n, float value) {
     __m128 v = _mm_set1_ps(value);
     __m128i count = _mm_setzero_si128();
     int i = 0, total = 0;
-    for (; i + 4 <= n; i += 4)
-        count = _mm_sub_epi32(count, _mm_castps_si128(_mm_cmpge_ps(_mm_loadu_ps(x + i), v)));
+    for (; i + 4 <= n; i += 4) count = _mm_sub_epi32(count, _mm_castps_si128(_mm_cmpge_ps(_mm_loadu_ps(x + i), v)));
     for (; i < n; i++) total += x[i] >= value;
     int32_t lanes[4];
     _mm_storeu_si128((__m128i *)(void *)lanes, count);
@@ -212,8 +211,7 @@ static void sort_entries(uint64_t *list, uint64_t *spare, int n) {
 
 // Appends to s->list every token of [begin, end) with x >= bound, ascending; returns the new
 // length.
-static int gather(const float *x, const float *value, int begin, int end, float bound,
-                  uint64_t *list, int n) {
+static int gather(const float *x, const float *value, int begin, int end, float bound, uint64_t *list, int n) {
     int i = begin;
     __m128 b = _mm_set1_ps(bound);
     for (; i + 4 <= end; i += 4) {
@@ -249,8 +247,8 @@ static int best_k(const float *x, int n, int k, const struct scratch *s) {
 
 // --- Log-probabilities ---------------------------------------------------------------------------
 
-static int logprobs(const float *x, int n, float max, int token, int n_logprobs,
-                    struct pace_sample_result *out, const struct scratch *s) {
+static int logprobs(const float *x, int n, float max, int token, int n_logprobs, struct pace_sample_result *out,
+                    const struct scratch *s) {
     double log_sum = (double)max + log(exp_sum(x, n, max, 1.0f, NULL));
     out->logprob = (float)((double)x[token] - log_sum);
     out->rank = count_at_least(x, n, x[token]);
@@ -270,8 +268,8 @@ static int row_status(float max) {
     return max == -INFINITY ? PACE_SAMPLE_EMPTY : 0;
 }
 
-int pace_logprobs_row(const float *logits, int vocab, int32_t token, int n_logprobs,
-                      struct pace_sample_result *out, void *memory) {
+int pace_logprobs_row(const float *logits, int vocab, int32_t token, int n_logprobs, struct pace_sample_result *out,
+                      void *memory) {
     struct scratch s = carve(memory, vocab);
     float max = row_max(logits, vocab, s.block_max);
     int status = row_status(max);
@@ -282,8 +280,7 @@ int pace_logprobs_row(const float *logits, int vocab, int32_t token, int n_logpr
 // --- Drawing -------------------------------------------------------------------------------------
 
 static bool edits(const struct pace_sample_params *p) {
-    return p->n_banned > 0 || p->n_bias > 0 ||
-           (p->repetition_penalty != 1.0f && p->n_prompt + p->n_output > 0) ||
+    return p->n_banned > 0 || p->n_bias > 0 || (p->repetition_penalty != 1.0f && p->n_prompt + p->n_output > 0) ||
            ((p->presence_penalty != 0.0f || p->frequency_penalty != 0.0f) && p->n_output > 0);
 }
 
@@ -363,8 +360,7 @@ static int draw_any(float *weight, int n, float min_weight, double u) {
     return last;
 }
 
-static int draw(const float *x, int n, float max, const struct pace_sample_params *p,
-                const struct scratch *s) {
+static int draw(const float *x, int n, float max, const struct pace_sample_params *p, const struct scratch *s) {
     double u = pace_sample_uniform(p->seed, p->position, p->sample_index);
     float inv = 1.0f / p->temperature;
     bool top_k = p->top_k > 0 && p->top_k < n, top_p = p->top_p < 1.0f;
@@ -390,8 +386,7 @@ static int draw(const float *x, int n, float max, const struct pace_sample_param
     }
     double sum = 0;
     int nucleus = 0;
-    for (; nucleus < kept;
-         nucleus++) {  // the smallest set of best tokens that reaches p; at least 1
+    for (; nucleus < kept; nucleus++) {  // the smallest set of best tokens that reaches p; at least 1
         float w = s->weight[token_of(s->list[nucleus])];
         if (nucleus > 0 && ((top_p && sum >= (double)p->top_p * total) || w < p->min_p)) break;
         sum += w;
@@ -399,8 +394,8 @@ static int draw(const float *x, int n, float max, const struct pace_sample_param
     return draw_listed(s->list, nucleus, s->weight, u);
 }
 
-int pace_sample_row(const float *logits, int vocab, const struct pace_sample_params *p,
-                    struct pace_sample_result *out, void *memory) {
+int pace_sample_row(const float *logits, int vocab, const struct pace_sample_params *p, struct pace_sample_result *out,
+                    void *memory) {
     struct scratch s = carve(memory, vocab);
     out->token = -1;
     out->rank = 0;
@@ -420,8 +415,7 @@ int pace_sample_row(const float *logits, int vocab, const struct pace_sample_par
         status = row_status(max);
         if (status) return status;
     }
-    int token = p->temperature < 1e-5f ? first_equal(x, vocab, max, s.block_max)
-                                       : draw(x, vocab, max, p, &s);
+    int token = p->temperature < 1e-5f ? first_equal(x, vocab, max, s.block_max) : draw(x, vocab, max, p, &s);
     if (p->n_logprobs >= 0) {
         if (edited) row_max(logits, vocab, s.block_max);
         logprobs(logits, vocab, raw_max, token, p->n_logprobs, out, &s);

@@ -38,8 +38,7 @@ struct pace_sample_params {
 
 struct pace_sample_result {
     int32_t token;
-    int32_t
-        rank;  // how many tokens have at least its raw logit: 1 for the best; 0 if not asked for
+    int32_t rank;   // how many tokens have at least its raw logit: 1 for the best; 0 if not asked for
     float logprob;  // natural logarithm; 0 if not asked for
     // Caller's arrays [n_logprobs], filled best first; may be NULL if n_logprobs <= 0.
     int32_t *top_ids;
@@ -57,8 +56,8 @@ int pace_sample_row(const float *logits, int vocab, const struct pace_sample_par
 
 // Fills logprob, rank and the n_logprobs best for a given token in [0, vocab): prompt
 // log-probabilities. Returns 0 or PACE_SAMPLE_NAN or PACE_SAMPLE_EMPTY.
-int pace_logprobs_row(const float *logits, int vocab, int32_t token, int n_logprobs,
-                      struct pace_sample_result *result, void *scratch);
+int pace_logprobs_row(const float *logits, int vocab, int32_t token, int n_logprobs, struct pace_sample_result *result,
+                      void *scratch);
 
 // The generator, for reference implementations: Philox4x32-10 with key seed and counter
 // (position, sample_index, 0), as a double in [0, 1) from 53 bits.

@@ -50,8 +50,7 @@ INLINE vf v_round(vf a) { return _mm512_roundscale_ps(a, 8); }
 INLINE vf v_abs(vf a) { return _mm512_abs_ps(a); }
 INLINE vf v_copysign(vf a, vf s) {
     __m512i sign = _mm512_set1_epi32((int)0x80000000u);
-    return _mm512_castsi512_ps(
-        _mm512_ternarylogic_epi32(_mm512_castps_si512(a), _mm512_castps_si512(s), sign, 0xD8));
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(a), _mm512_castps_si512(s), sign, 0xD8));
 }
 INLINE vf v_less(vf a, vf b, vf yes, vf no) {  // a < b ? yes : no, lane by lane
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
@@ -82,8 +81,7 @@ INLINE __m256i v_to_bf16(vf x) {
 #else
     __m512i u = _mm512_castps_si512(x);
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    __m512i r = _mm512_srli_epi32(
-        _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    __m512i r = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
     __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
     __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
     return _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(nan, r, quiet));
@@ -123,9 +121,7 @@ INLINE vf v_copysign(vf a, vf s) {
     vf sign = _mm256_set1_ps(-0.0f);
     return _mm256_or_ps(_mm256_andnot_ps(sign, a), _mm256_and_ps(sign, s));
 }
-INLINE vf v_less(vf a, vf b, vf yes, vf no) {
-    return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
-}
+INLINE vf v_less(vf a, vf b, vf yes, vf no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 INLINE vf v_keep(vf x, long first, long last, float fill) {
     return _mm256_blendv_ps(v_set(fill), x, _mm256_castsi256_ps(v_lanes(first, last)));
 }
@@ -150,8 +146,7 @@ INLINE vf v_load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128
 INLINE __m128i v_to_bf16(vf x) {
     __m256i u = _mm256_castps_si256(x);
     __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-    __m256i r = _mm256_srli_epi32(
-        _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    __m256i r = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
     __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
     r = _mm256_blendv_epi8(r, quiet, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
     return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
@@ -170,7 +165,7 @@ INLINE void v_store_bf16_n(bf16 *p, vf x, long n) {
 INLINE vf v_exp(vf x) {
     x = v_min(v_max(x, v_set(-87.3f)), v_set(88.3f));
     vf n = v_round(v_mul(x, v_set(1.44269504f)));
-    vf r = v_fnma(n, v_set(0.693359375f), x);      // ln2 in two parts: the first has 9 bits, n * it is exact
+    vf r = v_fnma(n, v_set(0.693359375f), x);  // ln2 in two parts: the first has 9 bits, n * it is exact
     r = v_fnma(n, v_set(-2.12194440e-4f), r);
     vf p = v_set(1.0f / 5040);
     p = v_fma(p, r, v_set(1.0f / 720));

@@ -25,8 +25,8 @@ static const int64_t BARRIER_SPIN_NS = 50 * 1000;
 // Between runs: covers most of the Python between two steps (waking a worker took 100-150 us in a
 // virtual machine); after that the engine costs nothing.
 static const int64_t IDLE_SPIN_NS = 500 * 1000;
-enum { SPIN_BATCH = 32 };  // pauses between two looks at the clock, about 1-2 us
-enum { GROUP = 8 };        // workers per first-level arrival counter
+enum { SPIN_BATCH = 32 };                        // pauses between two looks at the clock, about 1-2 us
+enum { GROUP = 8 };                              // workers per first-level arrival counter
 enum { MXCSR_TEAM = 0x1f80 | 0x8000 | 0x0040 };  // all exceptions masked | FTZ | DAZ
 enum { STACK_BYTES = 2 << 20 };
 enum { MASK_SETS = 8 };  // affinity masks of up to 8 * 1024 CPUs
@@ -85,15 +85,13 @@ static void wait_change(atomic_uint *word, unsigned old, atomic_uint *sleepers, 
         if (now >= deadline) break;
     }
     atomic_fetch_add(sleepers, 1);
-    while (atomic_load(word) == old)
-        syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, old, NULL, NULL, 0);
+    while (atomic_load(word) == old) syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, old, NULL, NULL, 0);
     atomic_fetch_sub(sleepers, 1);
 }
 
 static void change(atomic_uint *word, atomic_uint *sleepers) {
     atomic_fetch_add(word, 1);
-    if (atomic_load(sleepers) != 0)
-        syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+    if (atomic_load(sleepers) != 0) syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
 }
 
 void pace_team_barrier_hook(pace_team *t, int tid, void (*hook)(void *arg), void *arg) {
@@ -105,8 +103,7 @@ void pace_team_barrier_hook(pace_team *t, int tid, void (*hook)(void *arg), void
     if (atomic_fetch_add_explicit(&t->groups[g].n, 1, memory_order_acq_rel) + 1 == group_size) {
         atomic_store_explicit(&t->groups[g].n, 0, memory_order_relaxed);
         unsigned n_groups = (unsigned)t->n_groups;
-        if (n_groups == 1 ||
-            atomic_fetch_add_explicit(&t->root.n, 1, memory_order_acq_rel) + 1 == n_groups) {
+        if (n_groups == 1 || atomic_fetch_add_explicit(&t->root.n, 1, memory_order_acq_rel) + 1 == n_groups) {
             atomic_store_explicit(&t->root.n, 0, memory_order_relaxed);
             if (hook) hook(arg);
             if (t->n_threads > 1) change(&t->generation.n, &t->parked.n);
@@ -201,8 +198,7 @@ static bool check_cpus(int n, const int *cpus, char *err, size_t err_bytes) {
         if (!found) bad = i;
     }
     if (bad >= 0)
-        explain(err, err_bytes,
-                "CPU %d is not among the %d CPUs (%d to %d) this process may use; see `taskset -p`",
+        explain(err, err_bytes, "CPU %d is not among the %d CPUs (%d to %d) this process may use; see `taskset -p`",
                 cpus[bad], n_listed, allowed[0], allowed[n_listed - 1]);
     free(allowed);
     return bad < 0;
@@ -210,8 +206,7 @@ static bool check_cpus(int n, const int *cpus, char *err, size_t err_bytes) {
 
 pace_team *pace_team_new(int n_threads, const int *cpus, char *err, size_t err_bytes) {
     if (n_threads < 1 || n_threads > PACE_MAX_THREADS) {
-        explain(err, err_bytes, "%d threads requested; expected 1 to %d", n_threads,
-                PACE_MAX_THREADS);
+        explain(err, err_bytes, "%d threads requested; expected 1 to %d", n_threads, PACE_MAX_THREADS);
         return NULL;
     }
     if (cpus && !check_cpus(n_threads, cpus, err, err_bytes)) return NULL;
@@ -247,8 +242,8 @@ pace_team *pace_team_new(int n_threads, const int *cpus, char *err, size_t err_b
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (rc) {
-        explain(err, err_bytes, "could not start thread %d of %d: %s; ask for fewer threads",
-                n_started + 1, n_threads, strerror(rc));
+        explain(err, err_bytes, "could not start thread %d of %d: %s; ask for fewer threads", n_started + 1, n_threads,
+                strerror(rc));
         stop_workers(t, n_started);
         release(t);
         return NULL;
@@ -326,8 +321,7 @@ void pace_work_split(long n_items, int n_threads, int tid, long *begin, long *en
 
 void pace_work_arm_range(pace_work *w, int tid, long begin, long end) {
     w->slots[tid].shared = false;
-    atomic_store_explicit(&w->slots[tid].range, range((uint64_t)begin, (uint64_t)end),
-                          memory_order_relaxed);
+    atomic_store_explicit(&w->slots[tid].range, range((uint64_t)begin, (uint64_t)end), memory_order_relaxed);
 }
 
 void pace_work_arm(pace_work *w, int tid, long n_items) {
@@ -355,8 +349,8 @@ static bool claim(struct pace_work_slot *slot, bool back, long grain, long *begi
         *begin = back ? e - n : b;
         *end = *begin + n;
         rest = back ? range((uint64_t)b, (uint64_t)*begin) : range((uint64_t)*end, (uint64_t)e);
-    } while (!atomic_compare_exchange_weak_explicit(&slot->range, &old, rest, memory_order_relaxed,
-                                                    memory_order_relaxed));
+    } while (
+        !atomic_compare_exchange_weak_explicit(&slot->range, &old, rest, memory_order_relaxed, memory_order_relaxed));
     return true;
 }
 
@@ -448,8 +442,7 @@ static double quota_at(const char *dir, bool v2) {
     if (v2) {
         snprintf(path, sizeof path, "%s/cpu.max", dir);
         // "max 100000" does not parse as a number: no quota.
-        if (!read_line(path, text, sizeof text) || sscanf(text, "%lf %lf", &quota, &period) != 2)
-            return 0;
+        if (!read_line(path, text, sizeof text) || sscanf(text, "%lf %lf", &quota, &period) != 2) return 0;
     } else {
         snprintf(path, sizeof path, "%s/cpu.cfs_quota_us", dir);
         if (!read_line(path, text, sizeof text) || sscanf(text, "%lf", &quota) != 1) return 0;
@@ -546,11 +539,10 @@ int pace_default_threads(char *why, size_t why_bytes) {
     char limit[64] = "no cgroup quota";
     if (quota > 0) snprintf(limit, sizeof limit, "cgroup quota %.2f CPUs", quota);
     if (n_quota > 0)
-        explain(why, why_bytes, "%d: %s (affinity %d CPUs, %d physical cores)", n, limit,
-                n_affinity, n_cores);
+        explain(why, why_bytes, "%d: %s (affinity %d CPUs, %d physical cores)", n, limit, n_affinity, n_cores);
     else
-        explain(why, why_bytes, "%d: %d physical core%s (affinity %d CPU%s, %s)", n, n_cores,
-                n_cores == 1 ? "" : "s", n_affinity, n_affinity == 1 ? "" : "s", limit);
+        explain(why, why_bytes, "%d: %d physical core%s (affinity %d CPU%s, %s)", n, n_cores, n_cores == 1 ? "" : "s",
+                n_affinity, n_affinity == 1 ? "" : "s", limit);
     return n;
 }
 

@@ -59,7 +59,7 @@ void pace_team_barrier_hook(pace_team *team, int tid, void (*hook)(void *arg), v
 // compare-and-swap. A value that recurs means that the same items are free again: no ABA problem.
 struct pace_work_slot {
     _Alignas(64) _Atomic uint64_t range;  // begin in the low, end in the high 32 bits
-    bool shared;  // this worker claims from slot 0's front; read by its owner only
+    bool shared;                          // this worker claims from slot 0's front; read by its owner only
 };
 
 typedef struct pace_work {
