@@ -110,9 +110,8 @@ def _read_buffer(n_bytes: int) -> _kernels.Memory:
     if n_bytes not in _buffers:
         _buffers.clear()
         _buffers[n_bytes] = memory = _kernels.Memory(n_bytes)
-        np.frombuffer(memory, np.uint8)[:] = (
-            1  # untouched pages all read one shared zero page, from the cache
-        )
+        # Untouched pages all read one shared zero page, from the cache.
+        np.frombuffer(memoryview(memory), np.uint8)[:] = 1
     return _buffers[n_bytes]
 
 

@@ -140,8 +140,8 @@ static void amx_block(long rows, long columns, const mm_args *g) {
 
 // One or two rows without tiles, bit for bit what tdpbf16ps computes: per 32 k the even and the odd products are two
 // FMA chains (denormals flushed, as the team's control word does) whose sum is added to C once. Four or two panels
-// stream side by side: at one row 1.05 of the single-stream read roof, where tiles reach 0.87 of it with one panel or two
-// and any prefetch (their loads wait on the L1's fill buffers).
+// stream side by side: at one row 1.05 of the single-stream read roof, where tiles reach 0.87 of it with one panel or
+// two and any prefetch (their loads wait on the L1's fill buffers).
 INLINE void amx_like(const int mr, const int nv, const mm_args *g) {
     __m512 c[2][8];
     const __m512i high = _mm512_set1_epi32((int)0xffff0000u);

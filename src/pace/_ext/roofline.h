@@ -9,7 +9,7 @@
 #include <stddef.h>
 
 typedef struct pace_roofline {
-    // Reads [p, p + bytes) once, front to back, and returns the bytes read (a multiple of 512).
+    // Reads [p, p + bytes) once, in four streams, and returns the bytes read (a multiple of 512).
     // p is 64-byte aligned.
     double (*read)(const void *p, size_t bytes);
     // iters passes over the independent accumulators, registers only; return the operations done,

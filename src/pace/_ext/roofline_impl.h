@@ -33,25 +33,27 @@ static inline roof_int roof_load(const char *p) { return _mm256_load_si256((cons
 static inline roof_int roof_xor(roof_int a, roof_int b) { return _mm256_xor_si256(a, b); }
 #endif
 
+// Four streams side by side, as the skinny GEMM reads four panels: on Granite Rapids one stream per thread leaves 5 to
+// 10 % of the bandwidth unused.
 static double roof_read(const void *data, size_t bytes) {
-    enum { STEP = 512, AHEAD = 4096 };  // the L2 prefetcher stops at page ends; this crosses them
-    const char *p = data, *end = p + bytes / STEP * STEP;
-    roof_int a = roof_set_int(0), b = a, c = a, d = a;
-    for (; p != end; p += STEP) {
-        for (int i = 0; i < STEP; i += 64) {
-            // Past the end it touches nothing: a prefetch never faults.
-            _mm_prefetch((const char *)((uintptr_t)p + AHEAD + (uintptr_t)i), _MM_HINT_T0);
-        }
-        for (int i = 0; i < STEP; i += 4 * ROOF_BYTES) {
-            a = roof_xor(a, roof_load(p + i));
-            b = roof_xor(b, roof_load(p + i + ROOF_BYTES));
-            c = roof_xor(c, roof_load(p + i + 2 * ROOF_BYTES));
-            d = roof_xor(d, roof_load(p + i + 3 * ROOF_BYTES));
+    enum { STREAMS = 4, STEP = 128, AHEAD = 2048 };  // the L2 prefetcher stops at page ends; AHEAD crosses them
+    const size_t each = bytes / STREAMS / STEP * STEP;
+    const char *p = data;
+    roof_int sum[STREAMS] = {roof_set_int(0), roof_set_int(0), roof_set_int(0), roof_set_int(0)};
+    for (size_t at = 0; at < each; at += STEP) {
+#pragma GCC unroll 4
+        for (size_t s = 0; s < STREAMS; s++) {
+            const char *q = p + s * each + at;
+#pragma GCC unroll 4
+            for (size_t i = 0; i < STEP; i += ROOF_BYTES) sum[s] = roof_xor(sum[s], roof_load(q + i));
+#pragma GCC unroll 2
+            for (size_t i = 0; i < STEP; i += 64)  // past the end it touches nothing: a prefetch never faults
+                _mm_prefetch((const char *)((uintptr_t)q + AHEAD + i), _MM_HINT_T0);
         }
     }
-    a = roof_xor(roof_xor(a, b), roof_xor(c, d));
-    __asm__ volatile("" : : ROOF_REG(a));  // the loads are needed
-    return (double)(bytes / STEP * STEP);
+    const roof_int all = roof_xor(roof_xor(sum[0], sum[1]), roof_xor(sum[2], sum[3]));
+    __asm__ volatile("" : : ROOF_REG(all));  // the loads are needed
+    return (double)(each * STREAMS);
 }
 
 #define ROOF_FMA_OPS (2.0 * ROOF_ACCUMULATORS * (ROOF_BYTES / 4))
