@@ -96,9 +96,92 @@ INLINE void amx_tile(const int halves, const int fetch, const mm_args *g) {
     }
 }
 
+// A few rows without tiles, bit for bit what tdpbf16ps computes: per 32 k the even and the odd products are two
+// FMA chains (denormals flushed, as the team's control word does) whose sum is added to C once. Four or two panels
+// stream side by side: at one row 1.05 of the single-stream read roof, where tiles reach 0.87 of it with one panel or
+// two and any prefetch (their loads wait on the L1's fill buffers).
+INLINE void amx_like(const int mr, const int nv, const mm_args *g) {
+    __m512 c[4][8];
+    const __m512i high = _mm512_set1_epi32((int)0xffff0000u);
+#pragma GCC unroll 4
+    for (int r = 0; r < mr; r++)
+#pragma GCC unroll 8
+        for (int j = 0; j < nv; j++)
+            c[r][j] = g->accumulate ? _mm512_loadu_ps(g->c + r * g->ldc + j * 16) : _mm512_setzero_ps();
+    const bf16 *a = g->a, *b = g->b;
+    for (long p = 0; p < g->kp; p += 16) {
+        __m512 even[4][8], odd[4][8];
+#pragma GCC unroll 4
+        for (int r = 0; r < mr; r++)
+#pragma GCC unroll 8
+            for (int j = 0; j < nv; j++) even[r][j] = odd[r][j] = _mm512_setzero_ps();
+        for (int i = 0; i < 16; i++, a += 2, b += g->ldb) {
+#pragma GCC unroll 8
+            for (int j = 0; j < nv; j++) {
+                const bf16 *at = b + (j / 2) * g->bps + (j % 2) * 32;
+                const __m512i w = _mm512_loadu_si512(at);
+                if (g->prefetch) _mm_prefetch(at + MM_PREFETCH_AHEAD / 2, _MM_HINT_T0);
+                const __m512 w0 = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
+                const __m512 w1 = _mm512_castsi512_ps(_mm512_and_si512(w, high));
+#pragma GCC unroll 4
+                for (int r = 0; r < mr; r++) {
+                    int32_t x;
+                    memcpy(&x, a + r * g->lda, 4);
+                    const __m512i v = _mm512_set1_epi32(x);
+                    even[r][j] = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(v, 16)), w0, even[r][j]);
+                    odd[r][j] = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(v, high)), w1, odd[r][j]);
+                }
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < mr; r++)
+#pragma GCC unroll 8
+            for (int j = 0; j < nv; j++) c[r][j] = _mm512_add_ps(c[r][j], _mm512_add_ps(even[r][j], odd[r][j]));
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < mr; r++)
+#pragma GCC unroll 8
+        for (int j = 0; j < nv; j++) _mm512_storeu_ps(g->c + r * g->ldc + j * 16, c[r][j]);
+}
+
+#define AMX_LIKE_ROWS 2       // GEMM: from three rows on the products cost more than the stream
+#define AMX_LIKE_ATTENTION 4  // attention: one query token of a 4:1 group
+static void amx_rows(int rows, int nv, const mm_args *g) {
+    switch (rows * 16 + nv) {
+#define AMX_CASE(ROWS, NV)     \
+    case ROWS * 16 + NV:       \
+        amx_like(ROWS, NV, g); \
+        return;
+        AMX_CASE(1, 8)
+        AMX_CASE(1, 4)
+        AMX_CASE(1, 2)
+        AMX_CASE(1, 1)
+        AMX_CASE(2, 4)
+        AMX_CASE(2, 2)
+        AMX_CASE(2, 1)
+        AMX_CASE(3, 2)
+        AMX_CASE(3, 1)
+        AMX_CASE(4, 2)
+        AMX_CASE(4, 1)
+#undef AMX_CASE
+    }
+}
+
 // Any rows x columns (a multiple of 16) with tiles configured for 32 rows: the attention products. Row counts are
 // rounded up to 16: the rows beyond are scratch of the caller, read and written but never used. kp: multiple of 16.
 static void amx_block(long rows, long columns, const mm_args *g) {
+    if (rows <= AMX_LIKE_ATTENTION) {
+        mm_args part = *g;
+        const int widest = rows == 1 ? 8 : rows == 2 ? 4 : 2;
+        for (long n = 0, nv; n < columns; n += 16 * nv) {
+            nv = widest;
+            while (16 * nv > columns - n) nv /= 2;
+            part.b = g->b + 2 * n;
+            part.c = g->c + n;
+            amx_rows((int)rows, (int)nv, &part);
+        }
+        return;
+    }
     AMX_FENCE;
     const size_t lda = (size_t)g->lda * 2, ldb = (size_t)g->ldb * 2, ldc = (size_t)g->ldc * 4;
     for (long r = 0; r < rows; r += 32)
@@ -136,67 +219,6 @@ static void amx_block(long rows, long columns, const mm_args *g) {
             if (low) _tile_stored(2, c + 16 * g->ldc, ldc);
             if (low && right) _tile_stored(3, c + 16 * g->ldc + 16, ldc);
         }
-}
-
-// One or two rows without tiles, bit for bit what tdpbf16ps computes: per 32 k the even and the odd products are two
-// FMA chains (denormals flushed, as the team's control word does) whose sum is added to C once. Four or two panels
-// stream side by side: at one row 1.05 of the single-stream read roof, where tiles reach 0.87 of it with one panel or
-// two and any prefetch (their loads wait on the L1's fill buffers).
-INLINE void amx_like(const int mr, const int nv, const mm_args *g) {
-    __m512 c[2][8];
-    const __m512i high = _mm512_set1_epi32((int)0xffff0000u);
-#pragma GCC unroll 2
-    for (int r = 0; r < mr; r++)
-#pragma GCC unroll 8
-        for (int j = 0; j < nv; j++) c[r][j] = _mm512_setzero_ps();
-    const bf16 *a = g->a, *b = g->b;
-    for (long p = 0; p < g->kp; p += 16) {
-        __m512 even[2][8], odd[2][8];
-#pragma GCC unroll 2
-        for (int r = 0; r < mr; r++)
-#pragma GCC unroll 8
-            for (int j = 0; j < nv; j++) even[r][j] = odd[r][j] = _mm512_setzero_ps();
-        for (int i = 0; i < 16; i++, a += 2, b += g->ldb) {
-#pragma GCC unroll 8
-            for (int j = 0; j < nv; j++) {
-                const bf16 *at = b + (j / 2) * g->bps + (j % 2) * 32;
-                const __m512i w = _mm512_loadu_si512(at);
-                _mm_prefetch(at + MM_PREFETCH_AHEAD / 2, _MM_HINT_T0);
-                const __m512 w0 = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
-                const __m512 w1 = _mm512_castsi512_ps(_mm512_and_si512(w, high));
-#pragma GCC unroll 2
-                for (int r = 0; r < mr; r++) {
-                    int32_t x;
-                    memcpy(&x, a + r * g->lda, 4);
-                    const __m512i v = _mm512_set1_epi32(x);
-                    even[r][j] = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(v, 16)), w0, even[r][j]);
-                    odd[r][j] = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(v, high)), w1, odd[r][j]);
-                }
-            }
-        }
-#pragma GCC unroll 2
-        for (int r = 0; r < mr; r++)
-#pragma GCC unroll 8
-            for (int j = 0; j < nv; j++) c[r][j] = _mm512_add_ps(c[r][j], _mm512_add_ps(even[r][j], odd[r][j]));
-    }
-#pragma GCC unroll 2
-    for (int r = 0; r < mr; r++)
-#pragma GCC unroll 8
-        for (int j = 0; j < nv; j++) _mm512_storeu_ps(g->c + r * g->ldc + j * 16, c[r][j]);
-}
-
-#define AMX_LIKE_ROWS 2
-static void amx_rows(int rows, int nv, const mm_args *g) {
-    if (rows == 1 && nv == 8)
-        amx_like(1, 8, g);
-    else if (rows == 1 && nv == 4)
-        amx_like(1, 4, g);
-    else if (rows == 1)
-        amx_like(1, 2, g);
-    else if (nv == 4)
-        amx_like(2, 4, g);
-    else
-        amx_like(2, 2, g);
 }
 
 static void gemm_tile(gemm_state *s, int rows, const mm_args *g) {
