@@ -55,6 +55,8 @@ def generation_config() -> dict[str, object]:
     return {
         "bos_token_id": BOS,
         "do_sample": True,
+        # A model of this size repeats itself without it, greedily above all ("fibrary fibrary fibrary").
+        "repetition_penalty": 1.2,
         "eos_token_id": [BOS, END],
         "pad_token_id": PAD,
         "temperature": 0.7,

@@ -17,14 +17,14 @@
 #define GEMM_TILE_ROWS 32
 #define GEMM_KC 512  // 32 columns x 512 k of B = 32 KB, and 32 rows of A the same: both near L1
 #define GEMM_FEW 64
-#define GEMM_FETCH_ROWS 1
-#define GEMM_AHEAD 4096
+#define GEMM_FETCH_ROWS 1  // 32 rows on 32 pages: more streams than the hardware follows
+#define GEMM_AHEAD 4096    // bytes ahead of a single tile's stream; on amx 2 to 16 KB made no difference
 #else
 #define GEMM_TILE_ROWS (MM_ROWS_2 > 4 ? MM_ROWS_2 : 12)
 #define GEMM_KC 2048  // a panel chunk is 128 KB: L2; smaller chunks only add C traffic (vdpbf16ps is the limit)
 #define GEMM_FEW 64
 #define GEMM_FETCH_ROWS 0
-#define GEMM_AHEAD 4096
+#define GEMM_AHEAD 4096  // bytes ahead of a single tile's stream; on amx 2 to 16 KB made no difference
 #endif
 #define GEMM_GROUP 8
 #define GEMM_MC 256

@@ -20,7 +20,7 @@
 
 #include "simd.h"
 
-#define MM_PREFETCH_AHEAD 2048  // bytes ahead in each skinny stream; 1, 2, 4 KiB measured within 2 % of each other
+#define MM_PREFETCH_AHEAD 2048  // bytes ahead in each skinny stream: beyond a 4 KB page's end for the L2 prefetcher
 
 typedef struct {
     const bf16 *a, *b;
