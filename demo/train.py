@@ -222,7 +222,7 @@ def train(role: str, work: Path, n_steps: int) -> None:
             valid = f"{validate(loss, held_out):.4f}" if done % VALID_EVERY == 0 or done == n_steps else ""
             row = [done, done * BATCH_TOKENS, f"{sum(running) / len(running):.4f}", valid]
             with (work / f"{role}.csv").open("a", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerow(row)
+                csv.writer(file, lineterminator="\n").writerow(row)
             wall, cpu = time.monotonic() - started, time.process_time() - cpu_started
             print(*row, f"wall {wall:.0f} s", f"cpu {cpu:.0f} s", flush=True)
             running.clear()
