@@ -180,7 +180,7 @@ class _Guards(NodeTransformer):
             nodes.Const(None, lineno=node.lineno), "pace_charge", nodes.Const(_literal_chars(node))
         )
         node.body.insert(0, nodes.ExprStmt(charge, lineno=node.lineno))
-        return node  # type: ignore[no-any-return]
+        return node  # type: ignore[no-any-return]  # Jinja's visitor passes nodes as Any
 
 
 def _filter(node: Any, name: str, *args: nodes.Expr) -> nodes.Filter:

@@ -438,4 +438,5 @@ def _bar(n_prompts: int, show_bar: bool) -> AbstractContextManager[Any]:
         return nullcontext()
     from tqdm import tqdm  # comes with tokenizers' huggingface_hub; most imports of pace need not pay for it
 
-    return tqdm(total=n_prompts, desc="generating", unit="prompt", leave=False)  # type: ignore[no-any-return]
+    bar: AbstractContextManager[Any] = tqdm(total=n_prompts, desc="generating", unit="prompt", leave=False)
+    return bar

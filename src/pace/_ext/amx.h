@@ -98,7 +98,7 @@ INLINE void amx_tile(const int halves, const int fetch, const mm_args *g) {
 
 // A few rows without tiles, bit for bit what tdpbf16ps computes: per 32 k the even and the odd products are two
 // FMA chains (denormals flushed, as the team's control word does) whose sum is added to C once. Four or two panels
-// stream side by side: at one row 1.05 of the single-stream read roof, where tiles reach 0.87 of it with one panel or
+// stream side by side: at one row 1.05 of the read roof, where tiles reach 0.87 of it with one panel or
 // two and any prefetch (their loads wait on the L1's fill buffers).
 INLINE void amx_like(const int mr, const int nv, const mm_args *g) {
     __m512 c[4][8];
