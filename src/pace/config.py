@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -11,14 +12,18 @@ from typing import Any, Generic, TypeVar
 from pace.errors import ConfigError, show
 
 __all__ = [
+    "ADMISSIONS",
     "ENVIRONMENT",
     "ISA_TIERS",
+    "KV_CACHE_DTYPES",
+    "KV_CACHE_TYPES",
     "PACE_CPUS",
     "PACE_ISA",
     "PACE_LOG_LEVEL",
     "PACE_THREADS",
     "EngineConfig",
     "EnvVar",
+    "parse_bytes",
     "parse_cpus",
     "parse_kernels",
 ]
@@ -27,6 +32,9 @@ T = TypeVar("T")
 
 # Lowest first. Which of them run here is `ops.isas()`'s to say: it needs cpuid.
 ISA_TIERS = ("avx2", "avx512", "avx512vnni", "avx512bf16", "amx")
+KV_CACHE_TYPES = ("slab", "paged", "contiguous")
+KV_CACHE_DTYPES = ("bf16", "int8")
+ADMISSIONS = ("preempt", "reserve")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 MAX_CPU = 8191  # Linux' CONFIG_NR_CPUS maximum, less one
@@ -34,6 +42,19 @@ MAX_THREADS = 1024
 MAX_MODEL_LEN = 1 << 24  # positions go through f32 exactly up to 2^24
 MAX_TOKENS_PER_STEP = 1 << 20
 MAX_SEQUENCES = 1 << 16
+MAX_WAITING = 1 << 24
+MAX_BYTES = 1 << 50
+MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 16, 1 << 16
+BYTE_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "kib": 1 << 10,
+    "mib": 1 << 20,
+    "gib": 1 << 30,
+}
 
 
 @dataclass(frozen=True)
@@ -124,6 +145,19 @@ def parse_kernels(text: str) -> dict[str, str]:
     return kernels
 
 
+def parse_bytes(text: str) -> int:
+    """Parse a size such as `"4GiB"`, `"512 MB"` or `"1073741824"` into bytes.
+
+    Raises:
+        ConfigError: not a positive number with one of the units B, kB, MB, GB, KiB, MiB, GiB.
+    """
+    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*([A-Za-z]{0,3})\s*", text, re.ASCII)
+    unit = BYTE_UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None or not 1 <= int(float(match[1]) * unit) <= MAX_BYTES:
+        raise ConfigError(f"{show(text)} is not a size; expected a number with a unit, such as 4GiB or 512MB")
+    return int(float(match[1]) * unit)
+
+
 PACE_ISA: EnvVar[str | None] = EnvVar(
     "PACE_ISA",
     f"Force one ISA tier ({', '.join(ISA_TIERS)}) instead of the best that this CPU runs.",
@@ -165,6 +199,17 @@ class EngineConfig:
             states.
         max_num_seqs: sequences that run in one step.
         max_num_batched_tokens: rows (tokens) of one step.
+        max_num_waiting: requests that may wait to run; one more is refused.
+        kv_cache_type: "slab" (large blocks), "paged" (blocks of 16 tokens) or "contiguous" (one extent per
+            sequence).
+        block_size: tokens of a KV block, a power of two from 16 on; None: what suits the type.
+        kv_cache_memory: bytes of the KV cache, also as "4GiB"; "auto": all that is left beside the weights;
+            None: what max_num_seqs sequences of max_model_len need, at most 40 % of the available memory.
+        kv_cache_dtype: "bf16", or "int8" with a scale per token and head.
+        enable_prefix_caching: keep computed prompts for later requests with the same beginning (slab and
+            paged; contiguous can't share).
+        admission: "preempt": a request starts as soon as its prompt fits, and the last one gives way and is
+            recomputed when memory runs out; "reserve": it starts when its longest possible output fits.
         n_threads: threads of the team; None: PACE_THREADS, else min(affinity, cgroup quota, physical cores).
         cpus: CPU numbers to pin the threads to; None: PACE_CPUS, else not pinned.
         kernels: {operator: kernel} to force, for bisecting a wrong number or a slow operator.
@@ -181,6 +226,13 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 2048
+    max_num_waiting: int = 1 << 16
+    kv_cache_type: str = "slab"
+    block_size: int | None = None
+    kv_cache_memory: int | str | None = None
+    kv_cache_dtype: str = "bf16"
+    enable_prefix_caching: bool = True
+    admission: str = "preempt"
     n_threads: int | None = None
     cpus: tuple[int, ...] | None = None
     kernels: Mapping[str, str] = field(default_factory=dict)
@@ -191,8 +243,14 @@ class EngineConfig:
         for name in ("revision", "tokenizer"):
             if getattr(self, name) is not None:
                 _check_text(name, getattr(self, name))
-        if not isinstance(self.trust_tokenizer, bool):
-            raise ConfigError(f"trust_tokenizer is {show(self.trust_tokenizer)}, expected True or False")
+        for name in ("trust_tokenizer", "enable_prefix_caching"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {show(getattr(self, name))}, expected True or False")
+        _check_choice("kv_cache_type", self.kv_cache_type, KV_CACHE_TYPES)
+        _check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
+        _check_choice("admission", self.admission, ADMISSIONS)
+        _check_int("max_num_waiting", self.max_num_waiting, 1, MAX_WAITING)
+        self._check_kv_cache()
         if self.max_model_len is not None:
             _check_int("max_model_len", self.max_model_len, 1, MAX_MODEL_LEN)
         _check_int("max_num_seqs", self.max_num_seqs, 1, MAX_SEQUENCES)
@@ -224,6 +282,26 @@ class EngineConfig:
             )
         object.__setattr__(self, "kernels", MappingProxyType(dict(self.kernels)))
         _check_int("seed", self.seed, 0, (1 << 64) - 1)
+
+    def _check_kv_cache(self) -> None:
+        size = self.block_size
+        if size is not None:
+            _check_int("block_size", size, MIN_BLOCK_SIZE, MAX_BLOCK_SIZE)
+            if size & (size - 1):
+                raise ConfigError(f"block_size is {size}, expected a power of two such as 16 or 256")
+        memory = self.kv_cache_memory
+        if isinstance(memory, str) and memory != "auto":
+            try:
+                object.__setattr__(self, "kv_cache_memory", parse_bytes(memory))
+            except ConfigError as error:
+                raise ConfigError(f"kv_cache_memory: {error}, or auto") from None
+        elif memory is not None and memory != "auto":
+            _check_int("kv_cache_memory", memory, 1, MAX_BYTES)
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} is {show(value)}, expected one of {', '.join(choices)}")
 
 
 def _check_text(name: str, value: object) -> None:

@@ -12,8 +12,10 @@ __all__ = [
     "ChatTemplateError",
     "CheckpointError",
     "ConfigError",
+    "EngineDeadError",
     "ForkError",
     "PaceError",
+    "QueueFullError",
     "RequestError",
     "TokenizerError",
     "UnsupportedModel",
@@ -95,3 +97,11 @@ class CapacityError(PaceError):
 
 class ForkError(PaceError, RuntimeError):
     """An engine was used in a forked child, where its threads don't exist; build the engine in the child."""
+
+
+class QueueFullError(PaceError):
+    """As many requests wait as `max_num_waiting` allows; try again later."""
+
+
+class EngineDeadError(PaceError, RuntimeError):
+    """The engine has stopped for good, after a fault that no request can be blamed for."""
