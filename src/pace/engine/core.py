@@ -202,6 +202,14 @@ class Engine:
                 self._new_deadlines.append((request.deadline_s, number, request))
             self._arrived.extend(seqs)
 
+    def add_request(
+        self, request_id: str, prompt_ids: Seq[int] | I32Array, params: SamplingParams, **options: Any
+    ) -> Request:
+        """`prepare` and `submit`; arguments and errors as theirs."""
+        request = self.prepare(request_id, prompt_ids, params, **options)
+        self.submit(request)
+        return request
+
     def abort(self, request_id: str) -> None:
         """End a request before the next step runs; an unknown or finished one is ignored."""
         self._aborted.append(request_id)

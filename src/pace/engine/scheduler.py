@@ -210,10 +210,10 @@ class Scheduler:
             return False
         row = None
         if self.reserve:
-            row = tables.open(seq.max_cached, reuse)
+            row = tables.open(seq.max_cached, reuse, seq.cache_salt)
         # A block to spare for each running sequence, or the next tokens would preempt this one again.
-        elif tables.fits(seq.n_tokens, min(len(self.running), tables.n_blocks // 8)):
-            row = tables.open(0, reuse)
+        elif tables.fits(seq.n_tokens, min(len(self.running), tables.n_blocks // 8), reuse):
+            row = tables.open(0, reuse, seq.cache_salt)
         if row is None or not tables.extend(row, seq.n_tokens):
             if row is not None:
                 tables.close(row)
