@@ -286,7 +286,7 @@ class Engine:
         for i, seq in enumerate(seqs):
             try:
                 if errors[i]:
-                    raise PaceError("the logits hold NaN; check the checkpoint, or bisect with --kernels")
+                    raise PaceError(self.sampler.explain(errors[i]))
                 seq.commit(tokens[i])
                 if seq.first_token_s is None:
                     seq.first_token_s = now_s

@@ -6,6 +6,7 @@ from enum import Enum, auto
 
 import numpy as np
 
+from pace.engine.sampler import Constraints
 from pace.models.plan import I32Array
 from pace.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from pace.params import SamplingParams
@@ -14,8 +15,6 @@ from pace.tokenizer import TextStream
 __all__ = ["NO_ROW", "Sequence", "Status"]
 
 NO_ROW = -1
-
-EMPTY: I32Array = np.empty(0, dtype=np.int32)
 
 
 class Status(Enum):
@@ -47,13 +46,13 @@ class Sequence:
 
     __slots__ = (
         "arrival_s",
-        "banned_ids",
+        "constraints",
         "cumulative_logprob",
         "finish_reason",
         "finished_s",
         "first_token_s",
-        "has_penalty",
         "has_stops",
+        "index",
         "logprobs",
         "max_output",
         "n_computed",
@@ -94,7 +93,9 @@ class Sequence:
         self.prompt = prompt
         self.prompt_ids: list[int] = prompt_ids.tolist()  # as outputs hand it back
         self.seed = 0  # of this request's random numbers, 0 .. 2^64 - 1; set when it is accepted
+        self.index = 0  # which of the request's completions this is
         self.stop_ids = stop_ids
+        self.constraints = Constraints(params, stop_ids)
         self.max_output = max_output
         self.stream = stream
         self.text = text
@@ -110,12 +111,6 @@ class Sequence:
         self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
-        self.has_penalty = (
-            params.repetition_penalty != 1.0
-            or params.presence_penalty != 0.0
-            or params.frequency_penalty != 0.0
-        )
-        self.banned_ids = np.array(sorted(stop_ids), dtype=np.int32) if params.min_tokens else EMPTY
         self.arrival_s = arrival_s
         self.scheduled_s: float | None = None
         self.first_token_s: float | None = None
@@ -160,16 +155,6 @@ class Sequence:
         self.output_ids[self.n_tokens - self.n_prompt :] = [token_id]
         self.n_tokens += 1
         self.n_computed = self.n_tokens - 1
-
-    def history(self) -> tuple[I32Array, I32Array, I32Array] | None:
-        """What the sampler must know of the past: prompt ids, output ids, ids that may not be drawn now.
-
-        None for the usual request, which has neither penalties nor a minimum length ahead of it.
-        """
-        banned = self.banned_ids if len(self.output_ids) < self.params.min_tokens else EMPTY
-        if self.has_penalty:
-            return self.tokens[: self.n_prompt], self.tokens[self.n_prompt : self.n_tokens], banned
-        return (EMPTY, EMPTY, banned) if len(banned) else None
 
     def extend_text(self, n_output: int) -> None:
         """Let the text cover the first `n_output` tokens."""
