@@ -36,8 +36,11 @@ class Pacer:
             self._decode_s[size] = _average(self._decode_s.get(size), seconds)
             return
         plain_s = self._plain_s(n_decode)
-        if plain_s is None or seconds > 1.2 * plain_s:  # else the rows were free, and tell nothing
-            self._row_s = _average(self._row_s, seconds / (n_decode + n_prompt))
+        row_s = seconds / (n_decode + n_prompt)
+        if plain_s is None or seconds > 1.2 * plain_s:
+            self._row_s = _average(self._row_s, row_s)
+        else:  # some of the rows were free: what one costs is no more than this
+            self._row_s = row_s if self._row_s is None else min(self._row_s, row_s)
 
     def allowance(self, n_decode: int) -> int:
         """Prompt rows that may run beside `n_decode` decoding ones."""
