@@ -16,7 +16,7 @@ from pace.engine.core import Engine
 from pace.engine.runner import Runner
 from pace.engine.sampler import Sampler
 from pace.engine.scheduler import Scheduler
-from pace.kvcache import BlockPool, BlockTables
+from pace.kvcache import BlockTables
 from pace.models.plan import Batch, F32Array
 
 VOCAB = 97
@@ -149,7 +149,9 @@ def make_engine(
     seed: int = 0,
 ) -> tuple[Engine, FakePlan]:
     """An engine over the fake model."""
-    tables = BlockTables(BlockPool(n_blocks, block_size), max_num_seqs, max_model_len)
+    tables = BlockTables(
+        n_blocks, block_size, max_num_seqs, max_model_len, copy=lambda src, dst, n_tokens: None
+    )
     plan = FakePlan(n_blocks, block_size, max_tokens)
     engine = Engine(
         Runner(plan, tables.array, max_tokens, max_num_seqs),

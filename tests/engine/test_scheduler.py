@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pace.engine.scheduler import Scheduler
 from pace.engine.sequence import Sequence, Status
-from pace.kvcache import BlockPool, BlockTables
+from pace.kvcache import BlockTables
 from pace.params import SamplingParams
 
 
@@ -17,7 +17,7 @@ def sequence(name: str, n_prompt: int, n_output: int) -> Sequence:
 
 
 def scheduler(n_blocks: int = 64, n_seqs: int = 4, budget: int = 16) -> Scheduler:
-    return Scheduler(BlockTables(BlockPool(n_blocks, 16), n_seqs, 256), budget)
+    return Scheduler(BlockTables(n_blocks, 16, n_seqs, 256, copy=lambda src, dst, n_tokens: None), budget)
 
 
 def run(scheduler: Scheduler) -> list[tuple[str, int]]:
@@ -26,7 +26,7 @@ def run(scheduler: Scheduler) -> list[tuple[str, int]]:
     assert step.n_tokens == sum(step.n_new) <= scheduler.max_num_batched_tokens
     for seq, n_new in zip(step.seqs, step.n_new, strict=True):
         assert n_new >= 1
-        assert scheduler.tables.capacity(seq.row) >= seq.n_computed + n_new
+        assert scheduler.tables._capacity[seq.row] >= seq.n_computed + n_new
         if seq.n_computed + n_new < seq.n_tokens:
             seq.n_computed += n_new
             continue

@@ -122,11 +122,11 @@ class Engine:
         params.check_vocab(self.vocab_size)
         room = self.max_model_len - len(ids)
         max_output = room if params.max_tokens is None else min(params.max_tokens, room)
-        pool = self.scheduler.tables.pool
-        if len(ids) + max_output - 1 > pool.n_blocks * pool.block_size:
+        tables = self.scheduler.tables
+        if len(ids) + max_output - 1 > tables.n_blocks * tables.block_size:
             raise CapacityError(
                 f"the request may grow to {len(ids) + max_output} tokens, the KV pool holds "
-                f"{pool.n_blocks * pool.block_size}; lower max_tokens or shorten the prompt"
+                f"{tables.n_blocks * tables.block_size}; lower max_tokens or shorten the prompt"
             )
         stop_ids = frozenset(params.stop_token_ids or ())
         if not params.ignore_eos:

@@ -23,7 +23,7 @@ from pace.engine.runner import Runner
 from pace.engine.sampler import Sampler
 from pace.engine.scheduler import Scheduler
 from pace.errors import CheckpointError, ConfigError
-from pace.kvcache import BlockPool, BlockTables
+from pace.kvcache import BlockTables
 from pace.log import logger
 from pace.models.decoder import lower
 from pace.models.plan import F32Array, Plan
@@ -218,7 +218,9 @@ def _build(
     max_seqs, max_tokens = config.max_num_seqs, config.max_num_batched_tokens
     kv_pool = ops.KVPool(plan.n_layers, plan.n_kv_heads, plan.head_dim, memory.n_blocks, memory.block_size)
     executor = ops.Plan(team, plan, sink.weights, kv_pool, max_tokens, max_seqs, max_seqs, config.kernels)
-    tables = BlockTables(BlockPool(memory.n_blocks, memory.block_size), max_seqs, memory.max_model_len)
+    tables = BlockTables(
+        memory.n_blocks, memory.block_size, max_seqs, memory.max_model_len, copy=_copy_nothing
+    )
     engine = Engine(
         Runner(executor, tables.array, max_tokens, max_seqs),
         Sampler(functools.partial(ops.sample, team), ops.SAMPLE_DTYPE, max_seqs),
@@ -230,6 +232,10 @@ def _build(
         seed=config.seed,
     )
     return engine, executor
+
+
+def _copy_nothing(src: int, dst: int, n_tokens: int) -> None:
+    raise RuntimeError(f"copy of {n_tokens} tokens from block {src} to {dst}, but no block is shared")
 
 
 def _invent(plan: Plan, sink: PackedSink) -> None:

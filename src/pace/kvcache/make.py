@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pace.errors import ConfigError, show
+from pace.kvcache.blocks import BlockTables
+from pace.kvcache.extents import ExtentTables
 from pace.kvcache.tables import CopyBlock, KVTables
 
 __all__ = ["KV_CACHE_TYPES", "make_tables"]
@@ -36,4 +38,22 @@ def make_tables(
     Raises:
         ConfigError: a value is out of range.
     """
-    raise ConfigError(f"kv_cache_type is {show(kv_cache_type)}, expected one of {', '.join(KV_CACHE_TYPES)}")
+    if kv_cache_type not in KV_CACHE_TYPES:
+        raise ConfigError(
+            f"kv_cache_type is {show(kv_cache_type)}, expected one of {', '.join(KV_CACHE_TYPES)}"
+        )
+    if max_seqs < 1 or max_len < 1 or (max_window is not None and max_window < 1):
+        raise ConfigError(
+            f"max_seqs is {max_seqs}, max_len {max_len}, max_window {max_window}; expected at least 1 of each"
+        )
+    if kv_cache_type == "contiguous":
+        return ExtentTables(n_blocks, block_size, max_seqs, max_len, copy=copy)
+    return BlockTables(
+        n_blocks,
+        block_size,
+        max_seqs,
+        max_len,
+        copy=copy,
+        prefix_caching=prefix_caching,
+        max_window=max_window,
+    )
