@@ -121,17 +121,23 @@ def test_the_part_of_a_block_is_copied_once() -> None:
     assert tables.stats()["copies"] == 1
 
 
-def test_the_only_free_block_is_taken_with_its_content() -> None:
+@pytest.mark.parametrize(("n_tail", "n_found"), [(20, 0), (32, 32), (63, 32)])
+def test_the_only_free_block_is_taken_itself(n_tail: int, n_found: int) -> None:
     """Nothing runs, all is cached, and the prompt needs every block: it must not wait for ever."""
-    tables = Tables(n_blocks=2)
-    row = tables.run(SIZE + 20)
-    tables.close(row, TOKENS[: SIZE + 20])
-    reuse = tables.match(TOKENS, None, SIZE + 20)
-    assert reuse is not None and reuse.n_tokens == SIZE + 20
-    row = tables.open(2 * SIZE, reuse) or 0
-    assert tables.n_open == 1 and tables.held(row, 2) == [reuse.blocks[0], reuse.tail]
-    assert tables.copied == [(reuse.tail, reuse.tail, 20)], "to clear what lies behind"
-    assert tables.stats()["copies"] == 0 and tables.found(2 * SIZE) == SIZE
+    copied: list[int] = []
+    tables = BlockTables(2, 64, 1, 128, copy=lambda src, dst, n: copied.append(n), prefix_caching=True)
+    row = tables.open(0)
+    assert row is not None and tables.extend(row, 64 + n_tail)
+    tables.close(row, TOKENS[: 64 + n_tail])
+    reuse = tables.match(TOKENS, None, 128)
+    assert reuse is not None and (reuse.n_tokens, reuse.n_tail) == (64 + n_found, n_found)
+    row = tables.open(128, reuse)
+    assert row is not None and tables.extend(row, 128) and tables.n_free == 0
+    if n_found:
+        assert tables.array[row].tolist() == [reuse.blocks[0], reuse.tail]
+    assert copied == [] and tables.stats()["copies"] == 0
+    tables.close(row)
+    assert tables.match(TOKENS[:64], None, 64) is not None and tables.stats()["cached_blocks"] == 1
 
 
 def test_the_source_of_a_copy_outlives_it() -> None:

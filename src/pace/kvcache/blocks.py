@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +17,7 @@ __all__ = ["BlockTables"]
 
 CLOSED = -1  # in place of a row's capacity and next commit: nobody owns the row
 NEVER = sys.maxsize
-WINDOW_GROUP = 32  # keys that attention reads together
+GROUP = 32  # keys that attention reads together; whoever writes the first one of them clears their V
 
 
 @dataclass(slots=True)
@@ -197,11 +198,17 @@ class BlockTables(KVTables):
         self._query = limit
         root = self.index.root(salt)
         found = self.index.find(tokens, root, limit)
-        n_tokens = len(found.blocks) * self.block_size + found.n_tail
+        tail, n_tail = found.tail, found.n_tail
+        if n_tail and self.pool.refcount(tail) == 0 and self.n_free - self._n_cached(found.blocks) == 1:
+            # `open` can't copy it, there is no other block; it takes the block itself. That may hold anything behind the
+            # n_tail tokens, so whole groups alone are of use.
+            n_tail = n_tail // GROUP * GROUP
+            tail = tail if n_tail else -1
+        n_tokens = len(found.blocks) * self.block_size + n_tail
         if n_tokens == 0:
             return None
         digests = (root, *found.digests)
-        return Reuse(n_tokens, tuple(found.blocks), found.tail, found.n_tail, 0, digests, self._epoch)
+        return Reuse(n_tokens, tuple(found.blocks), tail, n_tail, 0, digests, self._epoch)
 
     def fork(self, row: int, n_tokens: int) -> Reuse:
         """The first `n_tokens` of a live row; see `KVTables.fork`."""
@@ -222,7 +229,7 @@ class BlockTables(KVTables):
         if self._max_window is None:
             return
         state = self._row(row)
-        n_unseen = (position - self._max_window + 1) // WINDOW_GROUP * WINDOW_GROUP
+        n_unseen = (position - self._max_window + 1) // GROUP * GROUP
         end = min(n_unseen, self._capacity[row]) // self.block_size
         if end <= state.n_released:
             return
@@ -258,9 +265,13 @@ class BlockTables(KVTables):
         """Free blocks that a row of n_blocks takes: new ones, and cached ones that it takes back."""
         if reuse is None:
             return n_blocks
-        refcount = self.pool.refcount
-        n_cached = sum(refcount(block) == 0 for block in reuse.blocks[reuse.n_released :])
+        n_cached = self._n_cached(reuse.blocks[reuse.n_released :])
         return max(n_blocks - len(reuse.blocks), int(reuse.n_tail > 0)) + n_cached
+
+    def _n_cached(self, blocks: Iterable[int]) -> int:
+        """How many of the blocks nobody holds."""
+        refcount = self.pool.refcount
+        return sum(refcount(block) == 0 for block in blocks)
 
     def _start_with(self, reuse: Reuse, row: Row, table: I32Array) -> None:
         """Share and copy what `reuse` names; there are free blocks enough."""
@@ -268,12 +279,13 @@ class BlockTables(KVTables):
         for block in blocks[reuse.n_released :]:
             self.pool.retain(block)
         if reuse.n_tail:
-            # Evicted last: where it is the only free block left, it is taken itself and its content with it.
+            # Evicted last: it is taken itself, and its content with it, only where `match` has foreseen it.
             self.pool.touch(reuse.tail)
             self.pool.reserve(1)
             block = self.pool.allocate()
-            self._copy(reuse.tail, block, reuse.n_tail)
-            self._n_copies += block != reuse.tail
+            if block != reuse.tail:
+                self._copy(reuse.tail, block, reuse.n_tail)
+                self._n_copies += 1
             blocks.append(block)
         table[: len(blocks)] = blocks
         row.n_blocks = len(blocks)

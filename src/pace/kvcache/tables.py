@@ -18,9 +18,9 @@ from pace.models.plan import I32Array
 __all__ = ["CopyBlock", "KVTables", "Reuse"]
 
 CopyBlock = Callable[[int, int, int], object]
-"""copy(src, dst, n_tokens): the first n_tokens of block src, in all layers, to block dst.
+"""copy(src, dst, n_tokens): the first n_tokens of block src, in all layers, to another block dst.
 
-It must accept src == dst, where there is nothing to copy but what lies behind the n_tokens is cleared all the same.
+What lies behind them in their group of 32 must be harmless there (V of 0): attention multiplies it by 0.
 """
 
 
