@@ -1,85 +1,16 @@
-"""Blocks are never lost, shared by mistake or freed twice."""
+"""Free, held, promised, cached: every block is one of these."""
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pace.errors import ConfigError
-from pace.kvcache import BlockPool, BlockTables, blocks_for, kv_block_bytes
-
-N_BLOCKS, BLOCK, N_ROWS, MAX_LEN = 12, 16, 4, 100
+from pace.kvcache import BlockPool, blocks_for, kv_block_bytes
 
 
-class TablesMachine(RuleBasedStateMachine):
-    """Rows come, grow, shrink and go; a block is held by one row or is free."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pool = BlockPool(N_BLOCKS, BLOCK)
-        self.tables = BlockTables(self.pool, N_ROWS, MAX_LEN)
-        self.rows: dict[int, tuple[int, int]] = {}  # row -> tokens it may hold, tokens it holds
-
-    @rule(max_tokens=st.integers(1, MAX_LEN))
-    def open(self, max_tokens: int) -> None:
-        promised = sum(blocks_for(most, BLOCK) for most, _ in self.rows.values())
-        row = self.tables.open(max_tokens)
-        fits = len(self.rows) < N_ROWS and promised + blocks_for(max_tokens, BLOCK) <= N_BLOCKS
-        assert (row is not None) == fits
-        if row is not None:
-            assert row not in self.rows
-            self.rows[row] = max_tokens, 0
-
-    @precondition(lambda self: self.rows)
-    @rule(data=st.data())
-    def extend(self, data: st.DataObject) -> None:
-        row = data.draw(st.sampled_from(sorted(self.rows)))
-        most, held = self.rows[row]
-        n_tokens = data.draw(st.integers(held, most))
-        self.tables.extend(row, n_tokens)
-        self.rows[row] = most, n_tokens
-        assert self.tables.capacity(row) >= n_tokens
-
-    @precondition(lambda self: self.rows)
-    @rule(data=st.data())
-    def truncate(self, data: st.DataObject) -> None:
-        row = data.draw(st.sampled_from(sorted(self.rows)))
-        most, held = self.rows[row]
-        n_tokens = data.draw(st.integers(0, held))
-        before = self.tables.array[row, : blocks_for(n_tokens, BLOCK)].copy()
-        self.tables.truncate(row, n_tokens)
-        assert (self.tables.array[row, : len(before)] == before).all()
-        self.rows[row] = most, n_tokens
-
-    @precondition(lambda self: self.rows)
-    @rule(data=st.data())
-    def close(self, data: st.DataObject) -> None:
-        row = data.draw(st.sampled_from(sorted(self.rows)))
-        del self.rows[row]
-        self.tables.close(row)
-        with pytest.raises(RuntimeError):
-            self.tables.close(row)
-
-    @invariant()
-    def every_block_has_one_owner_or_none(self) -> None:
-        held: Counter[int] = Counter()
-        promised = 0
-        for row, (most, _) in self.rows.items():
-            n_blocks = self.tables.capacity(row) // BLOCK
-            held.update(self.tables.array[row, :n_blocks].tolist())
-            promised += blocks_for(most, BLOCK) - n_blocks
-        assert all(0 <= block < N_BLOCKS and n == 1 for block, n in held.items())
-        assert [self.pool.refcount(block) for block in range(N_BLOCKS)] == [held[b] for b in range(N_BLOCKS)]
-        assert (self.pool.n_free, self.pool.n_reserved) == (N_BLOCKS - len(held), promised)
-        assert self.tables.n_open == len(self.rows)
-
-
-TablesMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
-TestTables = TablesMachine.TestCase
+def take(pool: BlockPool, n_blocks: int) -> list[int]:
+    assert pool.reserve(n_blocks)
+    return [pool.allocate() for _ in range(n_blocks)]
 
 
 def test_shared_blocks_live_until_the_last_holder() -> None:
@@ -87,45 +18,78 @@ def test_shared_blocks_live_until_the_last_holder() -> None:
     assert pool.reserve(1) and not pool.reserve(2)
     block = pool.allocate()
     pool.retain(block)
+    assert pool.refcount(block) == 2
     assert not pool.release(block) and pool.n_free == 1
     assert pool.release(block) and pool.n_free == 2
-    for operation in (pool.release, pool.retain):
+    for operation in (pool.release, pool.retain, pool.mark):
         with pytest.raises(RuntimeError, match="free"):
             operation(block)
 
 
-def test_a_row_keeps_within_its_reservation() -> None:
-    pool = BlockPool(4, 16)
-    tables = BlockTables(pool, 2, 64)
-    row = tables.open(17)
-    assert row is not None and pool.n_available == 2
-    tables.extend(row, 32)
-    with pytest.raises(RuntimeError, match="needs 3 blocks"):
-        tables.extend(row, 33)
-    pool.retain(int(tables.array[row, 1]))
-    tables.truncate(row, 16)  # the second block stays with its other holder
-    assert (pool.n_free, pool.n_reserved) == (2, 0)
-    tables.close(row)
-    assert pool.n_free == 3
+def test_only_what_was_promised_is_taken() -> None:
+    pool = BlockPool(2, 16)
+    with pytest.raises(RuntimeError, match="reserved"):
+        pool.allocate()
+    assert pool.reserve(2) and pool.n_available == 0 and pool.n_free == 2
+    with pytest.raises(RuntimeError, match=r"unreserve\(3\)"):
+        pool.unreserve(3)
+    pool.unreserve(1)
+    assert pool.n_available == 1
 
 
 def test_freed_blocks_are_reused_first() -> None:
     pool = BlockPool(8, 16)
-    tables = BlockTables(pool, 2, 128)
-    first = tables.open(48)
-    assert first is not None
-    tables.extend(first, 48)
-    blocks = tables.array[first, :3].tolist()
-    tables.close(first)
-    second = tables.open(48)
-    assert second is not None
-    tables.extend(second, 48)
-    assert tables.array[second, :3].tolist() == blocks
+    blocks = take(pool, 3)
+    for block in reversed(blocks):
+        pool.release(block)
+    assert take(pool, 3) == blocks
 
 
-@pytest.mark.parametrize(("n_blocks", "block_size"), [(0, 16), (4, 8), (4, 24), (4, 0)])
+def test_fresh_blocks_go_before_cached_ones_and_those_in_order_of_use() -> None:
+    pool = BlockPool(4, 16)
+    evicted: list[int] = []
+    pool.on_evict = evicted.append
+    blocks = take(pool, 3)
+    for block in blocks:
+        pool.mark(block)
+        pool.release(block)
+    assert pool.n_free == 4 and pool.n_evicted == 0
+    pool.touch(blocks[0])
+    assert take(pool, 3) == [3, blocks[1], blocks[2]]
+    assert evicted == blocks[1:] and pool.n_evicted == 2
+    pool.release(blocks[1])
+    assert take(pool, 1) == [blocks[1]], "an evicted block has lost its mark"
+    assert take(pool, 1) == [blocks[0]]
+
+
+def test_a_cached_block_can_be_taken_back_unless_all_are_promised() -> None:
+    pool = BlockPool(2, 16)
+    (block,) = take(pool, 1)
+    pool.mark(block)
+    pool.release(block)
+    pool.retain(block)
+    assert pool.refcount(block) == 1 and pool.n_free == 1
+    pool.release(block)
+    assert pool.reserve(2)
+    with pytest.raises(RuntimeError, match="promised"):
+        pool.retain(block)
+
+
+def test_an_unmarked_block_is_fresh_again() -> None:
+    pool = BlockPool(2, 16)
+    first, second = take(pool, 2)
+    for block in (first, second):
+        pool.mark(block)
+        pool.release(block)
+    pool.unmark(second)
+    assert take(pool, 1) == [second] and pool.n_evicted == 0
+    with pytest.raises(RuntimeError, match="free"):
+        pool.mark(first)
+
+
+@pytest.mark.parametrize(("n_blocks", "block_size"), [(0, 16), (-1, 16), (4, 8), (4, 24), (4, 0)])
 def test_bad_sizes(n_blocks: int, block_size: int) -> None:
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match="expected"):
         BlockPool(n_blocks, block_size)
 
 
@@ -133,3 +97,7 @@ def test_sizes() -> None:
     assert [blocks_for(n, 16) for n in (0, 1, 16, 17)] == [0, 1, 1, 2]
     # Llama-3.2-1B: 16 layers x 8 heads x 64 columns x K and V x bf16 = 32 KiB per token.
     assert kv_block_bytes(16, 8, 64, 256) == 256 * 32 * 1024
+    # int8: half of it, and two scales of 4 bytes per layer, head and token.
+    assert kv_block_bytes(16, 8, 64, 256, "int8") == 256 * (16 * 1024 + 16 * 8 * 8)
+    with pytest.raises(ConfigError, match="'fp8'"):
+        kv_block_bytes(16, 8, 64, 256, "fp8")

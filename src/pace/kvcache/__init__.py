@@ -1,5 +1,23 @@
-"""The KV cache: blocks with reference counts, and the tables that lead from a sequence to its blocks."""
+"""The KV cache: blocks with reference counts, the tables that lead from a sequence to its blocks, and the index that finds
+blocks by what they hold."""
 
-from pace.kvcache.pool import BlockPool, BlockTables, blocks_for, kv_block_bytes
+from pace.kvcache.blocks import BlockTables
+from pace.kvcache.extents import ExtentTables
+from pace.kvcache.make import KV_CACHE_TYPES, make_tables
+from pace.kvcache.pool import BlockPool, blocks_for, kv_block_bytes
+from pace.kvcache.prefix import PrefixIndex
+from pace.kvcache.tables import CopyBlock, KVTables, Reuse
 
-__all__ = ["BlockPool", "BlockTables", "blocks_for", "kv_block_bytes"]
+__all__ = [
+    "KV_CACHE_TYPES",
+    "BlockPool",
+    "BlockTables",
+    "CopyBlock",
+    "ExtentTables",
+    "KVTables",
+    "PrefixIndex",
+    "Reuse",
+    "blocks_for",
+    "kv_block_bytes",
+    "make_tables",
+]

@@ -1,23 +1,19 @@
-"""Blocks of the KV cache and the block tables of the sequences that hold them.
+"""Blocks of the KV cache: who holds how many, which are free, and which free ones are still worth something.
 
-This is bookkeeping only: which block belongs to whom. The memory itself is `ops.KVPool`, in which one block
-index means the same block in every layer, so that one table per sequence serves all layers.
-
-Admission *reserves* a sequence's worst case and blocks are taken from that reservation as the sequence
-grows. So the pool never runs out in the middle of a step, and blocks that nobody has reached yet are not
-touched: the operating system maps KV memory on first use.
+This is bookkeeping only. The memory itself is `ops.KVPool`, in which one block index means the same block in every
+layer, so that one table per sequence serves all layers. Blocks that nobody has reached yet are not touched: the
+operating system maps KV memory on first use.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections import OrderedDict
+from collections.abc import Callable
 
-import numpy as np
+from pace.errors import ConfigError, show
 
-from pace.errors import ConfigError
-from pace.models.plan import I32Array
-
-__all__ = ["DEFAULT_BLOCK_SIZE", "MIN_BLOCK_SIZE", "BlockPool", "BlockTables", "blocks_for", "kv_block_bytes"]
+__all__ = ["DEFAULT_BLOCK_SIZE", "MIN_BLOCK_SIZE", "BlockPool", "blocks_for", "check_sizes", "kv_block_bytes"]
 
 DEFAULT_BLOCK_SIZE = 256
 """Tokens of a slab: K and V of one head (2 x 256 x 128 x 2 B = 128 KiB) fit the L2 of the reading core."""
@@ -25,8 +21,8 @@ DEFAULT_BLOCK_SIZE = 256
 MIN_BLOCK_SIZE = 16
 """The kernel reads keys in vectors of 16 tokens."""
 
-BF16_BYTES = 2
-CLOSED = -1  # in place of a reservation: nobody owns the row
+KV_DTYPE_BYTES = {"bf16": (2, 0), "int8": (1, 4)}
+"""Bytes of an element of K or V, and of the scale (f32) of one token and head."""
 
 
 def blocks_for(n_tokens: int, block_size: int) -> int:
@@ -34,47 +30,85 @@ def blocks_for(n_tokens: int, block_size: int) -> int:
     return -(-n_tokens // block_size)
 
 
-def kv_block_bytes(n_layers: int, n_kv_heads: int, head_dim: int, block_size: int) -> int:
-    """Bytes of one block over all layers: bf16 keys and values."""
-    return 2 * n_layers * n_kv_heads * head_dim * block_size * BF16_BYTES
+def kv_block_bytes(
+    n_layers: int, n_kv_heads: int, head_dim: int, block_size: int, dtype: str = "bf16"
+) -> int:
+    """Bytes of one block over all layers, keys and values, in "bf16" or "int8".
+
+    Raises:
+        ConfigError: another dtype.
+    """
+    if dtype not in KV_DTYPE_BYTES:
+        raise ConfigError(f"the KV dtype is {show(dtype)}, expected one of {', '.join(KV_DTYPE_BYTES)}")
+    element_bytes, scale_bytes = KV_DTYPE_BYTES[dtype]
+    return n_layers * n_kv_heads * block_size * 2 * (head_dim * element_bytes + scale_bytes)
+
+
+def check_sizes(n_blocks: int, block_size: int) -> None:
+    """Refuse a pool that can't be.
+
+    Raises:
+        ConfigError: no blocks, or a block size that is not a power of two of at least 16.
+    """
+    if n_blocks < 1:
+        raise ConfigError(f"a KV pool of {n_blocks} blocks holds nothing; expected at least 1")
+    if block_size < MIN_BLOCK_SIZE or block_size & (block_size - 1):
+        raise ConfigError(f"block_size is {block_size}, expected a power of two of at least {MIN_BLOCK_SIZE}")
 
 
 class BlockPool:
-    """Blocks with a free list and a reference count each; every operation is O(1).
+    """Blocks with a reference count each; every operation is O(1).
+
+    A block without holders is *fresh*, or *cached* where somebody has marked its content as worth keeping. Fresh ones
+    are taken first; then the cached ones, least recently used first, and whoever keeps the index is told.
 
     Args:
         n_blocks: blocks in all.
         block_size: tokens per block, a power of two of at least 16.
 
+    Attributes:
+        n_reserved: blocks that were promised by `reserve` and not taken yet.
+        n_evicted: cached blocks that were taken so far.
+        on_evict: called with a cached block that is being taken; its mark is gone already.
+
     Raises:
         ConfigError: a size is out of range.
     """
 
-    __slots__ = ("_free", "_refs", "block_size", "n_blocks", "n_reserved")
+    __slots__ = (
+        "_cached",
+        "_fresh",
+        "_marked",
+        "_refs",
+        "block_size",
+        "n_blocks",
+        "n_evicted",
+        "n_reserved",
+        "on_evict",
+    )
 
     def __init__(self, n_blocks: int, block_size: int = DEFAULT_BLOCK_SIZE) -> None:
-        if n_blocks < 1:
-            raise ConfigError(f"a KV pool of {n_blocks} blocks holds nothing; expected at least 1")
-        if block_size < MIN_BLOCK_SIZE or block_size & (block_size - 1):
-            raise ConfigError(
-                f"block_size is {block_size}, expected a power of two of at least {MIN_BLOCK_SIZE}"
-            )
+        check_sizes(n_blocks, block_size)
         self.n_blocks = n_blocks
         self.block_size = block_size
-        self.n_reserved = 0  # promised by `reserve`, not yet taken
-        # A stack: the block freed last is taken first, its pages are mapped and perhaps still cached.
-        self._free = array("i", range(n_blocks - 1, -1, -1))
+        self.n_reserved = 0
+        self.n_evicted = 0
+        self.on_evict: Callable[[int], None] | None = None
+        # A stack: the block freed last is taken first, its pages are mapped and perhaps still in a cache.
+        self._fresh = array("i", range(n_blocks - 1, -1, -1))
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._marked = bytearray(n_blocks)
         self._refs = array("i", bytes(4 * n_blocks))
 
     @property
     def n_free(self) -> int:
-        """Blocks that nobody holds, reserved ones included."""
-        return len(self._free)
+        """Blocks that nobody holds, cached and reserved ones included."""
+        return len(self._fresh) + len(self._cached)
 
     @property
     def n_available(self) -> int:
         """Blocks that nobody holds and nobody was promised."""
-        return len(self._free) - self.n_reserved
+        return len(self._fresh) + len(self._cached) - self.n_reserved
 
     def refcount(self, block: int) -> int:
         """How many holders the block has."""
@@ -96,15 +130,27 @@ class BlockPool:
     def allocate(self) -> int:
         """Take one reserved block; its reference count becomes 1."""
         self.unreserve(1)
-        block = self._free.pop()
+        if self._fresh:
+            block = self._fresh.pop()
+        else:
+            block, _ = self._cached.popitem(last=False)
+            self._marked[block] = 0
+            self.n_evicted += 1
+            if self.on_evict is not None:
+                self.on_evict(block)
         self._refs[block] = 1
         return block
 
     def retain(self, block: int) -> None:
-        """Add a holder to a block that has one (a shared prefix, a fork)."""
-        if self._refs[block] < 1:
-            raise RuntimeError(f"retain of block {block}, which is free")
-        self._refs[block] += 1
+        """Add a holder to a block that has one (a shared prefix, a fork), or take back a cached free one."""
+        refs = self._refs[block]
+        if refs == 0:
+            if block not in self._cached:
+                raise RuntimeError(f"retain of block {block}, which is free")
+            if self.n_available < 1:
+                raise RuntimeError(f"retain of cached block {block}, but every free block is promised")
+            del self._cached[block]
+        self._refs[block] = refs + 1
 
     def release(self, block: int) -> bool:
         """Remove a holder; True where it was the last, and the block is free now."""
@@ -113,76 +159,26 @@ class BlockPool:
             raise RuntimeError(f"release of block {block}, which is free")
         self._refs[block] = refs
         if refs == 0:
-            self._free.append(block)
+            if self._marked[block]:
+                self._cached[block] = None
+            else:
+                self._fresh.append(block)
         return refs == 0
 
+    def mark(self, block: int) -> None:
+        """The block's content is worth keeping when nobody holds it any more."""
+        if self._refs[block] == 0:
+            raise RuntimeError(f"mark of block {block}, which is free")
+        self._marked[block] = 1
 
-class BlockTables:
-    """The block tables of the running sequences: one row each of a single preallocated array.
+    def unmark(self, block: int) -> None:
+        """The block's content is worth nothing now; a cached block becomes a fresh one."""
+        self._marked[block] = 0
+        if block in self._cached:
+            del self._cached[block]
+            self._fresh.append(block)
 
-    A sequence owns its row from `open` to `close`; the runner gathers rows by index, so no list is
-    converted in a step. Unused entries are stale, never out of range.
-
-    Args:
-        pool: where the blocks come from.
-        max_seqs: rows.
-        max_len: longest sequence in tokens; fixes the columns.
-    """
-
-    __slots__ = ("_free_rows", "_n_blocks", "_reserved", "array", "pool")
-
-    def __init__(self, pool: BlockPool, max_seqs: int, max_len: int) -> None:
-        self.pool = pool
-        self.array: I32Array = np.zeros((max_seqs, blocks_for(max_len, pool.block_size)), dtype=np.int32)
-        self._n_blocks = [0] * max_seqs  # blocks that the row holds
-        self._reserved = [CLOSED] * max_seqs  # blocks that the row may hold
-        self._free_rows = list(range(max_seqs - 1, -1, -1))
-
-    @property
-    def n_open(self) -> int:
-        """Rows in use."""
-        return len(self._n_blocks) - len(self._free_rows)
-
-    def open(self, max_tokens: int) -> int | None:
-        """Take a row and reserve blocks for `max_tokens`; None where rows or blocks are short."""
-        need = blocks_for(max_tokens, self.pool.block_size)
-        if not self._free_rows or not self.pool.reserve(need):
-            return None
-        row = self._free_rows.pop()
-        self._n_blocks[row], self._reserved[row] = 0, need
-        return row
-
-    def capacity(self, row: int) -> int:
-        """Tokens that the row's blocks hold now."""
-        return self._n_blocks[row] * self.pool.block_size
-
-    def extend(self, row: int, n_tokens: int) -> None:
-        """Let the row hold `n_tokens`, which must be within what `open` reserved."""
-        need = blocks_for(n_tokens, self.pool.block_size)
-        held = self._n_blocks[row]
-        if held >= need:
-            return
-        if need > self._reserved[row]:
-            raise RuntimeError(f"row {row} needs {need} blocks, {self._reserved[row]} are reserved for it")
-        for i in range(held, need):
-            self.array[row, i] = self.pool.allocate()
-        self._n_blocks[row] = need
-
-    def truncate(self, row: int, n_tokens: int) -> None:
-        """Drop the blocks behind the first `n_tokens`; the row keeps its reservation and may grow again."""
-        keep = blocks_for(n_tokens, self.pool.block_size)
-        while self._n_blocks[row] > keep:
-            self._n_blocks[row] -= 1
-            if not self.pool.release(int(self.array[row, self._n_blocks[row]])) or not self.pool.reserve(1):
-                # A shared block leaves nothing behind to promise; the row can't count on growing back.
-                self._reserved[row] -= 1
-
-    def close(self, row: int) -> None:
-        """Free the row, its blocks and the rest of its reservation."""
-        if self._reserved[row] == CLOSED:
-            raise RuntimeError(f"close of row {row}, which is free")
-        self.pool.unreserve(self._reserved[row] - self._n_blocks[row])
-        for i in range(self._n_blocks[row] - 1, -1, -1):
-            self.pool.release(int(self.array[row, i]))
-        self._n_blocks[row], self._reserved[row] = 0, CLOSED
-        self._free_rows.append(row)
+    def touch(self, block: int) -> None:
+        """Let the block, if it is a cached free one, be evicted last."""
+        if block in self._cached:
+            self._cached.move_to_end(block)

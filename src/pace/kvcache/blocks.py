@@ -1,0 +1,402 @@
+"""Tables of blocks that lie anywhere and may be shared: the slab and the paged KV cache."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pace.kvcache.pool import BlockPool, blocks_for
+from pace.kvcache.prefix import Entry, PrefixIndex, token_bytes
+from pace.kvcache.tables import CopyBlock, KVTables, Reuse
+from pace.models.plan import I32Array
+
+__all__ = ["BlockTables"]
+
+CLOSED = -1  # in place of a row's capacity and next commit: nobody owns the row
+NEVER = sys.maxsize
+GROUP = 32  # keys that attention reads together; whoever writes the first one of them clears their V
+
+
+@dataclass(slots=True)
+class Row:
+    """What is known of an open row besides its table.
+
+    Attributes:
+        promise: blocks that the row may hold for certain, shared ones included.
+        owed: of these, the ones that it does not hold yet; the pool has them reserved.
+        n_blocks: entries of its table, released ones included.
+        n_released: of these, the leading ones that a window has left behind; they are not the row's any more.
+        n_reused: the leading ones that somebody else has filled.
+        chain: digests of the whole blocks that are committed, behind the root; empty without an index.
+        left: what the row has indexed in blocks that it doesn't hold any more.
+    """
+
+    promise: int
+    owed: int
+    n_blocks: int
+    n_released: int
+    n_reused: int
+    chain: list[bytes]
+    left: list[Entry] = field(default_factory=list)
+
+
+class BlockTables(KVTables):
+    """Rows of a single preallocated array of block indices; no list is converted in a step.
+
+    A block with several holders is never written. Prefixes are shared in whole blocks, which are full, and what follows
+    them is copied; so a row can only come to write a shared block after `truncate` into it, and then the next `extend`
+    copies it first. All operations are O(blocks that change hands), `open` and `close` of a row thus O(its blocks).
+
+    Args:
+        n_blocks, block_size, max_seqs, max_len, copy, prefix_caching, max_window: as in `make_tables`.
+
+    Raises:
+        ConfigError: a size is out of range.
+    """
+
+    def __init__(
+        self,
+        n_blocks: int,
+        block_size: int,
+        max_seqs: int,
+        max_len: int,
+        *,
+        copy: CopyBlock,
+        prefix_caching: bool = False,
+        max_window: int | None = None,
+    ) -> None:
+        self.pool = BlockPool(n_blocks, block_size)
+        self.index = PrefixIndex(self.pool) if prefix_caching else None
+        self.n_blocks = n_blocks
+        self.block_size = block_size
+        self.array: I32Array = np.zeros((max_seqs, blocks_for(max_len, block_size)), dtype=np.int32)
+        self._copy = copy
+        self._max_window = max_window
+        self._free_rows = list(range(max_seqs - 1, -1, -1))
+        self._rows: list[Row | None] = [None] * max_seqs
+        # Beside the rows, because every step looks at these two: a list costs half as much as an attribute.
+        self._capacity = [CLOSED] * max_seqs  # tokens that the row may hold without further ado
+        self._commit_at = [CLOSED] * max_seqs  # tokens with which the next block is full
+        self._epoch = 0  # of changes; what `match` and `fork` found is valid for one
+        self._query = 0  # limit of the last match, until it is counted
+        self._n_queries = self._n_query_tokens = self._n_hit_tokens = self._n_copies = 0
+
+    @property
+    def n_free(self) -> int:
+        """Blocks that nobody holds, cached and promised ones included."""
+        return self.pool.n_free
+
+    @property
+    def n_available(self) -> int:
+        """Blocks that nobody holds and nobody was promised."""
+        return self.pool.n_available
+
+    @property
+    def n_open(self) -> int:
+        """Rows in use."""
+        return len(self._rows) - len(self._free_rows)
+
+    def open(self, reserve: int, reuse: Reuse | None = None, salt: str | None = None) -> int | None:
+        """Take a row; see `KVTables.open`."""
+        query, self._query = self._query, 0
+        if reuse is not None and reuse.epoch != self._epoch:
+            raise RuntimeError("the tables have changed since this prefix was found; match or fork again")
+        promise = blocks_for(reserve, self.block_size)
+        if promise > self.array.shape[1]:
+            raise RuntimeError(f"can't promise {reserve} tokens; a table has {self.array.shape[1]} blocks")
+        need = self._need(promise, reuse)
+        if not self._free_rows or need > self.n_available:
+            return None
+        number = self._free_rows.pop()
+        row = Row(promise, 0, 0, 0, 0, [] if self.index is None else [self.index.root(salt)])
+        if reuse is not None:
+            self._start_with(reuse, row, self.array[number])
+            if query:
+                self._n_hit_tokens += reuse.n_tokens
+        if query:
+            self._n_queries += 1
+            self._n_query_tokens += query
+        self._rows[number] = row
+        self._settle(row, 0)
+        self._refresh(number, row)
+        return number
+
+    def extend(self, row: int, n_tokens: int) -> bool:
+        """Let the row hold `n_tokens`; see `KVTables.extend`."""
+        if n_tokens <= self._capacity[row]:
+            return True
+        return self._grow(row, n_tokens)
+
+    def truncate(self, row: int, n_tokens: int) -> None:
+        """Let the row hold only its first `n_tokens`; see `KVTables.truncate`."""
+        state = self._row(row)
+        if not state.n_released * self.block_size <= n_tokens <= self._capacity[row]:
+            raise RuntimeError(
+                f"truncate of row {row} to {n_tokens} tokens, which holds up to {self._capacity[row]}"
+            )
+        self._epoch += 1
+        keep = blocks_for(n_tokens, self.block_size)
+        self._release(state, row, max(keep, state.n_released), state.n_blocks)
+        state.n_blocks = keep
+        state.n_reused = min(state.n_reused, keep)
+        del state.chain[n_tokens // self.block_size + 1 :]
+        self._refresh(row, state)
+        n_cut = n_tokens % self.block_size
+        shared = 0
+        if n_cut:
+            if self.pool.refcount(int(self.array[row, keep - 1])) > 1:
+                self._capacity[row] = n_tokens
+                shared = 1
+            else:
+                self._own_last(row, state, n_cut)
+        self._settle(state, shared)
+
+    def close(self, row: int, tokens: I32Array | None = None, forget: bool = False) -> None:
+        """Free the row; see `KVTables.close`."""
+        state = self._row(row)
+        if forget:
+            self._forget(row, state)
+        elif tokens is not None:
+            self.remember_tail(row, tokens, len(tokens))
+        self._epoch += 1
+        self.pool.unreserve(state.owed)
+        self._release(state, row, state.n_released, state.n_blocks)
+        self._rows[row] = None
+        self._capacity[row] = self._commit_at[row] = CLOSED
+        self._free_rows.append(row)
+
+    def commit(self, row: int, tokens: I32Array, n_valid: int) -> None:
+        """Index the blocks that have become full; see `KVTables.commit`."""
+        if n_valid >= self._commit_at[row]:
+            self._index_full(row, tokens, n_valid)
+
+    def remember_tail(self, row: int, tokens: I32Array, n_valid: int) -> None:
+        """Index the partly filled last block too; see `KVTables.remember_tail`."""
+        state = self._row(row)
+        self.commit(row, tokens, n_valid)
+        whole = n_valid // self.block_size
+        # The chain is shorter where it met a collision, and longer where the caller looks back: nothing to add then.
+        if self.index is None or len(state.chain) != whole + 1 or whole < state.n_released:
+            return
+        start = whole * self.block_size
+        if n_valid > start:
+            self._check_valid(row, tokens, n_valid)
+            self._epoch += 1
+            self.index.insert_tail(
+                int(self.array[row, whole]), state.chain[-1], token_bytes(tokens[start:n_valid])
+            )
+
+    def match(self, tokens: I32Array, salt: str | None, limit: int) -> Reuse | None:
+        """Find the longest cached prefix; see `KVTables.match`. O(limit)."""
+        if self.index is None:
+            return None
+        if len(tokens) < limit:
+            raise RuntimeError(f"match of {limit} tokens, {len(tokens)} were given")
+        self._query = limit
+        root = self.index.root(salt)
+        found = self.index.find(tokens, root, limit)
+        tail, n_tail = found.tail, found.n_tail
+        if n_tail and self.pool.refcount(tail) == 0 and self.n_free - self._n_cached(found.blocks) == 1:
+            # `open` can't copy it, there is no other block; it takes the block itself. That may hold anything behind the
+            # n_tail tokens, so whole groups alone are of use.
+            n_tail = n_tail // GROUP * GROUP
+            tail = tail if n_tail else -1
+        n_tokens = len(found.blocks) * self.block_size + n_tail
+        if n_tokens == 0:
+            return None
+        digests = (root, *found.digests)
+        return Reuse(n_tokens, tuple(found.blocks), tail, n_tail, 0, digests, self._epoch)
+
+    def fork(self, row: int, n_tokens: int) -> Reuse:
+        """The first `n_tokens` of a live row; see `KVTables.fork`."""
+        state = self._row(row)
+        if not state.n_released * self.block_size <= n_tokens <= self._capacity[row]:
+            raise RuntimeError(
+                f"fork of row {row} at {n_tokens} tokens, which holds up to {self._capacity[row]}"
+            )
+        self._query = 0
+        whole, n_tail = divmod(n_tokens, self.block_size)
+        blocks: list[int] = self.array[row, : whole + 1].tolist()
+        tail = blocks[whole] if n_tail else -1
+        digests = tuple(state.chain[: whole + 1])
+        return Reuse(n_tokens, tuple(blocks[:whole]), tail, n_tail, state.n_released, digests, self._epoch)
+
+    def release_before(self, row: int, position: int) -> None:
+        """Free the blocks that a window has left behind; see `KVTables.release_before`."""
+        if self._max_window is None:
+            return
+        state = self._row(row)
+        n_unseen = (position - self._max_window + 1) // GROUP * GROUP
+        end = min(n_unseen, self._capacity[row]) // self.block_size
+        if end <= state.n_released:
+            return
+        self._epoch += 1
+        self._release(state, row, state.n_released, end)
+        state.n_released = end
+        state.n_reused = max(state.n_reused, end)
+
+    def fits(self, n_tokens: int, headroom: int = 0, reuse: Reuse | None = None) -> bool:
+        """Whether a row of `n_tokens` could be opened now; see `KVTables.fits`."""
+        need = self._need(blocks_for(n_tokens, self.block_size), reuse)
+        return bool(self._free_rows) and need + headroom <= self.n_available
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the start; see `KVTables.stats`."""
+        return {
+            "queries": self._n_queries,
+            "query_tokens": self._n_query_tokens,
+            "hit_tokens": self._n_hit_tokens,
+            "evictions": self.pool.n_evicted,
+            "copies": self._n_copies,
+            "moves": 0,
+            "cached_blocks": 0 if self.index is None else len(self.index),
+        }
+
+    def _row(self, row: int) -> Row:
+        state = self._rows[row] if 0 <= row < len(self._rows) else None
+        if state is None:
+            raise RuntimeError(f"row {row} is not open")
+        return state
+
+    def _need(self, n_blocks: int, reuse: Reuse | None) -> int:
+        """Free blocks that a row of n_blocks takes: new ones, and cached ones that it takes back."""
+        if reuse is None:
+            return n_blocks
+        n_cached = self._n_cached(reuse.blocks[reuse.n_released :])
+        return max(n_blocks - len(reuse.blocks), int(reuse.n_tail > 0)) + n_cached
+
+    def _n_cached(self, blocks: Iterable[int]) -> int:
+        """How many of the blocks nobody holds."""
+        refcount = self.pool.refcount
+        return sum(refcount(block) == 0 for block in blocks)
+
+    def _start_with(self, reuse: Reuse, row: Row, table: I32Array) -> None:
+        """Share and copy what `reuse` names; there are free blocks enough."""
+        blocks = list(reuse.blocks)
+        for block in blocks[reuse.n_released :]:
+            self.pool.retain(block)
+        if reuse.n_tail:
+            # Evicted last: it is taken itself, and its content with it, only where `match` has foreseen it.
+            self.pool.touch(reuse.tail)
+            self.pool.reserve(1)
+            block = self.pool.allocate()
+            if block != reuse.tail:
+                self._copy(reuse.tail, block, reuse.n_tail)
+                self._n_copies += 1
+            blocks.append(block)
+        table[: len(blocks)] = blocks
+        row.n_blocks = len(blocks)
+        row.n_reused = len(reuse.blocks)
+        row.n_released = reuse.n_released
+        row.chain = list(reuse.digests)
+
+    def _refresh(self, number: int, row: Row) -> None:
+        """Recompute what every step looks at."""
+        self._capacity[number] = row.n_blocks * self.block_size
+        self._commit_at[number] = NEVER if self.index is None else len(row.chain) * self.block_size
+
+    def _settle(self, row: Row, n_more: int) -> None:
+        """Reserve what of the promise the row does not hold, and `n_more` blocks; less where others hold them."""
+        want = max(0, row.promise - row.n_blocks + n_more)
+        if want < row.owed:
+            self.pool.unreserve(row.owed - want)
+        else:
+            want = min(want, row.owed + self.n_available)
+            self.pool.reserve(want - row.owed)
+        row.owed = want
+
+    def _grow(self, row: int, n_tokens: int) -> bool:
+        state = self._row(row)
+        need = blocks_for(n_tokens, self.block_size)
+        if need > self.array.shape[1]:
+            raise RuntimeError(
+                f"row {row} can't hold {n_tokens} tokens; a table has {self.array.shape[1]} blocks"
+            )
+        held = state.n_blocks
+        last = int(self.array[row, held - 1]) if self._capacity[row] < held * self.block_size else -1
+        copies = last >= 0 and self.pool.refcount(last) > 1  # cut by `truncate` while others held it
+        n_new = need - held + copies
+        n_extra = max(0, n_new - state.owed)
+        if not self.pool.reserve(n_extra):
+            return False
+        self._epoch += 1
+        state.owed += n_extra - n_new
+        n_cut = self._capacity[row] % self.block_size
+        if copies:
+            block = self.pool.allocate()
+            self._copy(last, block, n_cut)
+            self._n_copies += 1
+            self.pool.release(last)
+            self.array[row, held - 1] = block
+        if last >= 0:
+            self._own_last(row, state, n_cut)
+        if need > held:
+            self.array[row, held:need] = [self.pool.allocate() for _ in range(need - held)]
+        state.n_blocks = need
+        self._capacity[row] = need * self.block_size
+        self._settle(state, 0)
+        return True
+
+    def _own_last(self, row: int, state: Row, n_valid: int) -> None:
+        """The last block is the row's alone, and what follows its first n_valid tokens will be overwritten."""
+        block = int(self.array[row, state.n_blocks - 1])
+        state.n_reused = min(state.n_reused, state.n_blocks - 1)
+        if self.index is not None and self.index.n_tokens(block) > n_valid:
+            self.index.drop(block)
+
+    def _release(self, state: Row, row: int, start: int, end: int) -> None:
+        """Release entries [start, end), the last first: so the tail of a chain is evicted before its head."""
+        index = self.index
+        for i in range(end - 1, start - 1, -1):
+            block = int(self.array[row, i])
+            if index is not None and i >= state.n_reused:
+                entry = index.entry(block)
+                if entry is not None:
+                    state.left.append(entry)
+            self.pool.release(block)
+
+    def _check_valid(self, row: int, tokens: I32Array, n_valid: int) -> None:
+        if n_valid > min(self._capacity[row], len(tokens)):
+            raise RuntimeError(
+                f"row {row} can't have {n_valid} valid tokens: it holds up to {self._capacity[row]}, "
+                f"{len(tokens)} were given"
+            )
+
+    def _index_full(self, row: int, tokens: I32Array, n_valid: int) -> None:
+        """Continue the chain over the blocks that are full now."""
+        state = self._row(row)
+        index = self.index
+        if index is None:
+            return
+        self._check_valid(row, tokens, n_valid)
+        self._epoch += 1
+        size = self.block_size
+        chain = state.chain
+        first = len(chain) - 1
+        whole = n_valid // size
+        data = token_bytes(tokens[first * size : whole * size])
+        step = index.block_bytes
+        blocks: list[int] = self.array[row, first:whole].tolist()
+        for i, block in enumerate(blocks):
+            piece = data[i * step : (i + 1) * step]
+            parent = chain[-1]
+            digest = index.digest(parent, piece)
+            if first + i >= state.n_released and not index.insert(block, parent, digest, piece):
+                self._commit_at[row] = NEVER
+                return
+            chain.append(digest)
+        self._commit_at[row] = len(chain) * size
+
+    def _forget(self, row: int, state: Row) -> None:
+        """Un-index what the row has added, where that is still what the index says."""
+        index = self.index
+        if index is None:
+            return
+        for block in self.array[row, state.n_reused : state.n_blocks].tolist():
+            index.drop(block)
+        for entry in state.left:
+            if index.entry(entry.block) is entry:
+                index.drop(entry.block)

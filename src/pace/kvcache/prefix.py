@@ -1,0 +1,203 @@
+"""What the blocks of the KV cache hold, found by the tokens that lead to it.
+
+The keys of a token depend on all tokens before it, so a block is named by a chain: its digest is a hash of its parent's
+digest and its own tokens, and the chain starts at a root made from the salt. The hash is BLAKE2b with 128 bits and a
+secret key per index, so that nobody can compute a collision; and tokens and parent are compared on every hit, so that even
+a collision would find nothing.
+
+Sharing is finer than blocks: a slab is 256 tokens, and a system prompt of 1000 must be found whole. So the index also
+knows partly filled blocks (*tails*), and lists for every digest the blocks that continue it. `find` ends with the one of
+these that agrees with most of the tokens; the caller copies so much of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass
+
+import numpy as np
+
+from pace.kvcache.pool import BlockPool
+from pace.models.plan import I32Array
+
+__all__ = ["MIN_TAIL", "Entry", "Found", "PrefixIndex", "token_bytes"]
+
+MIN_TAIL = 16
+"""Tokens that copying a part of a block must save at least. Fewer run in the same step as what follows them."""
+
+MAX_CHILDREN = 8
+"""Continuations of one digest that are compared: the newest. It bounds what a thousand users of one prompt cost."""
+
+DIGEST_BYTES = 16
+TOKEN_BYTES = 4
+
+
+def token_bytes(tokens: I32Array) -> bytes:
+    """Tokens as the index compares and hashes them: 4 bytes each."""
+    return np.asarray(tokens, dtype=np.int32).tobytes()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entry:
+    """What a block holds: `data` (`token_bytes`) after everything that `parent` stands for. A tail has no digest."""
+
+    block: int
+    parent: bytes
+    digest: bytes
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The longest cached prefix: whole blocks, their digests behind the root, then n_tail tokens of block `tail`."""
+
+    digests: list[bytes]
+    blocks: list[int]
+    tail: int
+    n_tail: int
+
+
+class PrefixIndex:
+    """Digest -> block, and digest -> the blocks that continue it.
+
+    An entry lives until its block is evicted by the pool, dropped by the block's owner, or until a newer entry says all
+    that it says. Every operation but `find` is O(1), hashing and comparing one block's tokens.
+
+    Args:
+        pool: whose blocks are indexed: they stay cached when they become free.
+        key: of the hash, 16 .. 64 bytes; None: a secret one.
+
+    Attributes:
+        block_bytes: of a whole block in `token_bytes`.
+    """
+
+    def __init__(self, pool: BlockPool, key: bytes | None = None) -> None:
+        self._pool = pool
+        self._key = secrets.token_bytes(32) if key is None else key
+        self.block_bytes = pool.block_size * TOKEN_BYTES
+        self._entries: dict[int, Entry] = {}  # by block
+        self._by_digest: dict[bytes, int] = {}  # whole blocks
+        self._children: dict[bytes, list[int]] = {}  # by parent, newest last
+        pool.on_evict = self._remove
+
+    def __len__(self) -> int:
+        """Blocks that the index knows."""
+        return len(self._entries)
+
+    def root(self, salt: str | None) -> bytes:
+        """The digest of no tokens under a salt."""
+        # surrogatepass: a salt comes from outside, and any str is one.
+        text = b"" if salt is None else b"s" + salt.encode("utf-8", "surrogatepass")
+        return hashlib.blake2b(text, digest_size=DIGEST_BYTES, key=self._key, person=b"root").digest()
+
+    def digest(self, parent: bytes, data: bytes) -> bytes:
+        """The digest of a whole block `data` behind `parent`."""
+        return hashlib.blake2b(
+            parent + data, digest_size=DIGEST_BYTES, key=self._key, person=b"block"
+        ).digest()
+
+    def entry(self, block: int) -> Entry | None:
+        """What the block is known to hold."""
+        return self._entries.get(block)
+
+    def n_tokens(self, block: int) -> int:
+        """How many tokens the block is known to hold."""
+        entry = self._entries.get(block)
+        return 0 if entry is None else len(entry.data) // TOKEN_BYTES
+
+    def insert(self, block: int, parent: bytes, digest: bytes, data: bytes) -> bool:
+        """Index a whole block that somebody holds.
+
+        Where two rows have computed the same content, the first one's block stays indexed and the second one's is not.
+
+        Returns:
+            False where the digest stands for something else, and the chain can't be continued.
+        """
+        known = self._by_digest.get(digest)
+        if known is None:
+            self._put(Entry(block, parent, digest, data))
+        elif known != block:
+            other = self._entries[known]
+            if other.parent != parent or other.data != data:
+                return False
+            self.drop(block)
+        return True
+
+    def insert_tail(self, block: int, parent: bytes, data: bytes) -> None:
+        """Index a partly filled block that somebody holds and may go on filling, unless another one says as much."""
+        if len(data) < MIN_TAIL * TOKEN_BYTES or len(data) <= self.n_tokens(block) * TOKEN_BYTES:
+            return
+        for child in self._children.get(parent, ()):
+            if self._entries[child].data.startswith(data):
+                return
+        self._put(Entry(block, parent, b"", data))
+
+    def drop(self, block: int) -> None:
+        """Forget what a block holds, if anything is known; a cached free block becomes a fresh one."""
+        if block in self._entries:
+            self._remove(block)
+            self._pool.unmark(block)
+
+    def find(self, tokens: I32Array, root: bytes, limit: int) -> Found:
+        """The longest indexed prefix of tokens[:limit]: O(blocks), and at most `MAX_CHILDREN` comparisons of a block."""
+        data = token_bytes(tokens[:limit])
+        step = self.block_bytes
+        digests: list[bytes] = []
+        blocks: list[int] = []
+        parent = root
+        for at in range(0, len(data) - step + 1, step):
+            piece = data[at : at + step]
+            digest = self.digest(parent, piece)
+            block = self._by_digest.get(digest)
+            if block is None:
+                break
+            entry = self._entries[block]
+            if entry.data != piece or entry.parent != parent:
+                break
+            digests.append(digest)
+            blocks.append(block)
+            parent = digest
+        tail, n_tail = self._best_child(parent, data[len(blocks) * step :])
+        return Found(digests, blocks, tail, n_tail)
+
+    def _best_child(self, parent: bytes, data: bytes) -> tuple[int, int]:
+        """The block behind `parent` that agrees with most of `data`, and the tokens; -1, 0 below `MIN_TAIL`."""
+        best, n_best = -1, MIN_TAIL - 1
+        if len(data) > n_best * TOKEN_BYTES:
+            wanted = np.frombuffer(data, dtype=np.int32)
+            for child in self._children.get(parent, ()):
+                held = np.frombuffer(self._entries[child].data, dtype=np.int32)[: len(wanted)]
+                differs = np.flatnonzero(held != wanted[: len(held)])
+                n_same = int(differs[0]) if len(differs) else len(held)
+                if n_same > n_best:
+                    best, n_best = child, n_same
+        return (best, n_best) if best >= 0 else (-1, 0)
+
+    def _put(self, entry: Entry) -> None:
+        """Add an entry, and remove the tails that it makes superfluous."""
+        self.drop(entry.block)
+        for child in list(self._children.get(entry.parent, ())):
+            other = self._entries[child]
+            if not other.digest and entry.data.startswith(other.data):
+                self.drop(child)
+        siblings = self._children.setdefault(entry.parent, [])
+        if len(siblings) == MAX_CHILDREN:
+            oldest = siblings.pop(0)
+            if not self._entries[oldest].digest:
+                self.drop(oldest)  # nothing else leads to a tail
+        siblings.append(entry.block)
+        self._entries[entry.block] = entry
+        if entry.digest:
+            self._by_digest[entry.digest] = entry.block
+        self._pool.mark(entry.block)
+
+    def _remove(self, block: int) -> None:
+        entry = self._entries.pop(block)
+        if entry.digest:
+            del self._by_digest[entry.digest]
+        siblings = self._children.get(entry.parent, [])
+        if block in siblings:
+            siblings.remove(block)
+            if not siblings:
+                del self._children[entry.parent]

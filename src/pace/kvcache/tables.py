@@ -1,0 +1,185 @@
+"""What the engine sees of the KV cache: rows of tables that lead from sequences to their blocks.
+
+Two implementations: `BlockTables` (slab and paged: any block anywhere, shared between rows) and `ExtentTables`
+(contiguous: consecutive blocks, never shared). All of it is bookkeeping; the memory is `ops.KVPool`, and what must
+be copied in it is copied by a callable that is passed in.
+
+One thread at a time calls a `KVTables`; nothing here locks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pace.models.plan import I32Array
+
+__all__ = ["CopyBlock", "KVTables", "Reuse"]
+
+CopyBlock = Callable[[int, int, int], object]
+"""copy(src, dst, n_tokens): the first n_tokens of block src, in all layers, to another block dst.
+
+What lies behind them in their group of 32 must be harmless there (V of 0): attention multiplies it by 0.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """Cached content with which a row can begin, as `KVTables.match` and `fork` find it.
+
+    It pins nothing: hand it to `open` before anything else changes the tables, or drop it.
+
+    Attributes:
+        n_tokens: tokens of it.
+        blocks: the blocks that they fill whole.
+        tail: the block whose first `n_tail` tokens follow, which are copied; -1 where n_tail is 0.
+        n_tail: n_tokens - len(blocks) * block_size.
+        n_released: leading entries of `blocks` that are stale, because no window reaches them.
+        digests: the chain of the prefix index, its root first; empty without an index.
+        epoch: state of the tables for which it was made.
+    """
+
+    n_tokens: int
+    blocks: tuple[int, ...]
+    tail: int
+    n_tail: int
+    n_released: int
+    digests: tuple[bytes, ...]
+    epoch: int
+
+
+class KVTables(ABC):
+    """Rows of block tables, one per running sequence, and the blocks behind them.
+
+    A sequence owns its row from `open` to `close`. Token p of it lies in block `array[row, p // block_size]`
+    (contiguous: `array[row, 0] + p // block_size`) at p % block_size. Unused entries are stale, never out of range.
+
+    Blocks are *free* while nobody holds them. A free block may still be *cached*: the prefix index knows its content,
+    which lasts until the block is needed. A *promised* block is free, but only for the row that `open` promised it to.
+
+    Misuse (a row that is not open, more tokens than max_len) raises RuntimeError.
+
+    Attributes:
+        array: i32 [max_seqs, columns], gathered by the runner; contiguous has 1 column.
+        n_blocks: blocks in all.
+        block_size: tokens per block.
+    """
+
+    array: I32Array
+    n_blocks: int
+    block_size: int
+
+    @property
+    @abstractmethod
+    def n_free(self) -> int:
+        """Blocks that nobody holds, cached and promised ones included."""
+
+    @property
+    @abstractmethod
+    def n_available(self) -> int:
+        """Blocks that nobody holds and nobody was promised."""
+
+    @property
+    @abstractmethod
+    def n_open(self) -> int:
+        """Rows in use."""
+
+    @property
+    def n_used(self) -> int:
+        """Blocks that somebody holds."""
+        return self.n_blocks - self.n_free
+
+    @abstractmethod
+    def open(self, reserve: int, reuse: Reuse | None = None, salt: str | None = None) -> int | None:
+        """Take a row.
+
+        Args:
+            reserve: tokens in all, `reuse` included, for which blocks are promised: `extend` up to there never fails.
+                0 promises nothing.
+            reuse: the row starts with these `reuse.n_tokens` tokens, nothing is to be computed for them. It must come
+                from a `match` or `fork` since which nothing was called that changes the tables.
+            salt: as in `match`; what this row computes is found under it alone. A `reuse` brings its own, which counts.
+
+        Returns:
+            The row; None, and nothing has happened, where rows or blocks are short.
+
+        Raises:
+            RuntimeError: `reuse` is out of date.
+        """
+
+    @abstractmethod
+    def extend(self, row: int, n_tokens: int) -> bool:
+        """Let the row hold `n_tokens`, before they are written. Less than it holds already changes nothing.
+
+        Returns:
+            False, and nothing has changed, where a block is missing; only beyond what `open` promised.
+        """
+
+    @abstractmethod
+    def truncate(self, row: int, n_tokens: int) -> None:
+        """Let the row hold only its first `n_tokens`: O(dropped blocks).
+
+        The promise stays. Only where a *shared* block is dropped or cut (a matched or forked prefix, or what others have
+        matched of this row) and no other is available can growing back fail.
+        """
+
+    @abstractmethod
+    def close(self, row: int, tokens: I32Array | None = None, forget: bool = False) -> None:
+        """Free the row, its blocks and the rest of its promise.
+
+        Args:
+            tokens: i32 [n], the tokens in the cache: they are indexed, the partly filled last block too.
+            forget: un-index whatever this row has added, because its content can't be trusted (NaN); wins over `tokens`.
+        """
+
+    @abstractmethod
+    def commit(self, row: int, tokens: I32Array, n_valid: int) -> None:
+        """The row's first `n_valid` tokens, i32 tokens[:n_valid], are in the cache now: index the blocks that are full.
+
+        O(blocks that became full since the last call), one comparison where none did.
+        """
+
+    @abstractmethod
+    def remember_tail(self, row: int, tokens: I32Array, n_valid: int) -> None:
+        """`commit`, and index the partly filled last block too; for the end of a prompt."""
+
+    @abstractmethod
+    def match(self, tokens: I32Array, salt: str | None, limit: int) -> Reuse | None:
+        """Find the longest cached prefix.
+
+        Args:
+            tokens: i32 [n], n >= limit.
+            salt: only content of the same salt is found (None is one of them).
+            limit: tokens at most; one less than the prompt has, so that one is left to compute logits from.
+
+        Returns:
+            What `open` takes, None where nothing is cached. It is counted in `stats` when the next `open` succeeds.
+        """
+
+    @abstractmethod
+    def fork(self, row: int, n_tokens: int) -> Reuse:
+        """The first `n_tokens` of a live row, for `open`: whole blocks are shared and the tail is copied; contiguous copies
+        everything."""
+
+    @abstractmethod
+    def release_before(self, row: int, position: int) -> None:
+        """Free the blocks that no query at `position` or later can see: all keys before position - max_window + 1, in
+        whole groups of 32, because attention reads such groups.
+
+        Their table entries are stale from now on, their content may still be found by `match`. Nothing happens without a
+        window, and in contiguous tables.
+        """
+
+    @abstractmethod
+    def fits(self, n_tokens: int, headroom: int = 0, reuse: Reuse | None = None) -> bool:
+        """Whether `open(0, reuse)` and `extend` to `n_tokens` would succeed now and leave `headroom` blocks available."""
+
+    @abstractmethod
+    def stats(self) -> dict[str, int]:
+        """Counters since the start.
+
+        queries: rows opened after a `match`; query_tokens: their limits; hit_tokens: what they reused of these;
+        evictions: cached blocks whose content was given up for new; copies: blocks copied to be shared or forked;
+        moves: blocks copied to grow an extent; cached_blocks: blocks that the index knows now, held or free.
+        """
