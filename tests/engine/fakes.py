@@ -24,7 +24,7 @@ VOCAB = 97
 DTYPE = np.dtype(
     [(name, "f4") for name in ("temperature", "top_p", "min_p")]
     + [(f"{name}_penalty", "f4") for name in ("repetition", "presence", "frequency")]
-    + [("top_k", "i4"), ("n_logprobs", "i4"), ("seed", "u8"), ("position", "u8")]
+    + [("top_k", "i4"), ("n_logprobs", "i4"), ("seed", "u8"), ("position", "u8"), ("sample_index", "u4")]
 )
 
 
@@ -103,10 +103,12 @@ def fake_sample(logits: F32Array, params: Any, history: Any, /) -> Drawn:
         logprobs = x - np.log(np.exp(x).sum())
         scores = x.copy()
         if params["temperature"][i] > 0:
-            rng = np.random.default_rng([int(params["seed"][i]), int(params["position"][i])])
+            rng = np.random.default_rng(
+                [int(params[name][i]) for name in ("seed", "position", "sample_index")]
+            )
             scores = scores / params["temperature"][i] + rng.gumbel(size=VOCAB)
         if history[i] is not None:
-            scores[history[i][2]] = -np.inf
+            scores[history[i].banned] = -np.inf
         token = int(scores.argmax())
         order = np.argsort(-logprobs, kind="stable")
         out.tokens[i] = token
@@ -115,6 +117,29 @@ def fake_sample(logits: F32Array, params: Any, history: Any, /) -> Drawn:
         out.top_ids[i] = order[:k]
         out.top_logprobs[i] = logprobs[order[:k]]
     return out
+
+
+def fake_logprobs(logits: F32Array, tokens: Any, n: int, /) -> Any:
+    """ops.logprobs in a few lines."""
+    x = logits.astype(np.float64)
+    logprobs = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+    own = logprobs[np.arange(len(x)), tokens]
+    order = np.argsort(-logprobs, axis=1, kind="stable")[:, : max(1, n)]
+    return Scores(
+        own.astype(np.float32),
+        1 + (logprobs > own[:, None]).sum(axis=1),
+        order.astype(np.int32),
+        np.take_along_axis(logprobs, order, axis=1).astype(np.float32),
+        np.isnan(x).any(axis=1).astype(np.int32),
+    )
+
+
+class Scores(NamedTuple):
+    logprobs: Any
+    ranks: Any
+    top_ids: Any
+    top_logprobs: Any
+    errors: Any
 
 
 class Panic(BaseException):
@@ -153,7 +178,7 @@ def make_engine(
     plan = FakePlan(n_blocks, block_size, max_tokens)
     engine = Engine(
         Runner(plan, tables.array, max_tokens, max_num_seqs),
-        Sampler(fake_sample, DTYPE, max_num_seqs),
+        Sampler(fake_sample, fake_logprobs, DTYPE, max_num_seqs),
         Scheduler(tables, max_tokens),
         vocab_size=VOCAB,
         max_model_len=max_model_len,
