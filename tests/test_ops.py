@@ -451,15 +451,37 @@ def philox(seed: int, position: int, index: int = 0) -> float:
     return ((c[0] >> 5) * 67108864 + (c[1] >> 6)) / 9007199254740992
 
 
-def penalised(
-    x: np.ndarray, row: np.void, history: tuple[np.ndarray, np.ndarray, np.ndarray] | None
-) -> np.ndarray:
-    """Logits after bans and penalties, in float64."""
+NO_IDS = np.empty(0, np.int32)
+NO_BIAS = np.empty(0, np.float32)
+Row = tuple[np.ndarray, ...]
+
+
+def constraints(
+    prompt: Any = NO_IDS,
+    output: Any = NO_IDS,
+    banned: Any = NO_IDS,
+    bias_ids: Any = NO_IDS,
+    bias: Any = NO_BIAS,
+    allowed: Any = NO_IDS,
+) -> Any:
+    """One row's history; what is not given concerns nothing."""
+    ids = [np.asarray(part, np.int32) for part in (prompt, output, banned, bias_ids, allowed)]
+    return (*ids[:4], np.asarray(bias, np.float32), ids[4])
+
+
+def edited(x: np.ndarray, row: np.void, history: Row | None) -> np.ndarray:
+    """Logits after masks, bias and penalties, in float64."""
     x = x.astype(np.float64)
     if history is None:
         return x
-    prompt, output, banned = history
-    x[banned] = -np.inf
+    prompt, output, banned, bias_ids, bias, allowed = history
+    n = len(x)
+    if len(allowed):
+        masked = np.ones(n, bool)
+        masked[allowed[allowed < n]] = False
+        x[masked] = -np.inf
+    x[banned[banned < n]] = -np.inf
+    x[bias_ids[bias_ids < n]] += bias[bias_ids < n]
     seen = np.union1d(prompt, output).astype(int)
     r = float(row["repetition_penalty"])
     x[seen] = np.where(x[seen] > 0, x[seen] / r, x[seen] * r)
@@ -472,12 +494,12 @@ def candidates(x: np.ndarray, row: np.void) -> tuple[np.ndarray, np.ndarray]:
     """Token ids in the order in which the draw walks them, and their weights, after all filters."""
     w = np.exp((x - x.max()) / float(row["temperature"]))
     order = np.lexsort((np.arange(len(x)), -x))
+    order = order[w[order] >= float(row["min_p"])]
     if 0 < row["top_k"] < len(x):
         order = order[: row["top_k"]]
     if row["top_p"] < 1:
         before = np.cumsum(w[order]) - w[order]
         order = order[before < float(row["top_p"]) * w[order].sum()]
-    order = order[w[order] >= float(row["min_p"])]
     if not 0 < row["top_k"] < len(x) and row["top_p"] >= 1:
         order = np.sort(order)
     return order, w[order]
@@ -489,7 +511,7 @@ def assert_drawn(token: int, x: np.ndarray, row: np.void) -> None:
     at = np.nonzero(order == token)[0]
     assert len(at), f"token {token} was filtered out"
     ends = np.cumsum(w) / w.sum()
-    u = philox(int(row["seed"]), int(row["position"]))
+    u = philox(int(row["seed"]), int(row["position"]), int(row["sample_index"]))
     assert ends[at[0]] - w[at[0]] / w.sum() - 1e-5 <= u <= ends[at[0]] + 1e-5
 
 
@@ -505,17 +527,23 @@ FILTERS: list[dict[str, Any]] = [
     {"top_k": 40, "top_p": 0.8, "min_p": 0.02},
     {"top_p": 1e-6},
     {"min_p": 1.0},
+    {"min_p": 1e-4, "temperature": 1.5},
+    {"min_p": 0.05, "top_p": 0.7, "temperature": 2.0},
+    {"top_p": 0.99999994},
+    {"temperature": 0.01, "top_p": 0.9},
+    {"temperature": 50.0, "top_p": 0.5},
 ]
 
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
-@pytest.mark.parametrize("vocab", [5, 307, 1000])
+@pytest.mark.parametrize("vocab", [1, 5, 307, 1000, 20_001])
 def test_draws_match_numpy(team: ops.Team, vocab: int, filters: dict[str, Any]) -> None:
     """64 seeded draws from one row: each is the token that numpy finds, from the same generator."""
     logits = np.repeat((3 * rng("draw", vocab).standard_normal((1, vocab))).astype(np.float32), 64, axis=0)
     params = sample_params(64, **filters)
     params["seed"] = np.arange(64, dtype=np.uint64) * np.uint64(0x123456789ABCDEF)
     params["position"] = np.arange(64) // 3
+    params["sample_index"] = np.arange(64) % 3
     got = ops.sample(team, logits, params, [None] * 64)
     assert not got.errors.any()
     for token, row in zip(got.tokens, params, strict=True):
@@ -574,10 +602,10 @@ def test_penalties(team: ops.Team, temperature: float, penalties: dict[str, floa
     params = sample_params(n, temperature=temperature, **penalties)
     params["seed"] = np.arange(n)
     history = [
-        (
-            r.integers(0, vocab, 12).astype(np.int32),
-            r.integers(0, vocab // 2, r.integers(0, 30)).astype(np.int32),
-            r.choice(vocab, 5, replace=False).astype(np.int32),
+        constraints(
+            r.integers(0, vocab, 12),
+            r.integers(0, vocab // 2, r.integers(0, 30)),
+            r.choice(vocab, 5, replace=False),
         )
         for _ in range(n)
     ]
@@ -585,12 +613,86 @@ def test_penalties(team: ops.Team, temperature: float, penalties: dict[str, floa
     got = ops.sample(team, logits, params, history)
     assert np.array_equal(kept, logits), "the logits are the plan's memory"
     for i, token in enumerate(got.tokens):
-        x = penalised(logits[i], params[i], history[i])
+        x = edited(logits[i], params[i], history[i])
         if temperature == 0:
             assert x[token] >= x.max() - 1e-5
         else:
             assert_drawn(int(token), x, params[i])
         assert token not in history[i][2]
+
+
+@pytest.mark.parametrize("vocab", [7, 300, 3001])
+@pytest.mark.parametrize(
+    "filters", [{"temperature": 0.0}, {}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.1}], ids=str
+)
+def test_mixed_constraints_match_numpy(team: ops.Team, vocab: int, filters: dict[str, float]) -> None:
+    """Allowed tokens, bans, bias and penalties in every mixture, ids outside the vocabulary among them."""
+    n = 64
+    r = rng("mixed", vocab)
+    logits = (3 * r.standard_normal((n, vocab))).astype(np.float32)
+    params = sample_params(n, **filters, seed=11, n_logprobs=2)
+    params["position"] = np.arange(n)
+    params["repetition_penalty"] = r.choice([1.0, 1.3], n)
+    params["frequency_penalty"] = r.choice([0.0, 0.7], n)
+    history: list[Any] = []
+    for i in range(n):
+        allowed = r.choice(vocab + 5, vocab // 2 + 1, replace=False) if i & 1 else NO_IDS
+        banned = r.choice(vocab + 5, vocab // 4, replace=False) if i & 2 else NO_IDS
+        bias_ids = r.choice(vocab + 5, vocab // 3, replace=False) if i & 4 else NO_IDS
+        bias = r.uniform(-8, 8, len(bias_ids))
+        output = r.integers(0, vocab, 20) if i & 8 else NO_IDS
+        history.append(constraints(output[:5], output, banned, bias_ids, bias, allowed))
+    got = ops.sample(team, logits, params, history)
+    for i, token in enumerate(got.tokens):
+        x = edited(logits[i], params[i], history[i])
+        if x.max() == -np.inf:
+            assert (token, got.errors[i]) == (-1, -2)
+            continue
+        assert got.errors[i] == 0 and x[token] > -np.inf
+        best = np.sort(x)[-2:]
+        if filters.get("temperature") != 0.0:
+            assert_drawn(int(token), x, params[i])
+        elif len(best) < 2 or best[1] - best[0] > 1e-4:
+            assert token == x.argmax()
+        raw = logits[i].astype(np.float64)
+        raw -= raw.max()
+        assert abs(got.logprobs[i] - (raw[token] - np.log(np.exp(raw).sum()))) < 1e-5, "of the raw logits"
+        assert got.top_ids[i].tolist() == np.lexsort((np.arange(vocab), -raw))[:2].tolist()
+
+
+def test_a_bias_forces_and_forbids(team: ops.Team) -> None:
+    x = rng("bias").standard_normal((4, 500)).astype(np.float32)
+    x[2, 7] = -9.0
+    history = [
+        constraints(bias_ids=[123], bias=[100.0]),
+        constraints(bias_ids=[int(x[1].argmax())], bias=[-100.0]),
+        constraints(bias_ids=[7], bias=[100.0], banned=[7]),
+        constraints(bias_ids=[7, 9], bias=[100.0, 1.0], allowed=[9, 10]),
+    ]
+    got = ops.sample(team, x, sample_params(4, temperature=0.0), history).tokens
+    assert got[0] == 123 and got[1] == np.argsort(x[1])[-2] and got[2] == x[2].argmax()
+    assert got[3] == (9 if x[3, 9] + 1 >= x[3, 10] else 10)
+
+
+def test_samples_of_one_prompt_are_independent(team: ops.Team) -> None:
+    """sample_index: the same frequencies, other numbers, and each repeats itself."""
+    n, vocab = 4000, 8
+    x = np.repeat(rng("n").standard_normal((1, vocab)).astype(np.float32), n, axis=0)
+    params = sample_params(n, seed=5)
+    params["position"] = np.arange(n)
+    drawn = []
+    for index in range(3):
+        params["sample_index"] = index
+        drawn.append(ops.sample(team, x, params, [None] * n).tokens)
+        assert drawn[-1].tobytes() == ops.sample(team, x, params, [None] * n).tokens.tobytes()
+    p = np.exp(x[0].astype(np.float64))
+    p /= p.sum()
+    agree = (p**2).sum()
+    for i in range(3):
+        counts = np.bincount(drawn[i], minlength=vocab) / n
+        assert (np.abs(counts - p) < 5 * np.sqrt(p * (1 - p) / n)).all()
+        same = (drawn[i] == drawn[i - 1]).mean()
+        assert abs(same - agree) < 5 * np.sqrt(agree * (1 - agree) / n), "as two independent draws agree"
 
 
 def test_greedy_takes_the_lowest_of_equals(team: ops.Team) -> None:
@@ -608,7 +710,7 @@ def test_logprobs(team: ops.Team) -> None:
     logits = (4 * r.standard_normal((n, vocab))).astype(np.float32)
     wanted = [-1, 0, 1, 5, 20, 307, 3, 0, -1, 2, 7, 1]
     params = sample_params(n, temperature=1.3, frequency_penalty=1.0, n_logprobs=np.array(wanted), seed=5)
-    history = [(np.arange(9, dtype=np.int32), np.arange(30, dtype=np.int32), np.empty(0, np.int32))] * n
+    history = [constraints(np.arange(9), np.arange(30))] * n
     got = ops.sample(team, logits, params, history)
     x = logits.astype(np.float64)
     logp = x - x.max(-1, keepdims=True)
@@ -628,15 +730,22 @@ def test_logprobs(team: ops.Team) -> None:
 
 
 def test_a_draw_depends_on_its_row_only(team: ops.Team) -> None:
-    """Seed and position decide: alone, in any company, in any order, on any number of threads."""
+    """Seed, position and index decide: alone, in any company, in any order, on any number of threads."""
     n, vocab = 33, 500
     r = rng("rows")
     logits = (2 * r.standard_normal((n, vocab))).astype(np.float32)
     params = sample_params(n, temperature=0.9, top_p=0.95, n_logprobs=3)
     params["seed"], params["position"] = r.integers(0, 2**63, n), r.integers(0, 5000, n)
-    params["top_k"] = r.choice([0, 1, 20, 100], n)
+    params["top_k"], params["sample_index"] = r.choice([0, 1, 20, 100], n), r.integers(0, 128, n)
     history: list[Any] = [
-        None if i % 3 == 0 else tuple(r.integers(0, vocab, 9).astype(np.int32) for _ in range(3))
+        None
+        if i % 3 == 0
+        else constraints(
+            *(r.integers(0, vocab, 9) for _ in range(3)),
+            np.arange(i),
+            r.uniform(-2, 2, i),
+            np.arange(i, vocab),
+        )
         for i in range(n)
     ]
     whole = ops.sample(team, logits, params, history)
@@ -658,12 +767,15 @@ def test_bad_rows_are_reported_one_by_one(team: ops.Team) -> None:
     x[1, 199] = np.nan
     x[2, 3] = np.inf
     x[3] = -np.inf
-    everything = np.arange(200, dtype=np.int32)
-    nothing = np.empty(0, np.int32)
     history: list[Any] = [None] * 6
-    history[4] = (nothing, nothing, everything)
+    history[4] = constraints(banned=np.arange(200))
     got = ops.sample(team, x, sample_params(6, seed=1), history)
-    assert (got.errors != 0).tolist() == [False, True, True, True, True, False]
+    assert got.errors.tolist() == [0, -1, -1, -2, -2, 0]
+    assert got.tokens[1:5].tolist() == [-1] * 4
+    history[4] = constraints(allowed=[200, 5000, -1])
+    assert ops.sample(team, x, sample_params(6, seed=1), history).errors[4] == -2, (
+        "no allowed id is in the vocabulary"
+    )
     assert got.tokens[[0, 5]].tolist() == clean.tokens[[0, 5]].tolist()
 
 
@@ -677,6 +789,63 @@ def test_masked_logits_are_never_drawn(team: ops.Team) -> None:
             params[name] = value
         got = ops.sample(team, x, params, [None] * 200)
         assert set(got.tokens.tolist()) == {3, 40}, filters
+
+
+@pytest.mark.parametrize("isa", ops.isas())
+def test_every_tier_draws_alike(team: ops.Team, isa: str) -> None:
+    """The one pass that tiers differ in has the same lanes everywhere: bytes equal those of the best tier."""
+    x = (3 * rng("tiers").standard_normal((64, 5003))).astype(np.float32)
+    params = sample_params(64, temperature=1.2, n_logprobs=4, seed=np.arange(64))
+    params["top_p"][::2] = 0.9
+    best = ops.sample(team, x, params, [None] * 64)
+    with ops.using_isa(isa):
+        for a, b in zip(best, ops.sample(team, x, params, [None] * 64), strict=True):
+            assert a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize(("vocab", "n"), [(1, 1), (50, 0), (307, 20), (20_000, 5)])
+def test_logprobs_of_given_tokens(team: ops.Team, vocab: int, n: int) -> None:
+    """log_softmax, ranks and the n best, on any number of threads; bad rows are reported one by one."""
+    r = rng("given", vocab)
+    logits = (4 * r.standard_normal((9, vocab))).astype(np.float32)
+    tokens = r.integers(0, vocab, 9).astype(np.int32)
+    got = ops.logprobs(team, logits, tokens, n)
+    single = ops.Team(1)
+    for a, b in zip(got, ops.logprobs(single, logits, tokens, n), strict=True):
+        assert a.tobytes() == b.tobytes()
+    single.close()
+    x = logits.astype(np.float64)
+    logp = x - x.max(-1, keepdims=True)
+    logp -= np.log(np.exp(logp).sum(-1, keepdims=True))
+    assert got.top_ids.shape == got.top_logprobs.shape == (9, max(1, n)) and not got.errors.any()
+    for i, token in enumerate(tokens):
+        assert abs(got.logprobs[i] - logp[i, token]) < 1e-5
+        assert got.ranks[i] == (logits[i] >= logits[i, token]).sum()
+        best = np.lexsort((np.arange(vocab), -logits[i]))[:n]
+        assert got.top_ids[i, :n].tolist() == best.tolist()
+        assert np.abs(got.top_logprobs[i, :n] - logp[i, best]).max(initial=0) < 1e-5
+        same = got.top_logprobs[i, :n][got.top_ids[i, :n] == token]
+        assert (same == got.logprobs[i]).all(), "a client may compare the two floats"
+    logits[3, vocab - 1], logits[5] = np.nan, -np.inf
+    bad = ops.logprobs(team, logits, tokens, n)
+    assert bad.errors.tolist() == [0, 0, 0, -1, 0, -2, 0, 0, 0]
+    good = bad.errors == 0
+    assert all(a[good].tobytes() == b[good].tobytes() for a, b in zip(got, bad, strict=True))
+
+
+def test_logprobs_refuses(team: ops.Team) -> None:
+    logits, tokens = np.zeros((2, 8), np.float32), np.zeros(2, np.int32)
+    assert len(ops.logprobs(team, logits[:0], tokens[:0], 3).ranks) == 0
+    for wrong, n in (
+        (tokens[:1], 0),
+        (np.array([0, 8], np.int32), 0),
+        (np.array([-1, 0], np.int32), 0),
+        (tokens, 9),
+    ):
+        with pytest.raises(ValueError):
+            ops.logprobs(team, logits, wrong, n)
+    with pytest.raises(ValueError):
+        ops.logprobs(team, logits, tokens, -1)
 
 
 def test_sample_of_no_rows(team: ops.Team) -> None:
@@ -696,6 +865,20 @@ def test_sample_of_no_rows(team: ops.Team) -> None:
 def test_sample_refuses(team: ops.Team, logits: np.ndarray, n_params: int, history: list[None]) -> None:
     with pytest.raises(ValueError):
         ops.sample(team, logits, sample_params(n_params), history)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        (NO_IDS, NO_IDS, NO_IDS),
+        constraints(bias_ids=[1, 2], bias=[1.0]),
+        (*constraints()[:5], NO_IDS.astype(np.int64)),
+        (*constraints()[:4], NO_IDS, NO_IDS),
+    ],
+)
+def test_sample_refuses_a_malformed_history(team: ops.Team, row: Any) -> None:
+    with pytest.raises(ValueError):
+        ops.sample(team, np.zeros((1, 8), np.float32), sample_params(1), [row])
 
 
 def test_too_many_logprobs(team: ops.Team) -> None:

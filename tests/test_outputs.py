@@ -11,6 +11,7 @@ def test_shape() -> None:
     assert output.outputs[0].text == "text" and output.outputs[0].finished()
     assert not CompletionOutput(0, "", []).finished()
     assert output.metrics is not RequestOutput("id", None, [], []).metrics
+    assert output.prompt_logprobs is None and output.num_cached_tokens == 0
 
 
 def test_metrics() -> None:

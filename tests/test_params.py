@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import pickle
 from typing import Any
 
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from pace.errors import RequestError
-from pace.params import MAX_LOGPROBS, SamplingParams
+from pace.outputs import CompletionOutput, Logprob, RequestOutput
+from pace.params import MAX_LOGPROBS, RequestOutputKind, SamplingParams
 
 NAN, INF = float("nan"), float("inf")
 
@@ -22,6 +24,18 @@ def test_defaults_are_vllms() -> None:
     assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (0.0, 0.0, 1.0)
     assert params.detokenize and params.skip_special_tokens
     assert not params.ignore_eos and not params.include_stop_str_in_output
+    assert (params.n, params.prompt_logprobs, params.logit_bias, params.allowed_token_ids) == (
+        1,
+        None,
+        None,
+        None,
+    )
+    assert params.output_kind is RequestOutputKind.CUMULATIVE and not params.bad_words
+    assert {kind.name: kind.value for kind in RequestOutputKind} == {
+        "CUMULATIVE": 0,
+        "DELTA": 1,
+        "FINAL_ONLY": 2,
+    }
     assert params.explicit == frozenset()
     assert not params.greedy
 
@@ -38,6 +52,11 @@ def test_forms_are_normalised() -> None:
     assert type(SamplingParams(**np_values).temperature) is float
     assert type(SamplingParams(**np_values).max_tokens) is int
     assert SamplingParams(max_tokens=None).max_tokens is None
+    np_bias: Any = {np.int32(7): np.float32(-1.5), 0: 100}
+    assert SamplingParams(logit_bias=np_bias).logit_bias == {7: -1.5, 0: 100.0}
+    assert SamplingParams(bad_words=["a", " b"]).bad_words == ("a", " b")
+    assert SamplingParams(allowed_token_ids=[3, 3, 0]).allowed_token_ids == (3, 3, 0)
+    assert SamplingParams(n=128, prompt_logprobs=0, output_kind=RequestOutputKind.DELTA).n == 128
 
 
 @pytest.mark.parametrize(
@@ -56,9 +75,22 @@ def test_forms_are_normalised() -> None:
         *[("max_tokens", value) for value in (0, -1, 1.5, True, 1 << 31)],
         *[("min_tokens", value) for value in (-1, 17, None, True)],
         *[("logprobs", value) for value in (-1, MAX_LOGPROBS + 1, True, 1.0)],
+        *[("prompt_logprobs", value) for value in (-1, MAX_LOGPROBS + 1, True, 1.0)],
+        *[("n", value) for value in (0, -1, 129, True, 2.0, "2", None)],
+        *[
+            ("logit_bias", value)
+            for value in ([1], "1", {"1": 1.0}, {-1: 1.0}, {1 << 31: 1.0}, {True: 1.0}, {1.0: 1})
+        ],
+        *[("logit_bias", {1: value}) for value in (100.5, -101, NAN, INF, "1", None, True)],
+        ("logit_bias", dict.fromkeys(range((1 << 18) + 1), 0.0)),
+        *[("bad_words", value) for value in ("word", 5, [""], [1], ["x" * 1025], ["x"] * 1025, {"a": 1})],
+        *[("allowed_token_ids", value) for value in ([], [-1], [1.5], [True], "12", 5, [1 << 31])],
+        ("allowed_token_ids", [0] * ((1 << 18) + 1)),
+        *[("output_kind", value) for value in (0, 1, "delta", None)],
         *[("ignore_eos", value) for value in (1, None, "yes")],
         *[("detokenize", 0), ("skip_special_tokens", 1), ("include_stop_str_in_output", None)],
     ],
+    ids=lambda value: None if isinstance(value, str) else repr(value)[:30],
 )
 def test_refused(name: str, value: Any) -> None:
     with pytest.raises(RequestError, match=name) as error:
@@ -69,6 +101,37 @@ def test_refused(name: str, value: Any) -> None:
 def test_stop_strings_need_text() -> None:
     with pytest.raises(RequestError, match="detokenize"):
         SamplingParams(stop="x", detokenize=False)
+
+
+def test_contradictions_are_refused() -> None:
+    with pytest.raises(RequestError, match="n is 2 with temperature 0"):
+        SamplingParams(n=2, temperature=0)
+    with pytest.raises(RequestError, match="n is 3 with temperature 0"):
+        SamplingParams(n=3).merged_with({"temperature": 0.0})
+    assert SamplingParams(n=2, temperature=1e-4).n == 2
+    stops: dict[str, Any] = {"allowed_token_ids": [1, 2], "stop_token_ids": [1, 2, 3]}
+    with pytest.raises(RequestError, match="min_tokens is 1, but every id of allowed_token_ids is a stop id"):
+        SamplingParams(min_tokens=1, **stops)
+    assert SamplingParams(**stops).min_tokens == 0
+
+
+def test_messages_name_value_and_range() -> None:
+    for values, message in (
+        ({"n": 0}, "n is 0, expected an integer from 1 to 128"),
+        ({"logit_bias": {5: 200}}, "logit_bias of 5 is 200, expected a number from -100 to 100"),
+        (
+            {"logit_bias": {"x": 1}},
+            "a token id of logit_bias is 'x', expected an integer from 0 to 2147483647",
+        ),
+        ({"bad_words": "x"}, "bad_words is 'x', expected a list of strings"),
+        ({"bad_words": [""]}, "bad_words has '', expected strings of 1 to 1024 characters"),
+        ({"allowed_token_ids": []}, "allowed_token_ids is empty, expected at least one id; None allows all"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs is 21, expected an integer from 0 to 20"),
+        ({"output_kind": 1}, "output_kind is 1, expected RequestOutputKind.CUMULATIVE, DELTA or FINAL_ONLY"),
+    ):
+        with pytest.raises(RequestError) as error:
+            SamplingParams(**values)  # type: ignore[arg-type]  # that is the point
+        assert str(error.value) == message
 
 
 def test_unknown_fields_and_positions_are_refused() -> None:
@@ -96,17 +159,59 @@ def test_bad_defaults_are_refused() -> None:
         SamplingParams(min_tokens=10).merged_with({"max_tokens": 5})
 
 
-def test_copies_keep_explicit() -> None:
-    params = SamplingParams(top_k=3)
+FULL: dict[str, Any] = {
+    "n": 3,
+    "top_k": 3,
+    "logit_bias": {4: -1.0},
+    "bad_words": ["x"],
+    "allowed_token_ids": [4, 5],
+    "prompt_logprobs": 2,
+    "output_kind": RequestOutputKind.DELTA,
+}
+
+
+def test_copies_are_equal_and_keep_explicit() -> None:
+    params = SamplingParams(**FULL)
     for twin in (copy.copy(params), copy.deepcopy(params), pickle.loads(pickle.dumps(params))):
-        assert twin == params and twin.explicit == {"top_k"}
+        assert twin == params and hash(twin) == hash(params) and twin.explicit == set(FULL)
+        assert vars(twin) == vars(params)
+    assert params != SamplingParams(**{**FULL, "logit_bias": {4: 1.0}})
+    assert len({params, SamplingParams(**FULL), SamplingParams()}) == 2
 
 
-def test_check_vocab() -> None:
-    params = SamplingParams(stop_token_ids=[0, 99])
+def _describe(params: SamplingParams, output: RequestOutput) -> tuple[SamplingParams, RequestOutput]:
+    assert params == SamplingParams(**FULL)
+    return params, output
+
+
+def test_they_travel_to_a_spawned_process() -> None:
+    params = SamplingParams(**FULL)
+    entries = {1: Logprob(-0.5, 1, "a")}
+    output = RequestOutput("id", None, [1], [CompletionOutput(0, "a", [1], -0.5, [entries])])
+    output.prompt_logprobs, output.num_cached_tokens = [None, entries], 7
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(_describe, (params, output)) == (params, output)
+
+
+def test_nothing_inside_can_be_changed() -> None:
+    bias, words = {4: -1.0}, ["x"]
+    params = SamplingParams(logit_bias=bias, bad_words=words)
+    bias[5], words[0] = 1.0, "y"
+    assert params.logit_bias == {4: -1.0} and params.bad_words == ("x",)
+    with pytest.raises(TypeError):
+        params.logit_bias[4] = 2.0  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("stop_token_ids", [0, 99]), ("allowed_token_ids", [99, 0]), ("logit_bias", {0: 1.0, 99: 1.0})],
+)
+def test_check_vocab(name: str, value: Any) -> None:
+    params = SamplingParams(**{name: value})
     params.check_vocab(100)
-    with pytest.raises(RequestError, match="99"):
+    with pytest.raises(RequestError, match=f"{name} has 99, expected ids below the vocabulary's 99"):
         params.check_vocab(99)
+    SamplingParams().check_vocab(1)
 
 
 def test_frozen() -> None:

@@ -426,10 +426,11 @@ SAMPLE_DTYPE = np.dtype(
         ("n_logprobs", "i4"),
         ("seed", "u8"),
         ("position", "u8"),
+        ("sample_index", "u4"),
     ]
 )
 """One row's sampling parameters. top_k <= 0, top_p >= 1 and min_p <= 0 are off; temperature 0 is greedy.
-n_logprobs: -1 none, 0 the drawn token's, n also the n best."""
+n_logprobs: -1 none, 0 the drawn token's, n also the n best. seed, position and sample_index choose the random number."""
 
 
 class SampleResult(NamedTuple):
@@ -440,21 +441,23 @@ class SampleResult(NamedTuple):
     ranks: I32  # [R] tokens whose logit is at least the token's: 1 for the best
     top_ids: I32  # [R, K] most likely tokens, -1 where fewer were asked for
     top_logprobs: F32  # [R, K]
-    errors: I32  # [R] nonzero: the row's logits are not finite numbers, nothing was drawn
+    errors: I32  # [R] not 0: nothing was drawn; -1: the row holds a NaN or +inf, -2: no token is left
 
 
 def sample(
     team: Team,
     logits: F32,
     params: npt.NDArray[Any],
-    history: Sequence[tuple[I32, I32, I32] | None],
+    history: Sequence[tuple[I32, I32, I32, I32, F32, I32] | None],
 ) -> SampleResult:
     """Draw one token per row; rows are independent of each other and of how many there are.
 
     Args:
         logits: f32 [R, V].
         params: [R] of SAMPLE_DTYPE.
-        history: per row None, or (prompt ids, output ids, banned ids) for penalties and masks.
+        history: per row None, or (prompt ids, output ids, banned ids, bias ids, biases, allowed ids): the first
+            two for penalties; biases are added to the logits of distinct bias ids; no allowed ids: all are.
+            Ids outside the vocabulary are ignored.
     """
     n = len(logits)
     k = max(1, int(params["n_logprobs"].max(initial=0)))
@@ -467,6 +470,39 @@ def sample(
         np.zeros(n, np.int32),
     )
     team._team.sample(logits, params, history, *out)
+    return out
+
+
+class LogprobsResult(NamedTuple):
+    """What `logprobs` found, one entry per row; K is max(1, n)."""
+
+    logprobs: F32  # [R] log-softmax of the logits at the token
+    ranks: I32  # [R] tokens whose logit is at least the token's: 1 for the best
+    top_ids: I32  # [R, K] most likely tokens, -1 where n is 0
+    top_logprobs: F32  # [R, K]
+    errors: I32  # [R] not 0: the row has no distribution, as for `sample`; its entries hold nothing
+
+
+def logprobs(team: Team, logits: F32, tokens: I32, n: int) -> LogprobsResult:
+    """Log probabilities of given tokens, and of the n most likely ones of their rows.
+
+    Args:
+        logits: f32 [R, V].
+        tokens: i32 [R], 0 <= token < V.
+        n: how many most likely tokens, 0 <= n <= V.
+
+    Raises:
+        ValueError: lengths differ, or a token or n is out of range.
+    """
+    rows, k = len(logits), max(1, n)
+    out = LogprobsResult(
+        np.zeros(rows, np.float32),
+        np.zeros(rows, np.int32),
+        np.full((rows, k), -1, np.int32),
+        np.zeros((rows, k), np.float32),
+        np.zeros(rows, np.int32),
+    )
+    team._team.logprobs(logits, tokens, n, *out)
     return out
 
 

@@ -176,30 +176,38 @@ cdef extern from "sampler.h" nogil:
         int32_t top_k, n_logprobs
         uint64_t seed, position
         uint32_t sample_index
-        int32_t n_prompt, n_output, n_banned, n_bias
+        int32_t n_prompt, n_output, n_banned, n_bias, n_allowed
         const int32_t *prompt
         const int32_t *output
         const int32_t *banned
+        const int32_t *bias_ids
+        const float *bias
+        const int32_t *allowed
     struct pace_sample_result:
         int32_t token, rank
         float logprob
         int32_t *top_ids
         float *top_logprobs
     size_t pace_sample_scratch(int vocab)
-    int pace_sample_row(const float *logits, int vocab, const pace_sample_params *params, pace_sample_result *result,
-                        void *scratch)
+    int pace_sample_row(const pace_kernels *kernels, const float *logits, int vocab, const pace_sample_params *params,
+                        pace_sample_result *result, void *scratch)
+    int pace_logprobs_row(const pace_kernels *kernels, const float *logits, int vocab, int32_t token, int n_logprobs,
+                          pace_sample_result *result, void *scratch)
 
 
 cdef packed struct sample_record:  # ops.SAMPLE_DTYPE
     float temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty
     int32_t top_k, n_logprobs
     uint64_t seed, position
+    uint32_t sample_index
 
 
 cdef struct sample_job:
+    const pace_kernels *kernels
     const float *logits
     long stride
-    int vocab
+    int vocab, n_logprobs
+    const int32_t *given  # tokens to score; NULL: draw them
     const pace_sample_params *params
     pace_sample_result *results
     int32_t *errors
@@ -211,9 +219,20 @@ cdef struct sample_job:
 cdef void sample_worker(void *arg, int tid, pace_team *team) noexcept nogil:
     cdef sample_job *j = <sample_job *>arg
     cdef long i = 0, end = 0
+    cdef void *scratch = j.scratch + tid * j.scratch_stride
     while pace_work_next(&j.work, tid, 1, &i, &end):
-        j.errors[i] = pace_sample_row(j.logits + i * j.stride, j.vocab, &j.params[i], &j.results[i],
-                                      j.scratch + tid * j.scratch_stride)
+        if j.given != NULL:
+            j.errors[i] = pace_logprobs_row(j.kernels, j.logits + i * j.stride, j.vocab, j.given[i], j.n_logprobs,
+                                            &j.results[i], scratch)
+        else:
+            j.errors[i] = pace_sample_row(j.kernels, j.logits + i * j.stride, j.vocab, &j.params[i], &j.results[i],
+                                          scratch)
+
+
+cdef int32_t point(const int32_t[::1] ids, const int32_t **start) except -1:
+    """Its length; start: its first element, NULL where there is none."""
+    start[0] = &ids[0] if ids.shape[0] else NULL
+    return <int32_t>ids.shape[0]
 
 
 cdef struct roof_job:
@@ -323,12 +342,33 @@ cdef class Team:
         job.repeat = iterations
         return self.roof(&job)
 
+    cdef int run_rows(self, sample_job *job, const float[:, ::1] logits, int32_t[:, ::1] top_ids,
+                      float[:, ::1] top_logprobs, int32_t[::1] errors) except -1:
+        """Draw or score every row; job.params or job.given, and room for the results, are the caller's."""
+        cdef long i, n = logits.shape[0]
+        cdef int e
+        job.kernels = current
+        job.logits, job.stride = &logits[0, 0], logits.strides[0] // 4
+        job.scratch_stride = (pace_sample_scratch(job.vocab) + 63) // 64 * 64
+        if self.scratch is None or self.scratch.nbytes < job.scratch_stride * self.n_threads:
+            self.scratch = Memory(job.scratch_stride * self.n_threads)
+        job.scratch = <char *>self.scratch.data
+        job.errors = &errors[0]
+        for i in range(n):
+            job.results[i].top_ids, job.results[i].top_logprobs = &top_ids[i, 0], &top_logprobs[i, 0]
+        if pace_work_init(&job.work, self.n_threads):
+            raise MemoryError("cannot allocate the sampling batch")
+        pace_work_arm_all(&job.work, n)
+        with nogil:
+            e = pace_team_run(self.team, sample_worker, <void *>job)
+        pace_work_destroy(&job.work)
+        return check_run(e)
+
     def sample(self, const float[:, ::1] logits, const sample_record[::1] params, history, int32_t[::1] tokens,
                float[::1] logprobs, int32_t[::1] ranks, int32_t[:, ::1] top_ids, float[:, ::1] top_logprobs,
                int32_t[::1] errors):
         cdef long i, n = logits.shape[0]
-        cdef int e
-        cdef const int32_t[::1] ids
+        cdef const float[::1] bias
         cdef pace_sample_params *p
         cdef sample_job job
         if self.team == NULL:
@@ -337,14 +377,11 @@ cdef class Team:
             return
         if params.shape[0] != n or len(history) != n or tokens.shape[0] != n or errors.shape[0] != n:
             raise ValueError(f"{n} rows of logits, {params.shape[0]} of parameters, {len(history)} of history")
-        job.logits, job.stride, job.vocab = &logits[0, 0], logits.strides[0] // 4, <int>logits.shape[1]
-        job.scratch_stride = (pace_sample_scratch(job.vocab) + 63) // 64 * 64
-        if self.scratch is None or self.scratch.nbytes < job.scratch_stride * self.n_threads:
-            self.scratch = Memory(job.scratch_stride * self.n_threads)
-        job.scratch = <char *>self.scratch.data
-        job.errors = &errors[0]
+        memset(&job, 0, sizeof(job))
+        job.vocab = <int>logits.shape[1]
         job.params = p = <pace_sample_params *>PyMem_Malloc(n * sizeof(pace_sample_params))
         job.results = <pace_sample_result *>PyMem_Malloc(n * sizeof(pace_sample_result))
+        held = []  # the arrays that p points to, whatever another thread does to `history` meanwhile
         try:
             if job.params == NULL or job.results == NULL:
                 raise MemoryError("cannot allocate the sampling batch")
@@ -356,28 +393,57 @@ cdef class Team:
                 p[i].frequency_penalty = params[i].frequency_penalty
                 p[i].top_k, p[i].n_logprobs = params[i].top_k, params[i].n_logprobs
                 p[i].seed, p[i].position = params[i].seed, params[i].position
+                p[i].sample_index = params[i].sample_index
                 if p[i].n_logprobs > top_ids.shape[1] or p[i].n_logprobs > job.vocab:
                     raise ValueError(f"row {i} asks for {p[i].n_logprobs} logprobs, there is room for {top_ids.shape[1]}")
-                job.results[i].top_ids, job.results[i].top_logprobs = &top_ids[i, 0], &top_logprobs[i, 0]
-                if history[i] is None:
+                row = history[i]
+                if row is None:
                     continue
-                ids = history[i][0]
-                p[i].n_prompt, p[i].prompt = <int32_t>ids.shape[0], &ids[0] if ids.shape[0] else NULL
-                ids = history[i][1]
-                p[i].n_output, p[i].output = <int32_t>ids.shape[0], &ids[0] if ids.shape[0] else NULL
-                ids = history[i][2]
-                p[i].n_banned, p[i].banned = <int32_t>ids.shape[0], &ids[0] if ids.shape[0] else NULL
-            if pace_work_init(&job.work, self.n_threads):
-                raise MemoryError("cannot allocate the sampling batch")
-            pace_work_arm_all(&job.work, n)
-            with nogil:
-                e = pace_team_run(self.team, sample_worker, <void *>&job)
-            pace_work_destroy(&job.work)
-            check_run(e)
+                row = tuple(row)
+                held.append(row)
+                prompt, output, banned, bias_ids, values, allowed = row
+                p[i].n_prompt = point(prompt, &p[i].prompt)
+                p[i].n_output = point(output, &p[i].output)
+                p[i].n_banned = point(banned, &p[i].banned)
+                p[i].n_bias = point(bias_ids, &p[i].bias_ids)
+                p[i].n_allowed = point(allowed, &p[i].allowed)
+                bias = values
+                if bias.shape[0] != p[i].n_bias:
+                    raise ValueError(f"row {i} has {bias.shape[0]} biases for {p[i].n_bias} ids")
+                p[i].bias = &bias[0] if bias.shape[0] else NULL
+            self.run_rows(&job, logits, top_ids, top_logprobs, errors)
             for i in range(n):
                 tokens[i], logprobs[i], ranks[i] = job.results[i].token, job.results[i].logprob, job.results[i].rank
         finally:
             PyMem_Free(<void *>job.params)
+            PyMem_Free(job.results)
+
+    def logprobs(self, const float[:, ::1] logits, const int32_t[::1] tokens, int n_logprobs, float[::1] logprobs,
+                 int32_t[::1] ranks, int32_t[:, ::1] top_ids, float[:, ::1] top_logprobs, int32_t[::1] errors):
+        cdef long i, n = logits.shape[0]
+        cdef sample_job job
+        if self.team == NULL:
+            raise RuntimeError("the thread team is closed")
+        if tokens.shape[0] != n:
+            raise ValueError(f"{n} rows of logits, {tokens.shape[0]} tokens")
+        if not n:
+            return
+        memset(&job, 0, sizeof(job))
+        job.vocab, job.n_logprobs, job.given = <int>logits.shape[1], n_logprobs, &tokens[0]
+        if not 0 <= n_logprobs <= min(job.vocab, top_ids.shape[1]):
+            raise ValueError(f"{n_logprobs} logprobs of a vocabulary of {job.vocab}")
+        for i in range(n):
+            if not 0 <= tokens[i] < job.vocab:
+                raise ValueError(f"token id {tokens[i]} at row {i}, the logits have {job.vocab} columns")
+        job.results = <pace_sample_result *>PyMem_Malloc(n * sizeof(pace_sample_result))
+        try:
+            if job.results == NULL:
+                raise MemoryError("cannot allocate the sampling batch")
+            self.run_rows(&job, logits, top_ids, top_logprobs, errors)
+            for i in range(n):
+                if not errors[i]:
+                    logprobs[i], ranks[i] = job.results[i].logprob, job.results[i].rank
+        finally:
             PyMem_Free(job.results)
 
     def close(self):

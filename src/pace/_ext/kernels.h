@@ -165,10 +165,14 @@ typedef struct {
     size_t attention_scratch;
     void (*softmax)(float *x, long n);       // in place, one row
     long (*argmax)(const float *x, long n);  // lowest index among equals; -1 when a NaN is met
+    // sum[b] = sum of exp((x - max) * inv_temperature) over block b of PACE_LOGIT_BLOCK logits, the last one shorter;
+    // max is the largest of x. Not in the reference table, which only runs plans.
+    void (*block_exp_sum)(const float *x, long n, float max, float inv_temperature, float *sum);
     pace_roofline roof;
 } pace_kernels;
 
 #define PACE_MAX_HEAD_DIM 256
+#define PACE_LOGIT_BLOCK 128  // 1000 blocks in a vocabulary of 128k: few enough to sort, large enough to skip
 
 // Tiers, best first; NULL-terminated. Defined in dispatch.c.
 extern const pace_kernels *const pace_tiers[];

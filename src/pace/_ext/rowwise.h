@@ -280,4 +280,29 @@ static long argmax(const float *x, long n) {
     return -1;
 }
 
+// 16 lanes on every tier, folded in one order, so that a draw does not depend on the tier: a sum is used only where
+// it is within rounding of u, but there it decides.
+static void block_exp_sum(const float *x, long n, float max, float inv_temperature, float *sum) {
+    const vf top = v_set(max), inv = v_set(inv_temperature);
+    for (long b = 0; b * PACE_LOGIT_BLOCK < n; b++) {
+        const float *p = x + b * PACE_LOGIT_BLOCK;
+        const long left = n - b * PACE_LOGIT_BLOCK, end = left < PACE_LOGIT_BLOCK ? left : PACE_LOGIT_BLOCK;
+        vf s[16 / VL];
+        for (int j = 0; j < 16 / VL; j++) s[j] = v_zero();
+        for (long i = 0; i < end; i += 16) {
+            for (int j = 0; j < 16 / VL; j++) {
+                const long at = i + j * VL;
+                if (at >= end) break;
+                vf e = v_exp(v_mul(v_sub(load_left(p + at, end - at), top), inv));
+                if (end - at < VL) e = v_keep(e, 0, end - at, 0.0f);
+                s[j] = v_add(s[j], e);
+            }
+        }
+#if VL == 8
+        s[0] = v_add(s[0], s[1]);  // as v_sum of 16 lanes begins
+#endif
+        sum[b] = v_sum(s[0]);
+    }
+}
+
 #endif

@@ -5,15 +5,17 @@
 #include <stdbool.h>
 #include <string.h>
 
-// Compiled for the baseline: SSE2 reads a row of 128k logits from L2 in about 20 us, which is under
-// 0.1 % of a step, so a copy per tier would buy nothing.
+// Compiled for the baseline: SSE2 finds the maxima of 128k logits in 15 us, at the 34 GB/s with which one core reads
+// them from L3. Only the exponentials are arithmetic (300 us in SSE2, 20 us in AVX-512) and come from the tier's
+// table. Everything else looks at the blocks that hold something large enough.
 
-enum { BLOCK = 128 };  // tokens per block maximum
+enum { BLOCK = PACE_LOGIT_BLOCK };
 
 struct scratch {
-    float *edited;     // [vocab] logits after bias, bans and penalties
-    float *weight;     // [vocab] exp((logit - max) / temperature); before that, int32 counts
+    float *edited;     // [vocab] logits after masks, bias and penalties
+    float *weight;     // [vocab] exp((logit - max) / temperature) of candidates; before that, int32 counts
     float *block_max;  // [blocks of vocab]
+    float *block_sum;  // [blocks of vocab]
     uint64_t *list;    // [vocab] candidates, see entry()
     uint64_t *spare;   // [vocab] for sorting
 };
@@ -25,12 +27,13 @@ static int n_blocks(int vocab) { return (vocab + BLOCK - 1) / BLOCK; }
 size_t pace_sample_scratch(int vocab) {
     size_t n = (size_t)vocab;
     return 2 * align_up(n * sizeof(float)) + 2 * align_up(n * sizeof(uint64_t)) +
-           align_up((size_t)n_blocks(vocab) * sizeof(float));
+           2 * align_up((size_t)n_blocks(vocab) * sizeof(float));
 }
 
 static struct scratch carve(void *memory, int vocab) {
     size_t n = (size_t)vocab, floats = align_up(n * sizeof(float));
     size_t entries = align_up(n * sizeof(uint64_t));
+    size_t blocks = align_up((size_t)n_blocks(vocab) * sizeof(float));
     char *p = memory;
     return (struct scratch){
         .edited = (float *)(void *)p,
@@ -38,6 +41,7 @@ static struct scratch carve(void *memory, int vocab) {
         .list = (uint64_t *)(void *)(p + 2 * floats),
         .spare = (uint64_t *)(void *)(p + 2 * floats + entries),
         .block_max = (float *)(void *)(p + 2 * floats + 2 * entries),
+        .block_sum = (float *)(void *)(p + 2 * floats + 2 * entries + blocks),
     };
 }
 
@@ -121,44 +125,27 @@ static __m128 exp4(__m128 x) {
     return _mm_and_ps(_mm_mul_ps(p, _mm_castsi128_ps(scale)), live);
 }
 
-// Sum of exp((x - max) * inv_temperature) in f64; the terms also go to weight unless it is NULL.
-static double exp_sum(const float *x, int n, float max, float inv_temperature, float *weight) {
-    __m128 top = _mm_set1_ps(max), inv = _mm_set1_ps(inv_temperature);
-    __m128d lo = _mm_setzero_pd(), hi = lo;
-    for (int i = 0; i < n; i += 4) {
-        int left = n - i;
-        float pad[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
-        __m128 v;
-        if (left >= 4) {
-            v = _mm_loadu_ps(x + i);
-        } else {
-            memcpy(pad, x + i, (size_t)left * sizeof(float));
-            v = _mm_loadu_ps(pad);
-        }
-        __m128 w = exp4(_mm_mul_ps(_mm_sub_ps(v, top), inv));
-        lo = _mm_add_pd(lo, _mm_cvtps_pd(w));
-        hi = _mm_add_pd(hi, _mm_cvtps_pd(_mm_movehl_ps(w, w)));
-        if (!weight) continue;
-        if (left >= 4) {
-            _mm_storeu_ps(weight + i, w);
-        } else {
-            _mm_storeu_ps(pad, w);
-            memcpy(weight + i, pad, (size_t)left * sizeof(float));
-        }
-    }
-    lo = _mm_add_pd(lo, hi);
-    return _mm_cvtsd_f64(lo) + _mm_cvtsd_f64(_mm_unpackhi_pd(lo, lo));
+static float weight_of(float x, float max, float inv_temperature) {
+    return _mm_cvtss_f32(exp4(_mm_set_ss((x - max) * inv_temperature)));
 }
 
-static int count_at_least(const float *x, int n, float value) {
-    __m128 v = _mm_set1_ps(value);
-    __m128i count = _mm_setzero_si128();
-    int i = 0, total = 0;
-    for (; i + 4 <= n; i += 4) count = _mm_sub_epi32(count, _mm_castps_si128(_mm_cmpge_ps(_mm_loadu_ps(x + i), v)));
-    for (; i < n; i++) total += x[i] >= value;
-    int32_t lanes[4];
-    _mm_storeu_si128((__m128i *)(void *)lanes, count);
-    return total + lanes[0] + lanes[1] + lanes[2] + lanes[3];
+// Sum of exp((x - max) * inv_temperature) over the row, in f64 over the blocks.
+static double exp_sum(const pace_kernels *k, const float *x, int n, float max, float inv_temperature,
+                      float *block_sum) {
+    double sum = 0;
+    k->block_exp_sum(x, n, max, inv_temperature, block_sum);
+    for (int b = 0; b < n_blocks(n); b++) sum += block_sum[b];
+    return sum;
+}
+
+static int count_at_least(const float *x, int n, float value, const float *block_max) {
+    int total = 0;
+    for (int b = 0; b < n_blocks(n); b++) {
+        if (block_max[b] < value) continue;
+        int end = (b + 1) * BLOCK < n ? (b + 1) * BLOCK : n;
+        for (int i = b * BLOCK; i < end; i++) total += x[i] >= value;
+    }
+    return total;
 }
 
 // --- Candidates, best first ----------------------------------------------------------------------
@@ -209,21 +196,24 @@ static void sort_entries(uint64_t *list, uint64_t *spare, int n) {
     if (from != list) memcpy(list, from, (size_t)n * sizeof *list);
 }
 
-// Appends to s->list every token of [begin, end) with x >= bound, ascending; returns the new
-// length.
-static int gather(const float *x, const float *value, int begin, int end, float bound, uint64_t *list, int n) {
-    int i = begin;
-    __m128 b = _mm_set1_ps(bound);
-    for (; i + 4 <= end; i += 4) {
-        int mask = _mm_movemask_ps(_mm_cmpge_ps(_mm_loadu_ps(x + i), b));
-        for (; mask; mask &= mask - 1) {
-            int t = i + __builtin_ctz((unsigned)mask);
-            list[n++] = entry(value[t], t);
+// Every token with x >= bound, ascending, to s->list; returns how many.
+static int gather(const float *x, int n, float bound, const struct scratch *s) {
+    int found = 0;
+    __m128 b4 = _mm_set1_ps(bound);
+    for (int b = 0; b < n_blocks(n); b++) {
+        if (s->block_max[b] < bound) continue;
+        int i = b * BLOCK, end = (b + 1) * BLOCK < n ? (b + 1) * BLOCK : n;
+        for (; i + 4 <= end; i += 4) {
+            int mask = _mm_movemask_ps(_mm_cmpge_ps(_mm_loadu_ps(x + i), b4));
+            for (; mask; mask &= mask - 1) {
+                int t = i + __builtin_ctz((unsigned)mask);
+                s->list[found++] = entry(x[t], t);
+            }
         }
+        for (; i < end; i++)
+            if (x[i] >= bound) s->list[found++] = entry(x[i], i);
     }
-    for (; i < end; i++)
-        if (x[i] >= bound) list[n++] = entry(value[i], i);
-    return n;
+    return found;
 }
 
 // The k best tokens of x, best first, in s->list; returns how many (k, or n if smaller).
@@ -236,22 +226,18 @@ static int best_k(const float *x, int n, int k, const struct scratch *s) {
         sort_entries(s->list, s->spare, blocks);
         bound = s->block_max[token_of(s->list[k - 1])];
     }
-    int found = 0;
-    for (int b = 0; b < blocks; b++) {
-        int end = (b + 1) * BLOCK < n ? (b + 1) * BLOCK : n;
-        if (s->block_max[b] >= bound) found = gather(x, x, b * BLOCK, end, bound, s->list, found);
-    }
+    int found = gather(x, n, bound, s);
     sort_entries(s->list, s->spare, found);
     return found < k ? found : k;
 }
 
 // --- Log-probabilities ---------------------------------------------------------------------------
 
-static int logprobs(const float *x, int n, float max, int token, int n_logprobs, struct pace_sample_result *out,
-                    const struct scratch *s) {
-    double log_sum = (double)max + log(exp_sum(x, n, max, 1.0f, NULL));
+static void logprobs(const pace_kernels *k, const float *x, int n, float max, int token, int n_logprobs,
+                     struct pace_sample_result *out, const struct scratch *s) {
+    double log_sum = (double)max + log(exp_sum(k, x, n, max, 1.0f, s->block_sum));
     out->logprob = (float)((double)x[token] - log_sum);
-    out->rank = count_at_least(x, n, x[token]);
+    out->rank = count_at_least(x, n, x[token], s->block_max);
     if (n_logprobs > n) n_logprobs = n;
     if (n_logprobs > 0) {
         best_k(x, n, n_logprobs, s);
@@ -260,7 +246,6 @@ static int logprobs(const float *x, int n, float max, int token, int n_logprobs,
             out->top_logprobs[i] = (float)((double)x[out->top_ids[i]] - log_sum);
         }
     }
-    return 0;
 }
 
 static int row_status(float max) {
@@ -268,39 +253,56 @@ static int row_status(float max) {
     return max == -INFINITY ? PACE_SAMPLE_EMPTY : 0;
 }
 
-int pace_logprobs_row(const float *logits, int vocab, int32_t token, int n_logprobs, struct pace_sample_result *out,
-                      void *memory) {
+int pace_logprobs_row(const pace_kernels *kernels, const float *logits, int vocab, int32_t token, int n_logprobs,
+                      struct pace_sample_result *out, void *memory) {
     struct scratch s = carve(memory, vocab);
     float max = row_max(logits, vocab, s.block_max);
     int status = row_status(max);
     out->token = status ? -1 : token;
-    return status ? status : logprobs(logits, vocab, max, token, n_logprobs, out, &s);
+    if (!status) logprobs(kernels, logits, vocab, max, token, n_logprobs, out, &s);
+    return status;
 }
 
 // --- Drawing -------------------------------------------------------------------------------------
 
 static bool edits(const struct pace_sample_params *p) {
-    return p->n_banned > 0 || p->n_bias > 0 || (p->repetition_penalty != 1.0f && p->n_prompt + p->n_output > 0) ||
+    return p->n_banned > 0 || p->n_bias > 0 || p->n_allowed > 0 ||
+           (p->repetition_penalty != 1.0f && p->n_prompt + p->n_output > 0) ||
            ((p->presence_penalty != 0.0f || p->frequency_penalty != 0.0f) && p->n_output > 0);
 }
 
-static void edit(float *x, int n, const struct pace_sample_params *p, int32_t *count) {
-    for (int i = 0; i < p->n_bias; i++) {
-        uint32_t t = (uint32_t)p->bias_ids[i];
-        if (t < (uint32_t)n) x[t] += p->bias[i];
+// x = the row after masks, bias and penalties. A masked logit is -inf, which neither bias nor penalties move.
+static void edit(float *x, const float *logits, int n, const struct pace_sample_params *p, int32_t *count) {
+    if (p->n_allowed > 0) {
+        for (int i = 0; i < n; i++) x[i] = -INFINITY;
+        for (int i = 0; i < p->n_allowed; i++) {
+            uint32_t t = (uint32_t)p->allowed[i];
+            if (t < (uint32_t)n) x[t] = logits[t];
+        }
+    } else {
+        memcpy(x, logits, (size_t)n * sizeof *logits);
     }
     for (int i = 0; i < p->n_banned; i++) {
         uint32_t t = (uint32_t)p->banned[i];
         if (t < (uint32_t)n) x[t] = -INFINITY;
     }
+    for (int i = 0; i < p->n_bias; i++) {
+        uint32_t t = (uint32_t)p->bias_ids[i];
+        if (t < (uint32_t)n) x[t] += p->bias[i];
+    }
     bool repetition = p->repetition_penalty != 1.0f;
     bool counts = p->presence_penalty != 0.0f || p->frequency_penalty != 0.0f;
     if (!repetition && !counts) return;
 
-    memset(count, 0,
-           (size_t)n * sizeof *count);  // bit 0: seen at all; above: occurrences in output
+    // count: bit 0: seen at all; above: occurrences in output. Only what the history names is cleared and read.
     const int32_t *history[] = {p->prompt, p->output};
     const int32_t lengths[] = {p->n_prompt, p->n_output};
+    for (int h = 0; h < 2; h++) {
+        for (int i = 0; i < lengths[h]; i++) {
+            uint32_t t = (uint32_t)history[h][i];
+            if (t < (uint32_t)n) count[t] = 0;
+        }
+    }
     for (int h = 0; h < 2; h++) {
         for (int i = 0; i < lengths[h]; i++) {
             uint32_t t = (uint32_t)history[h][i];
@@ -319,6 +321,27 @@ static void edit(float *x, int n, const struct pace_sample_params *p, int32_t *c
     }
 }
 
+// A bound on x that no token of at least this weight is below; the slack of 0.1 % covers every rounding.
+static float bound_of(double weight, float max, float temperature) {
+    double bound = (double)max + (double)temperature * (log(weight) - 1e-3);
+    return nextafterf((float)bound, -INFINITY);
+}
+
+// The weights of the n tokens in s->list; returns their sum. Those below min_weight leave the list.
+static double weigh(const float *x, float max, float inv, float min_weight, int *n, const struct scratch *s) {
+    double total = 0;
+    int kept = 0;
+    for (int i = 0; i < *n; i++) {
+        int t = token_of(s->list[i]);
+        float w = weight_of(x[t], max, inv);
+        if (w < min_weight) continue;
+        total += s->weight[t] = w;
+        s->list[kept++] = s->list[i];
+    }
+    *n = kept;
+    return total;
+}
+
 // The first entry whose cumulated weight exceeds u of the total of the first n. weight by token.
 static int draw_listed(const uint64_t *list, int n, const float *weight, double u) {
     double total = 0, sum = 0;
@@ -330,72 +353,70 @@ static int draw_listed(const uint64_t *list, int n, const float *weight, double 
     return token_of(list[0]);  // u * total rounded up to total
 }
 
-// The same over the whole vocabulary in token order, tokens below min_weight left out.
-static int draw_any(float *weight, int n, float min_weight, double u) {
-    double total = 0, sum = 0;
+// The same over the whole vocabulary in token order: first the block, then the token in it.
+static int draw_any(const pace_kernels *k, const float *x, int n, float max, float inv, double u,
+                    const struct scratch *s) {
+    double total = exp_sum(k, x, n, max, inv, s->block_sum), sum = 0;
     int last = 0;
-    // Sums of 64 first: skipping whole groups keeps the search as cheap as the sum.
-    enum { GROUP = 64 };
-    for (int pass = 0; pass < 2; pass++) {
-        for (int g = 0; g < n; g += GROUP) {
-            int end = g + GROUP < n ? g + GROUP : n;
-            double part = 0;
-            for (int i = g; i < end; i++) part += weight[i] >= min_weight ? weight[i] : 0.0f;
-            if (pass == 0) {
-                total += part;
-                continue;
-            }
-            if (sum + part <= u * total) {
-                sum += part;
-                continue;
-            }
-            for (int i = g; i < end; i++) {
-                if (weight[i] < min_weight || weight[i] == 0.0f) continue;
-                last = i;
-                sum += weight[i];
-                if (sum > u * total) return i;
-            }
+    for (int b = 0; b < n_blocks(n); b++) {
+        if (sum + (double)s->block_sum[b] <= u * total) {
+            sum += (double)s->block_sum[b];
+            continue;
+        }
+        int end = (b + 1) * BLOCK < n ? (b + 1) * BLOCK : n;
+        for (int i = b * BLOCK; i < end; i++) {
+            float w = weight_of(x[i], max, inv);
+            if (w == 0.0f) continue;
+            last = i;
+            sum += (double)w;
+            if (sum > u * total) return i;
         }
     }
-    return last;
+    return last;  // the block's sum and the sum of its tokens differ by rounding
 }
 
-static int draw(const float *x, int n, float max, const struct pace_sample_params *p, const struct scratch *s) {
+static int draw(const pace_kernels *k, const float *x, int n, float max, const struct pace_sample_params *p,
+                const struct scratch *s) {
     double u = pace_sample_uniform(p->seed, p->position, p->sample_index);
     float inv = 1.0f / p->temperature;
-    bool top_k = p->top_k > 0 && p->top_k < n, top_p = p->top_p < 1.0f;
-    if (!top_k && !top_p) {
-        exp_sum(x, n, max, inv, s->weight);
-        return draw_any(s->weight, n, p->min_p, u);
-    }
+    bool top_k = p->top_k > 0 && p->top_k < n, top_p = p->top_p<1.0f, min_p = p->min_p> 0.0f;
     int kept;
-    double total = 0;
+    double total;
     if (top_k) {
         kept = best_k(x, n, p->top_k, s);
-        for (int i = 0; i < kept; i++) {
-            int t = token_of(s->list[i]);
-            total += exp_sum(x + t, 1, max, inv, s->weight + t);
-        }
-    } else {
-        total = exp_sum(x, n, max, inv, s->weight);
-        // A token inside the nucleus has more than 1 - p below or at it, hence more than the n-th
-        // part of that itself: the others need not be sorted. The margin covers rounding.
-        double bound = (1.0 - (double)p->top_p) * total / n * 0.999;
-        kept = gather(s->weight, x, 0, n, (float)bound, s->list, 0);
+        total = weigh(x, max, inv, p->min_p, &kept, s);
+    } else if (min_p) {
+        kept = gather(x, n, bound_of(p->min_p, max, p->temperature), s);
+        total = weigh(x, max, inv, p->min_p, &kept, s);
+        if (!top_p) return draw_listed(s->list, kept, s->weight, u);  // in token order
         sort_entries(s->list, s->spare, kept);
+    } else if (top_p) {
+        total = exp_sum(k, x, n, max, inv, s->block_sum);
+        // A token inside the nucleus has more than 1 - p below or at it, hence more than the n-th part of that itself:
+        // the others need not be sorted. Mostly far fewer tokens suffice, so larger bounds are tried first.
+        double floor = (1.0 - (double)p->top_p) * total / n, bound = 1.0 / 64, mass;
+        do {
+            bound = bound > floor ? bound : floor;
+            kept = gather(x, n, bound_of(bound, max, p->temperature), s);
+            mass = weigh(x, max, inv, 0.0f, &kept, s);
+            if (bound == floor) break;
+            bound /= 64;
+        } while (mass < (double)p->top_p * total * (1 + 1e-6));
+        sort_entries(s->list, s->spare, kept);
+    } else {
+        return draw_any(k, x, n, max, inv, u, s);
     }
-    double sum = 0;
-    int nucleus = 0;
-    for (; nucleus < kept; nucleus++) {  // the smallest set of best tokens that reaches p; at least 1
-        float w = s->weight[token_of(s->list[nucleus])];
-        if (nucleus > 0 && ((top_p && sum >= (double)p->top_p * total) || w < p->min_p)) break;
-        sum += w;
+    int nucleus = kept;
+    if (top_p) {  // the smallest set of best tokens that reaches p; at least 1
+        double sum = 0;
+        for (nucleus = 0; nucleus < kept && (nucleus == 0 || sum < (double)p->top_p * total); nucleus++)
+            sum += (double)s->weight[token_of(s->list[nucleus])];
     }
     return draw_listed(s->list, nucleus, s->weight, u);
 }
 
-int pace_sample_row(const float *logits, int vocab, const struct pace_sample_params *p, struct pace_sample_result *out,
-                    void *memory) {
+int pace_sample_row(const pace_kernels *kernels, const float *logits, int vocab, const struct pace_sample_params *p,
+                    struct pace_sample_result *out, void *memory) {
     struct scratch s = carve(memory, vocab);
     out->token = -1;
     out->rank = 0;
@@ -408,17 +429,16 @@ int pace_sample_row(const float *logits, int vocab, const struct pace_sample_par
     float max = raw_max;
     bool edited = edits(p);
     if (edited) {
-        memcpy(s.edited, logits, (size_t)vocab * sizeof *logits);
-        edit(s.edited, vocab, p, (int32_t *)(void *)s.weight);
+        edit(s.edited, logits, vocab, p, (int32_t *)(void *)s.weight);
         x = s.edited;
         max = row_max(x, vocab, s.block_max);
         status = row_status(max);
         if (status) return status;
     }
-    int token = p->temperature < 1e-5f ? first_equal(x, vocab, max, s.block_max) : draw(x, vocab, max, p, &s);
+    int token = p->temperature < 1e-5f ? first_equal(x, vocab, max, s.block_max) : draw(kernels, x, vocab, max, p, &s);
     if (p->n_logprobs >= 0) {
         if (edited) row_max(logits, vocab, s.block_max);
-        logprobs(logits, vocab, raw_max, token, p->n_logprobs, out, &s);
+        logprobs(kernels, logits, vocab, raw_max, token, p->n_logprobs, out, &s);
     }
     out->token = token;
     return 0;

@@ -2,18 +2,21 @@
 // and log-probabilities. A row never looks at another row (DESIGN law 1); the caller spreads rows
 // over the team, one scratch per worker.
 //
-// Order: bias, bans, repetition penalty, frequency and presence penalty, temperature, top-k, top-p
-// of what top-k left, min-p, draw. Log-probabilities are those of the raw logits, before all this.
-// Wherever logits are equal the lower token id comes first; top-k keeps exactly k tokens.
+// Order, as vLLM's V1 sampler: allowed tokens and bans (bad words, stop ids before min_tokens), bias, repetition
+// penalty, frequency and presence penalty; then for greedy the maximum, else temperature, min-p, top-k of what min-p
+// left, top-p of what both left, draw. Log-probabilities are those of the raw logits, before all this. Wherever logits
+// are equal the lower token id comes first; top-k keeps exactly k tokens (vLLM keeps all that equal the k-th).
 #ifndef PACE_SAMPLER_H
 #define PACE_SAMPLER_H
 
 #include <stddef.h>
 #include <stdint.h>
 
+#include "kernels.h"
+
 enum {
     PACE_SAMPLE_NAN = -1,    // the logits hold a NaN or +inf
-    PACE_SAMPLE_EMPTY = -2,  // no token is left: all banned or -inf
+    PACE_SAMPLE_EMPTY = -2,  // no token is left: all banned, not allowed or -inf
 };
 
 struct pace_sample_params {
@@ -29,11 +32,12 @@ struct pace_sample_params {
     uint64_t position;      // of the token to be drawn, in its sequence
     uint32_t sample_index;  // which of the n samples of one prompt
     // Token ids outside [0, vocab) are ignored in all lists. Pointers may be NULL where n is 0.
-    int32_t n_prompt, n_output, n_banned, n_bias;
+    int32_t n_prompt, n_output, n_banned, n_bias, n_allowed;
     const int32_t *prompt, *output;
     const int32_t *banned;  // may not be drawn, e.g. EOS before min_tokens
     const int32_t *bias_ids;
-    const float *bias;  // [n_bias], added to the logits of bias_ids
+    const float *bias;       // [n_bias], added to the logits of bias_ids
+    const int32_t *allowed;  // only these may be drawn; n_allowed 0: all
 };
 
 struct pace_sample_result {
@@ -49,15 +53,15 @@ struct pace_sample_result {
 // initial contents.
 size_t pace_sample_scratch(int vocab);
 
-// logits [vocab], read only, any alignment. Returns 0, or a PACE_SAMPLE_ code with result->token -1
-// and the rest of the result undefined.
-int pace_sample_row(const float *logits, int vocab, const struct pace_sample_params *params,
-                    struct pace_sample_result *result, void *scratch);
+// logits [vocab], read only, any alignment; of the kernels only block_exp_sum is used. Returns 0, or a PACE_SAMPLE_
+// code with result->token -1 and the rest of the result undefined.
+int pace_sample_row(const pace_kernels *kernels, const float *logits, int vocab,
+                    const struct pace_sample_params *params, struct pace_sample_result *result, void *scratch);
 
 // Fills logprob, rank and the n_logprobs best for a given token in [0, vocab): prompt
 // log-probabilities. Returns 0 or PACE_SAMPLE_NAN or PACE_SAMPLE_EMPTY.
-int pace_logprobs_row(const float *logits, int vocab, int32_t token, int n_logprobs, struct pace_sample_result *result,
-                      void *scratch);
+int pace_logprobs_row(const pace_kernels *kernels, const float *logits, int vocab, int32_t token, int n_logprobs,
+                      struct pace_sample_result *result, void *scratch);
 
 // The generator, for reference implementations: Philox4x32-10 with key seed and counter
 // (position, sample_index, 0), as a double in [0, 1) from 53 bits.
