@@ -25,7 +25,8 @@ def test_attention(benchmark: Any, capsys: pytest.CaptureFixture[str], case: Att
         plan, batch = attention_plan(threads, case)
         plan.step(batch)
         benchmark.pedantic(plan.step, (batch,), rounds=9, iterations=1)
-        kv_bytes = case.n_seqs * case.kv_len * 2 * N_KV_HEADS * HEAD_DIM * 2
+        head_bytes = 2 * HEAD_DIM + 8 if case.dtype == "int8" else 4 * HEAD_DIM
+        kv_bytes = case.n_seqs * case.kv_len * N_KV_HEADS * head_bytes
         pairs = case.rows * case.kv_len - case.rows * (case.rows - 1) // 2
         flops = case.n_seqs * pairs * N_HEADS * 4 * HEAD_DIM
         report(benchmark, capsys, threads, isa, case.name, kv_bytes, flops)

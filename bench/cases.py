@@ -66,16 +66,26 @@ class AttentionCase:
     rows: int
     kv_len: int
     block_size: int = 64
+    dtype: ops.KVDtype = "bf16"
+    contiguous: bool = False
 
 
 ATTENTIONS = (
     AttentionCase("decode-8k", 1, 1, 8192),
     AttentionCase("decode-8k-blocks-16", 1, 1, 8192, 16),
     AttentionCase("decode-8k-blocks-256", 1, 1, 8192, 256),
+    AttentionCase("decode-8k-contiguous", 1, 1, 8192, contiguous=True),
+    AttentionCase("decode-8k-int8", 1, 1, 8192, dtype="int8"),
+    AttentionCase("decode-8k-int8-blocks-16", 1, 1, 8192, 16, "int8"),
+    AttentionCase("decode-8k-int8-blocks-256", 1, 1, 8192, 256, "int8"),
+    AttentionCase("decode-8k-int8-contiguous", 1, 1, 8192, dtype="int8", contiguous=True),
     AttentionCase("verify-13-8k", 1, 13, 8192),
+    AttentionCase("verify-13-8k-int8", 1, 13, 8192, dtype="int8"),
     AttentionCase("decode-32x1k", 32, 1, 1024),
+    AttentionCase("decode-32x1k-int8", 32, 1, 1024, dtype="int8"),
     AttentionCase("prefill-512", 1, 512, 512),
     AttentionCase("prefill-1920", 1, 1920, 1920),
+    AttentionCase("prefill-1920-int8", 1, 1920, 1920, dtype="int8"),
 )
 
 
@@ -99,7 +109,8 @@ def gemm_plan(team: ops.Team, case: GemmCase, rows: int) -> tuple[ops.Plan, int]
 def attention_plan(team: ops.Team, case: AttentionCase) -> tuple[ops.Plan, ir.Batch]:
     """One layer's attention over a full cache, and the step to run."""
     per_seq = -(-case.kv_len // case.block_size)
-    pool = ops.KVPool(1, N_KV_HEADS, HEAD_DIM, per_seq * case.n_seqs, case.block_size)
+    n_blocks = per_seq * case.n_seqs
+    pool = ops.KVPool(1, N_KV_HEADS, HEAD_DIM, n_blocks, case.block_size, case.dtype, case.contiguous)
     slots = [
         ir.Slot("qkv", QKV, "f32", "tokens"),
         ir.Slot("q", N_HEADS * HEAD_DIM, "bf16", "tokens"),
@@ -117,13 +128,14 @@ def attention_plan(team: ops.Team, case: AttentionCase) -> tuple[ops.Plan, ir.Ba
     }
     fill = build(team, [rope], slots, **sizes)  # type: ignore[arg-type]
     fill.slot("qkv")[...] = np.random.Generator(np.random.PCG64(2)).standard_normal((2048, QKV), np.float32)
-    tables = np.arange(per_seq * case.n_seqs).reshape(case.n_seqs, per_seq)
-    for table in tables.tolist():
+    blocks = np.arange(n_blocks).reshape(case.n_seqs, per_seq)
+    tables = (blocks[:, :1] if case.contiguous else blocks).tolist()
+    for table in tables:
         for at in range(0, case.kv_len, 2048):
             fill.step(batch_of([([0] * min(2048, case.kv_len - at), at, table)]))
     plan = build(team, [rope, attention], slots, **sizes)  # type: ignore[arg-type]
     plan.slot("qkv")[...] = fill.slot("qkv")
-    return plan, batch_of([([0] * case.rows, case.kv_len - case.rows, table) for table in tables.tolist()])
+    return plan, batch_of([([0] * case.rows, case.kv_len - case.rows, table) for table in tables])
 
 
 def team() -> ops.Team:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from pace.models.plan import (
     RopeKV,
     Slot,
 )
-from pace.reference import Array, Reference, activate, norm, round_bf16, split_gated
+from pace.reference import Array, Reference, activate, norm, quantise, round_bf16, split_gated
 
 N_HEADS, N_KV_HEADS, HEAD_DIM = 4, 2, 16
 Q_DIM, KV_DIM = N_HEADS * HEAD_DIM, N_KV_HEADS * HEAD_DIM
@@ -43,10 +44,12 @@ def plan_of(ops: tuple[Op, ...], slots: list[Slot], vocab_size: int = 50) -> Pla
     )
 
 
-def attend(rounding: Any = None, **options: Any) -> tuple[Array, Array, Array, Array, Array]:
+def attend(
+    rounding: Any = None, cache: dict[str, Any] | None = None, table: Sequence[int] = (3, 1), **options: Any
+) -> tuple[Array, Array, Array, Array, Array]:
     """Attention of a 21-token prompt without rotation: (result, q, k, v, sinks)."""
     rng = np.random.default_rng(3)
-    table = rng.standard_normal((50, QKV_DIM))
+    embedding = rng.standard_normal((50, QKV_DIM))
     sinks = rng.standard_normal(N_HEADS)
     plan = plan_of(
         (
@@ -61,9 +64,10 @@ def attend(rounding: Any = None, **options: Any) -> tuple[Array, Array, Array, A
         ],
     )
     tokens = [int(t) for t in rng.integers(0, 50, 21)]
-    runner = Reference(plan, {"embed": table, "sinks": sinks}, 4, BLOCK_SIZE, rounding=rounding)
-    out = runner.step(batch_of([(tokens, 0, [3, 1])])).reshape(21, N_HEADS, HEAD_DIM)
-    q, k, v = np.split(table[tokens].reshape(21, -1, HEAD_DIM), [N_HEADS, N_HEADS + N_KV_HEADS], axis=1)
+    weights = {"embed": embedding, "sinks": sinks}
+    runner = Reference(plan, weights, 4, BLOCK_SIZE, rounding=rounding, **(cache or {}))
+    out = runner.step(batch_of([(tokens, 0, table)])).reshape(21, N_HEADS, HEAD_DIM)
+    q, k, v = np.split(embedding[tokens].reshape(21, -1, HEAD_DIM), [N_HEADS, N_HEADS + N_KV_HEADS], axis=1)
     return out, q, k, v, sinks
 
 
@@ -90,6 +94,31 @@ def test_attention_rounds_where_the_kernels_do() -> None:
     exact, rounded = attend()[0], attend(rounding="bf16")[0]
     assert np.array_equal(rounded, round_bf16(rounded))
     assert 1e-4 < np.abs(exact - rounded).max() < 0.1
+
+
+def test_attention_over_an_extent() -> None:
+    blocks, extent = attend(table=[2, 3])[0], attend(cache={"contiguous": True}, table=[2])[0]
+    assert blocks.tobytes() == extent.tobytes()
+
+
+def test_attention_over_an_int8_cache() -> None:
+    """Every head of k and v becomes integers times its largest element / 127, and nothing else changes."""
+    out, q, k, v, _ = attend(cache={"kv_dtype": "int8"})
+    for x in (k, v):
+        for at in np.ndindex(x.shape[:2]):
+            scale = max(abs(e) for e in x[at]) / 127
+            x[at] = [round(e / scale) * scale for e in x[at]]
+    for p in range(21):
+        for h in range(N_HEADS):
+            weights = [math.exp(0.5 * float(q[p, h] @ k[j, h // 2])) for j in range(p + 1)]
+            want = sum(w * v[j, h // 2] for j, w in enumerate(weights)) / sum(weights)
+            np.testing.assert_allclose(out[p, h], want, rtol=1e-9, atol=1e-12)
+
+
+def test_quantise_zero_and_what_is_no_number() -> None:
+    integers, scales = quantise(np.array([[0.0, 0.0], [1.0, np.inf], [np.nan, 1.0], [-2.54, 1.27]]))
+    np.testing.assert_array_equal(scales[:3], [[0.0], [np.nan], [np.nan]])
+    np.testing.assert_array_equal(integers, [[0, 0], [0, 0], [0, 0], [-127, 64]])  # 63.5 to even
 
 
 @pytest.mark.parametrize("kind", ["rms", "rms1", "layer"])
