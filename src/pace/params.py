@@ -164,7 +164,7 @@ class SamplingParams:
         if (
             self.min_tokens
             and self.allowed_token_ids
-            and set(self.allowed_token_ids) <= set(self.stop_token_ids)
+            and set(self.allowed_token_ids) <= set(self.stop_token_ids or ())
         ):
             raise RequestError(
                 f"min_tokens is {self.min_tokens}, but every id of allowed_token_ids is a stop id, which can't be "
