@@ -430,6 +430,19 @@ def test_pace_isa_unknown() -> None:
 # ---- sampling ---------------------------------------------------------------------------------------------
 
 
+def test_sampling_reads_rows_with_gaps(team: ops.Team) -> None:
+    """As the plan's logits have where no vector divides the vocabulary."""
+    wide = np.random.default_rng(3).standard_normal((5, 320)).astype(np.float32)
+    logits = wide[:, :307]
+    wide[:, 307:] = np.inf
+    got = ops.sample(team, logits, sample_params(5, temperature=0.0, n_logprobs=0), [None] * 5)
+    assert got.tokens.tolist() == logits.argmax(axis=1).tolist() and not got.errors.any()
+    again = ops.logprobs(team, logits, got.tokens, 0)
+    assert again.logprobs.tobytes() == got.logprobs.tobytes()
+    with pytest.raises(ValueError, match="side by side"):
+        ops.sample(team, wide.T[:5], sample_params(5), [None] * 5)
+
+
 def sample_params(n: int, **fields: Any) -> np.ndarray:
     """n rows of parameters with everything off: temperature 1, no filters, no penalties, no logprobs."""
     rows = np.zeros(n, ops.SAMPLE_DTYPE)

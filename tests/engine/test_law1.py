@@ -251,6 +251,7 @@ class Lab:
                 self.compare(ask, got, want)
             if ask.scored and ask.abort is None:
                 assert output.prompt_logprobs == truth.prompt_logprobs
+        assert engine.stats()["n_repeated_steps"] == 0
         tables = engine.scheduler.tables
         assert (tables.n_free, tables.n_open) == (tables.n_blocks, 0)
         return engine
@@ -317,7 +318,9 @@ OPTIONS: dict[str, Any] = {
 def test_the_trials_reach_what_they_claim_to(lab: Lab) -> None:
     """Preemption, prefix hits, partial blocks and forks do happen in such crowds."""
     engine = lab.check(
-        "qwen3", [ask(arrival=i, own_end=i % 2 == 1) for i in range(6)], **OPTIONS | {"n_full": 1}
+        "qwen3",
+        [ask(n_prompt=3, arrival=i, own_end=i % 2 == 1, n_output=40) for i in range(6)],
+        **OPTIONS | {"n_full": 1},
     )
     stats = engine.stats()
     assert stats["n_preemptions"] > 0 and stats["n_cached_tokens"] > 200

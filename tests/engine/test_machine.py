@@ -102,6 +102,9 @@ class EngineMachine(RuleBasedStateMachine):
         late=st.sampled_from([None, None, None, None, -1.0, 1e9]),
     )
     def submit(self, **asked: Any) -> None:
+        self.submit_one(**asked)
+
+    def submit_one(self, **asked: Any) -> None:
         prompt = STREAMS[asked["stream"]][: asked["n_prompt"]]
         if asked["own_end"]:
             prompt[-1] = self.count % (VOCAB - 6)
@@ -137,14 +140,40 @@ class EngineMachine(RuleBasedStateMachine):
         self.got[name] = [[] for _ in range(n)]
         self.count += 1
 
+    @rule(
+        stream=st.integers(0, len(STREAMS) - 1),
+        n_prompt=st.integers(20, 90),
+        n_output=st.integers(20, MAX_LEN),
+        n_requests=st.integers(2, 6),
+        streams=st.booleans(),
+    )
+    def submit_crowd(self, n_prompt: int, n_requests: int, **asked: Any) -> None:
+        """Long outputs of prompts with one beginning: they share, and then they need more than there is."""
+        for i in range(n_requests):
+            self.submit_one(
+                n_prompt=n_prompt + i,
+                own_end=i % 2 == 0,
+                temperature=0.0,
+                n=1,
+                priority=0,
+                kind=RequestOutputKind.DELTA,
+                salt=None,
+                ignore_eos=True,
+                scored=None,
+                late=None,
+                **asked,
+            )
+
     @precondition(lambda self: self.asked)
-    @rule(data=st.data())
-    def abort(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), really=st.sampled_from([True, False, False, False]))
+    def abort(self, data: st.DataObject, really: bool) -> None:
+        if not really:
+            return
         name = data.draw(st.sampled_from(sorted(self.asked)))
         self.engine.abort(name)
         self.asked[name]["aborted"] = True
 
-    @rule(n=st.integers(1, 6))
+    @rule(n=st.integers(1, 6) | st.integers(1, 60))
     def step(self, n: int) -> None:
         for _ in range(n):
             aborted = {name for name, asked in self.asked.items() if asked.get("aborted")}

@@ -342,11 +342,13 @@ cdef class Team:
         job.repeat = iterations
         return self.roof(&job)
 
-    cdef int run_rows(self, sample_job *job, const float[:, ::1] logits, int32_t[:, ::1] top_ids,
+    cdef int run_rows(self, sample_job *job, const float[:, :] logits, int32_t[:, ::1] top_ids,
                       float[:, ::1] top_logprobs, int32_t[::1] errors) except -1:
         """Draw or score every row; job.params or job.given, and room for the results, are the caller's."""
         cdef long i, n = logits.shape[0]
         cdef int e
+        if logits.shape[1] > 1 and logits.strides[1] != 4:
+            raise ValueError("the logits of a row must lie side by side")
         job.kernels = current
         job.logits, job.stride = &logits[0, 0], logits.strides[0] // 4
         job.scratch_stride = (pace_sample_scratch(job.vocab) + 63) // 64 * 64
@@ -364,7 +366,7 @@ cdef class Team:
         pace_work_destroy(&job.work)
         return check_run(e)
 
-    def sample(self, const float[:, ::1] logits, const sample_record[::1] params, history, int32_t[::1] tokens,
+    def sample(self, const float[:, :] logits, const sample_record[::1] params, history, int32_t[::1] tokens,
                float[::1] logprobs, int32_t[::1] ranks, int32_t[:, ::1] top_ids, float[:, ::1] top_logprobs,
                int32_t[::1] errors):
         cdef long i, n = logits.shape[0]
@@ -418,7 +420,7 @@ cdef class Team:
             PyMem_Free(<void *>job.params)
             PyMem_Free(job.results)
 
-    def logprobs(self, const float[:, ::1] logits, const int32_t[::1] tokens, int n_logprobs, float[::1] logprobs,
+    def logprobs(self, const float[:, :] logits, const int32_t[::1] tokens, int n_logprobs, float[::1] logprobs,
                  int32_t[::1] ranks, int32_t[:, ::1] top_ids, float[:, ::1] top_logprobs, int32_t[::1] errors):
         cdef long i, n = logits.shape[0]
         cdef sample_job job

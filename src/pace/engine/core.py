@@ -91,6 +91,7 @@ class Engine:
         self._emit: list[Request] = []  # requests with something to tell after this step
         self._n_finished: Counter[str] = Counter()
         self._n_steps = self._n_tokens = self._n_sampled = self._n_prompt_tokens = self._n_cached_tokens = 0
+        self._n_repeated_steps = 0
         self._step_s = self._sample_s = 0.0
 
     # ---- requests -----------------------------------------------------------------------------------------
@@ -354,6 +355,7 @@ class Engine:
         if len(step.seqs) == 1:
             self._fail(step.seqs[0], error)
             return
+        self._n_repeated_steps += 1
         logger.warning(
             "a step of %d sequences failed and is repeated one by one: %s", len(step.seqs), one_line(error)
         )
@@ -524,7 +526,8 @@ class Engine:
             n_steps, n_tokens (rows that ran), n_prompt_tokens (of these, read from prompts), n_cached_tokens
             (prompt tokens that the prefix cache spared), n_sampled; step_s, and of that run_s in the compiled
             plan, sample_s in the sampler, python_s elsewhere; n_running, n_waiting (sequences), n_requests
-            (unfinished); n_finished by reason; n_preemptions; n_blocks, n_free_blocks, block_size; kv_cache: the
+            (unfinished); n_finished by reason; n_preemptions; n_repeated_steps (failed, and run again one sequence
+            at a time); n_blocks, n_free_blocks, block_size; kv_cache: the
             counters of `KVTables.stats`.
         """
         scheduler = self.scheduler
@@ -545,6 +548,7 @@ class Engine:
             "n_requests": len(self._requests),
             "n_finished": dict(self._n_finished),
             "n_preemptions": scheduler.n_preemptions,
+            "n_repeated_steps": self._n_repeated_steps,
             "n_blocks": tables.n_blocks,
             "n_free_blocks": tables.n_free,
             "block_size": tables.block_size,

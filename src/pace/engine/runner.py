@@ -75,7 +75,9 @@ class Runner:
         # Rows of prompts lie between the others: apart, each kind is one array.
         mask = np.zeros(len(logits), dtype=bool)
         mask[sampled_rows] = True
-        return StepLogits(logits[mask], sampled, logits[~mask], scored)
+        return StepLogits(
+            np.compress(mask, logits, axis=0), sampled, np.compress(~mask, logits, axis=0), scored
+        )
 
     def _batch(self, step: Schedule) -> tuple[Batch, list[Sequence], list[int], list[tuple[Sequence, int]]]:
         n_seqs = len(step.seqs)
