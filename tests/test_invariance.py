@@ -1,9 +1,9 @@
-"""Law 1: a sequence's logits are the same bytes whatever the company, the chunks, the threads and the blocks.
+"""Law 1: a sequence's logits are the same bytes whatever the company, the chunks, the threads and the KV cache.
 
 The truth of an example is one prefill of a long stream of tokens, alone, with one thread and blocks of
-16. Every example replays prefixes of such streams on a random schedule and compares bytes: a row's logits
-depend on nothing but the tokens up to it. Pools are reused from example to example, so the blocks hold
-old sequences.
+16 in order; bf16 and int8 caches have their own. Every example replays prefixes of such streams on a random
+schedule and compares bytes: a row's logits depend on nothing but the tokens up to it. Pools are reused from
+example to example, so the blocks hold old sequences.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -33,7 +34,8 @@ MODELS = (
 )
 N_STREAMS = 3
 N_TOKENS = 300  # more than one attention piece of 256
-BLOCK_SIZES = (16, 32, 64, 256)
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+DTYPES = get_args(ops.KVDtype)
 MAX_STEPS = 24  # small steps of one sequence in a quick example; the rest of it is one chunk
 
 
@@ -66,6 +68,35 @@ class Part:
         raise AssertionError("cycle() never ends")
 
 
+@dataclass(frozen=True)
+class KVCache:
+    """How the cache is cut and kept."""
+
+    block_size: int
+    dtype: ops.KVDtype = "bf16"
+    contiguous: bool = False
+
+    def blocks(self, n: int) -> int:
+        """Blocks of a sequence of n tokens."""
+        return -(-n // self.block_size)
+
+    @property
+    def n_blocks(self) -> int:
+        """Enough for four sequences, and a few that stay unused."""
+        return 4 * self.blocks(N_TOKENS) + 3
+
+    def tables(self, lengths: Sequence[int], rng: np.random.Generator) -> list[list[int]]:
+        """Scattered blocks, or extents in any order."""
+        if not self.contiguous:
+            free = rng.permutation(self.n_blocks).tolist()
+            return [[free.pop() for _ in range(self.blocks(n))] for n in lengths]
+        first, tables = int(rng.integers(0, 3)), [[0]] * len(lengths)
+        for i in rng.permutation(len(lengths)):
+            tables[i] = [first]
+            first += self.blocks(lengths[i])
+        return tables
+
+
 PARTS = st.builds(
     Part,
     stream=st.integers(0, N_STREAMS - 1),
@@ -81,7 +112,9 @@ EXAMPLES = st.fixed_dictionaries(
         "model": st.sampled_from(MODELS),
         "parts": st.lists(PARTS, min_size=1, max_size=4),
         "n_threads": st.integers(1, 3),
-        "block_size": st.sampled_from(BLOCK_SIZES),
+        "kv": st.builds(
+            KVCache, st.sampled_from(BLOCK_SIZES), st.sampled_from(["bf16", "bf16", "int8"]), st.booleans()
+        ),
         "shuffle": st.integers(0, 1000),
         "every": st.sampled_from([1, 1, 2, 5]),
     }
@@ -95,17 +128,19 @@ class Lab:
     def __init__(self, packed_model: Callable[[str], Packed]) -> None:
         self.packed_model = packed_model
         self.teams = {n: ops.Team(n) for n in (1, 2, 3)}
-        self.runners: dict[tuple[str, str, int, int], ops.Plan] = {}
-        self.truths: dict[tuple[str, str, int], np.ndarray] = {}
+        self.runners: dict[tuple[str, str, int, KVCache], ops.Plan] = {}
+        self.truths: dict[tuple[str, str, int, str], np.ndarray] = {}
 
-    def runner(self, model: str, n_threads: int, block_size: int) -> ops.Plan:
-        key = (ops.isa(), model, n_threads, block_size)
+    def runner(self, model: str, n_threads: int, kv: KVCache) -> ops.Plan:
+        key = (ops.isa(), model, n_threads, kv)
         if key not in self.runners:
             self.runners[key] = self.packed_model(model).runner(
                 self.teams[n_threads],
-                n_blocks=4 * -(-N_TOKENS // block_size) + 3,
-                block_size=block_size,
+                n_blocks=kv.n_blocks,
+                block_size=kv.block_size,
                 max_tokens=4 * N_TOKENS,
+                kv_dtype=kv.dtype,
+                contiguous=kv.contiguous,
             )
         return self.runners[key]
 
@@ -113,25 +148,24 @@ class Lab:
         rng = np.random.Generator(np.random.PCG64([tiny.seed_of(model), stream]))
         return [int(t) for t in rng.integers(0, tiny.VOCAB_SIZE, N_TOKENS)]
 
-    def truth(self, model: str, stream: int) -> np.ndarray:
+    def truth(self, model: str, stream: int, dtype: ops.KVDtype = "bf16") -> np.ndarray:
         """Logits [N_TOKENS, vocab_size] of a stream alone: one step, one thread, blocks of 16 in order."""
-        key = (ops.isa(), model, stream)
+        key = (ops.isa(), model, stream, dtype)
         if key not in self.truths:
             table = list(range(-(-N_TOKENS // 16)))
             batch = batch_of([(self.tokens(model, stream), 0, table)])
-            self.truths[key] = self.runner(model, 1, 16).step(batch).copy()
+            self.truths[key] = self.runner(model, 1, KVCache(16, dtype)).step(batch).copy()
             assert np.isfinite(self.truths[key]).all()
         return self.truths[key]
 
     def check(
-        self, model: str, parts: Sequence[Part], n_threads: int, block_size: int, shuffle: int, every: int
+        self, model: str, parts: Sequence[Part], n_threads: int, kv: KVCache, shuffle: int, every: int
     ) -> None:
         """Run the parts together and compare every row that is asked for with the truth."""
-        truths = [self.truth(model, part.stream) for part in parts]
-        runner = self.runner(model, n_threads, block_size)
+        truths = [self.truth(model, part.stream, kv.dtype) for part in parts]
+        runner = self.runner(model, n_threads, kv)
         rng = np.random.Generator(np.random.PCG64(shuffle))
-        free = rng.permutation(4 * -(-N_TOKENS // block_size) + 3).tolist()
-        tables = [[free.pop() for _ in range(-(-part.n // block_size))] for part in parts]
+        tables = kv.tables([part.n for part in parts], rng)
         plans = [part.chunks() for part in parts]
         done = [0] * len(parts)
         for t in range(max(map(len, plans))):
@@ -174,13 +208,23 @@ QUICK = settings(
 
 
 @given(case=EXAMPLES)
-@example(case={"model": "qwen3", "parts": LONG, "n_threads": 2, "block_size": 32, "shuffle": 1, "every": 1})
+@example(case={"model": "qwen3", "parts": LONG, "n_threads": 2, "kv": KVCache(32), "shuffle": 1, "every": 1})
+@example(
+    case={
+        "model": "llama-head80-biases",
+        "parts": LONG,
+        "n_threads": 3,
+        "kv": KVCache(16, "int8"),
+        "shuffle": 3,
+        "every": 1,
+    }
+)
 @example(
     case={
         "model": "mistral-window",
         "parts": LONG,
         "n_threads": 3,
-        "block_size": 16,
+        "kv": KVCache(16, contiguous=True),
         "shuffle": 2,
         "every": 1,
     }
@@ -203,30 +247,37 @@ def test_every_tier_long(lab: Lab, isa: str, case: dict[str, object]) -> None:
     lab.check(**case)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("model", MODELS)
-def test_token_by_token(lab: Lab, isa: str, model: str) -> None:
+def test_token_by_token(lab: Lab, isa: str, model: str, dtype: ops.KVDtype) -> None:
     """The plainest form: one prompt in one step, and the same prompt one token a step."""
-    truth = lab.truth(model, 0)[:48]
-    runner = lab.runner(model, 2, 16)
+    truth = lab.truth(model, 0, dtype)[:48]
+    runner = lab.runner(model, 2, KVCache(16, dtype))
     for i, token in enumerate(lab.tokens(model, 0)[:48]):
         assert runner.step(batch_of([([token], i, [5, 2, 9])]))[0].tobytes() == truth[i].tobytes(), i
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("n_threads", [1, 2, 3])
-def test_threads_and_blocks(lab: Lab, isa: str, n_threads: int, block_size: int) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_threads_and_blocks(
+    lab: Lab, isa: str, n_threads: int, block_size: int, dtype: ops.KVDtype, contiguous: bool
+) -> None:
     for model in ("llama-gqa4-tied", "qwen2-window"):
-        lab.check(model, [Part(0, 290, 0, (290,), 0)], n_threads, block_size, 7, 1)
+        kv = KVCache(block_size, dtype, contiguous)
+        lab.check(model, [Part(0, 290, 0, (290,), 0)], n_threads, kv, 7, 1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [2, 5, 13, 16])
-def test_rejected_drafts_leave_no_trace(lab: Lab, isa: str, k: int) -> None:
+def test_rejected_drafts_leave_no_trace(lab: Lab, isa: str, k: int, dtype: ops.KVDtype) -> None:
     """Verification: k wrong tokens are run, rejected and overwritten; what follows is as if they never
     were.
     """
     model = "qwen3"
-    truth, tokens = lab.truth(model, 0), lab.tokens(model, 0)
-    runner, table = lab.runner(model, 2, 16), [3, 0, 8, 1, 7]
+    truth, tokens = lab.truth(model, 0, dtype), lab.tokens(model, 0)
+    runner, table = lab.runner(model, 2, KVCache(16, dtype)), [3, 0, 8, 1, 7]
     runner.step(batch_of([(tokens[:29], 0, table)], logit_rows=[]))
     for at in range(29, 45):
         wrong = [tokens[at], *((t + 1) % tiny.VOCAB_SIZE for t in tokens[at + 1 : at + k])]
@@ -239,7 +290,7 @@ def test_the_tests_can_fail(lab: Lab) -> None:
     model = "llama-gqa4-tied"
     tokens = lab.tokens(model, 0)[:20]
     tokens[3] = (tokens[3] + 1) % tiny.VOCAB_SIZE
-    logits = lab.runner(model, 2, 16).step(batch_of([(tokens, 0, [1, 0])]))
+    logits = lab.runner(model, 2, KVCache(16)).step(batch_of([(tokens, 0, [1, 0])]))
     truth = lab.truth(model, 0)
     assert logits[2].tobytes() == truth[2].tobytes()
     assert logits[19].tobytes() != truth[19].tobytes()

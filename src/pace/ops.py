@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,9 @@ from pace.models import plan as ir
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
+
+KVDtype = Literal["bf16", "int8"]
+"""Element types of the KV cache."""
 
 OPERATORS = ("embed", "norm", "gemm", "rope", "attention", "select")
 """Names that an engine's `kernels` mapping takes: each operator's tier can be chosen on its own."""
@@ -183,20 +186,60 @@ class PackedMatrix:
 
 
 class KVPool:
-    """KV cache memory of every layer: n_blocks blocks of block_size tokens, bf16 keys and values."""
+    """KV cache memory of every layer: n_blocks blocks of block_size tokens, keys and values.
 
-    def __init__(self, n_layers: int, n_kv_heads: int, head_dim: int, n_blocks: int, block_size: int) -> None:
+    Args:
+        head_dim: a multiple of 16 up to 256.
+        block_size: tokens in a block, a power of two from 16 on.
+        dtype: "bf16", or "int8": per token and kv head one float32 scale for the key and one for the value
+            (largest magnitude / 127); a block takes n_layers * n_kv_heads * block_size * (2 * head_dim + 8) bytes.
+        contiguous: a sequence's blocks follow each other, and `Batch.block_tables` is [S, 1], the first of them.
+
+    Raises:
+        ConfigError: a size or dtype is not one of those.
+        MemoryError: the system refuses the memory.
+    """
+
+    def __init__(
+        self,
+        n_layers: int,
+        n_kv_heads: int,
+        head_dim: int,
+        n_blocks: int,
+        block_size: int,
+        dtype: KVDtype = "bf16",
+        contiguous: bool = False,
+    ) -> None:
+        if dtype not in get_args(KVDtype):
+            raise ConfigError(f"KV cache dtype is {dtype!r}, expected bf16 or int8")
         try:
-            self._pool = _kernels.KVPool(n_layers, n_kv_heads, head_dim, n_blocks, block_size)
+            self._pool = _kernels.KVPool(
+                n_layers, n_kv_heads, head_dim, n_blocks, block_size, dtype == "int8", contiguous
+            )
         except ValueError as error:
             raise ConfigError(str(error)) from None
         self.n_blocks = n_blocks
         self.block_size = block_size
+        self.dtype = dtype
+        self.contiguous = contiguous
 
     @property
     def nbytes(self) -> int:
         """Bytes reserved; pages are touched only when tokens are stored."""
         return self._pool.nbytes
+
+    def copy(self, src: int, dst: int, n_tokens: int) -> None:
+        """Make the first `n_tokens` tokens of block `src` those of block `dst`, in every layer; appending goes on
+        behind them. Runs without the GIL. No step that touches either block may run meanwhile.
+
+        Args:
+            src, dst: two different blocks.
+            n_tokens: 0 to block_size.
+
+        Raises:
+            ValueError: a block or the count is out of range; nothing was copied.
+        """
+        self._pool.copy(src, dst, n_tokens)
 
 
 class Plan:

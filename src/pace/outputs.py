@@ -27,6 +27,9 @@ class Logprob:
 class CompletionOutput:
     """One completion of a prompt.
 
+    Where a request's output_kind is DELTA, text, token_ids and logprobs hold only what is new since the output
+    before, and the other fields the state of the whole.
+
     Attributes:
         index: which of the request's completions this is.
         text: the text so far; always whole characters.
@@ -98,6 +101,9 @@ class RequestOutput:
         outputs: the completions.
         finished: whether all completions have ended.
         metrics: times and counts.
+        prompt_logprobs: for each token of the prompt, {token id: Logprob} of it and the most probable tokens; None
+            for the first one, which nothing predicts. None where not asked for.
+        num_cached_tokens: tokens of the prompt that were found in the prefix cache.
     """
 
     request_id: str
@@ -106,3 +112,5 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool = False
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    num_cached_tokens: int = 0

@@ -6,18 +6,37 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from enum import Enum
+from types import MappingProxyType
 from typing import Any
 
 from pace.errors import RequestError, show
 
-__all__ = ["GREEDY_EPS", "MAX_LOGPROBS", "SamplingParams"]
+__all__ = ["GREEDY_EPS", "MAX_LOGPROBS", "MAX_N", "RequestOutputKind", "SamplingParams"]
 
 GREEDY_EPS = 1e-5  # a temperature below this is greedy (vLLM's _SAMPLING_EPS)
 MAX_LOGPROBS = 20  # vLLM's default of --max-logprobs
+MAX_N = 128  # completions of one request; every one takes a sequence's share of the KV cache
 MAX_STOP_STRINGS = 64
 MAX_STOP_LEN = 1024  # characters of one stop string
 MAX_STOP_TOKEN_IDS = 1024
+MAX_BAD_WORDS = 1024
+MAX_BAD_WORD_LEN = 1024  # characters of one bad word
+MAX_LISTED_IDS = 1 << 18  # of logit_bias and allowed_token_ids: the largest vocabulary in use
+MAX_BIAS = 100.0  # OpenAI's range: enough to force or to forbid a token
 MAX_INT32 = (1 << 31) - 1
+
+
+class RequestOutputKind(Enum):
+    """What the outputs of a streamed request hold, with vLLM's names and values."""
+
+    CUMULATIVE = 0
+    """Everything so far, in every output."""
+    DELTA = 1
+    """What is new since the output before: text, token ids and logprobs; joined they are the whole. An output that
+    only ends a completion may be empty."""
+    FINAL_ONLY = 2
+    """One output, when all completions have ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +44,8 @@ class SamplingParams:
     """How to sample one request. All fields are checked on construction; an instance never changes.
 
     Attributes:
+        n: completions of the prompt, in [1, 128]. They differ by their random numbers only, so greedy
+            sampling takes 1.
         temperature: divides the logits; 0 (or below 1e-5) is greedy. In [0, 100].
         top_k: keep the k most probable tokens; 0 or -1 keeps all.
         top_p: keep the smallest set of tokens whose probability reaches this. In (0, 1].
@@ -34,7 +55,7 @@ class SamplingParams:
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output. In
             [0.01, 100].
         seed: makes the request's random numbers its own and repeatable; None or -1: derived from the engine's
-            seed.
+            seed. The completions of one request have distinct numbers of the same seed.
         stop: strings that end the output (at most 64, of 1 to 1024 characters).
         stop_token_ids: token ids that end the output, besides the model's EOS ids.
         ignore_eos: don't stop at the model's EOS ids.
@@ -42,15 +63,23 @@ class SamplingParams:
         min_tokens: no EOS, stop id or stop string ends the output before so many tokens.
         logprobs: also return this many most probable tokens at each position (0: only the sampled one; None:
             none).
+        prompt_logprobs: the same for each token of the prompt but the first, which nothing predicts.
+        logit_bias: token ids to numbers in [-100, 100] that are added to their logits.
+        bad_words: strings that the output must not contain, as the tokenizer writes them alone and after a
+            space; the last token of each is not drawn behind its other ones. Another division of the same
+            letters into tokens is not recognised, as in vLLM.
+        allowed_token_ids: only these tokens can be drawn; None: all.
         detokenize: produce text; without it only token ids.
         skip_special_tokens: leave special tokens out of the text.
         include_stop_str_in_output: keep the stop string, or the stop token's text, at the end of the text.
+        output_kind: what the outputs of a streamed request hold.
         explicit: names of the fields that the caller gave; the others may take the checkpoint's defaults.
 
     Raises:
         RequestError: a field has the wrong type or is out of range; the message names it.
     """
 
+    n: int = 1
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -65,9 +94,14 @@ class SamplingParams:
     max_tokens: int | None = 16
     min_tokens: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)  # a mapping has no hash
+    bad_words: Sequence[str] | None = None
+    allowed_token_ids: Sequence[int] | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     explicit: frozenset[str] = field(default=frozenset(), init=False, repr=False, compare=False)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
@@ -82,6 +116,7 @@ class SamplingParams:
             object.__setattr__(self, name, value)
 
         put("explicit", self.__dict__.pop("_given"))
+        put("n", _int("n", self.n, 1, MAX_N))
         put("temperature", _float("temperature", self.temperature, 0.0, 100.0))
         put("top_k", max(0, _int("top_k", self.top_k, -1, MAX_INT32)))
         put("top_p", _float("top_p", self.top_p, 0.0, 1.0))
@@ -96,6 +131,13 @@ class SamplingParams:
             put("seed", None if seed == -1 else seed)
         put("stop", _stop_strings(self.stop))
         put("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS))
+        put("logit_bias", _logit_bias(self.logit_bias))
+        put("bad_words", _bad_words(self.bad_words))
+        if self.allowed_token_ids is not None:
+            allowed = _token_ids("allowed_token_ids", self.allowed_token_ids, MAX_LISTED_IDS)
+            if not allowed:
+                raise RequestError("allowed_token_ids is empty, expected at least one id; None allows all")
+            put("allowed_token_ids", allowed)
         for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} is {show(getattr(self, name))}, expected True or False")
@@ -104,10 +146,40 @@ class SamplingParams:
         put("min_tokens", _int("min_tokens", self.min_tokens, 0, MAX_INT32))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}")
-        if self.logprobs is not None:
-            put("logprobs", _int("logprobs", self.logprobs, 0, MAX_LOGPROBS))
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                put(name, _int(name, getattr(self, name), 0, MAX_LOGPROBS))
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise RequestError(
+                f"output_kind is {show(self.output_kind)}, expected RequestOutputKind.CUMULATIVE, DELTA or "
+                "FINAL_ONLY"
+            )
         if self.stop and not self.detokenize:
             raise RequestError("stop strings need text to search; leave detokenize on or use stop_token_ids")
+        if self.n > 1 and self.greedy:
+            raise RequestError(
+                f"n is {self.n} with temperature {self.temperature:g}, but greedy completions are all the same; "
+                "use n=1 or a temperature above 0"
+            )
+        if (
+            self.min_tokens
+            and self.allowed_token_ids
+            and set(self.allowed_token_ids) <= set(self.stop_token_ids)
+        ):
+            raise RequestError(
+                f"min_tokens is {self.min_tokens}, but every id of allowed_token_ids is a stop id, which can't be "
+                "drawn before; allow another id"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        bias = self.logit_bias
+        return {**self.__dict__, "logit_bias": None if bias is None else dict(bias)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A mapping proxy, which keeps the instance from being changed, can't be pickled or copied itself.
+        bias = state["logit_bias"]
+        self.__dict__.pop("_given")
+        self.__dict__.update(state, logit_bias=None if bias is None else MappingProxyType(bias))
 
     @property
     def greedy(self) -> bool:
@@ -143,11 +215,10 @@ class SamplingParams:
         Raises:
             RequestError: an id is not below `vocab_size`.
         """
-        for token_id in self.stop_token_ids or ():
-            if token_id >= vocab_size:
-                raise RequestError(
-                    f"stop_token_ids has {token_id}, expected ids below the vocabulary's {vocab_size}"
-                )
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            largest = max(getattr(self, name) or (0,))
+            if largest >= vocab_size:
+                raise RequestError(f"{name} has {largest}, expected ids below the vocabulary's {vocab_size}")
 
 
 def _float(name: str, value: object, low: float, high: float) -> float:
@@ -200,3 +271,35 @@ def _token_ids(name: str, value: object, max_len: int) -> tuple[int, ...]:
     if len(value) > max_len:
         raise RequestError(f"{name} has {len(value)} ids, expected at most {max_len}")
     return tuple(_int(name, token_id, 0, MAX_INT32) for token_id in value)
+
+
+def _bad_words(value: object) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, (list, tuple)):
+        raise RequestError(f"bad_words is {show(value)}, expected a list of strings")
+    if len(value) > MAX_BAD_WORDS:
+        raise RequestError(f"bad_words has {len(value)} strings, expected at most {MAX_BAD_WORDS}")
+    for word in value:
+        if not isinstance(word, str) or not 1 <= len(word) <= MAX_BAD_WORD_LEN:
+            raise RequestError(
+                f"bad_words has {show(word)}, expected strings of 1 to {MAX_BAD_WORD_LEN} characters"
+            )
+    return tuple(value)
+
+
+def _logit_bias(value: object) -> Mapping[int, float] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise RequestError(f"logit_bias is {show(value)}, expected a mapping of token ids to numbers")
+    if len(value) > MAX_LISTED_IDS:
+        raise RequestError(f"logit_bias has {len(value)} ids, expected at most {MAX_LISTED_IDS}")
+    return MappingProxyType(
+        {
+            _int("a token id of logit_bias", token_id, 0, MAX_INT32): _float(
+                f"logit_bias of {show(token_id)}", bias, -MAX_BIAS, MAX_BIAS
+            )
+            for token_id, bias in value.items()
+        }
+    )

@@ -3,7 +3,8 @@
 In exact mode (rounding=None) everything is float64 and nothing is rounded: the answer that transformers in
 float32 approximates. With rounding="bf16" values are rounded where the kernels round them (Gemm inputs, q, k,
 v and the softmax's weights before they meet v), so that a kernel can be compared operator by operator with a
-tolerance of a few units of float32 accumulation instead of bf16's 2^-9.
+tolerance of a few units of float32 accumulation instead of bf16's 2^-9. An int8 KV cache is quantised in either
+mode, for that is what the cache holds.
 
 Shapes: T tokens and R logit rows of the step, D = head_dim, H = n_heads, G = n_kv_heads.
 """
@@ -43,6 +44,7 @@ class Reference:
         plan: the forward pass.
         weights: plan weight name -> [n, k] matrix or [n] vector (see `weights.DenseSink`).
         n_blocks, block_size: of the KV cache, per layer.
+        kv_dtype, contiguous: as of `ops.KVPool`; "bf16" is exact unless `rounding` says otherwise.
         dtype: of the arithmetic.
         rounding: None for exact arithmetic, "bf16" for the kernels' rounding points.
         trace: keep every slot after every operator in `self.trace`.
@@ -57,11 +59,15 @@ class Reference:
         dtype: type[np.floating[Any]] = np.float64,
         rounding: Literal["bf16"] | None = None,
         trace: bool = False,
+        kv_dtype: Literal["bf16", "int8"] = "bf16",
+        contiguous: bool = False,
     ) -> None:
         self.plan = plan
         self.dtype = dtype
         self.rounding = rounding
         self.block_size = block_size
+        self.kv_dtype = kv_dtype
+        self.contiguous = contiguous
         # The packed engine stores matrices in bf16; vectors stay float32 there.
         self.weights = {
             name: self._round(np.asarray(value, dtype)) if value.ndim == 2 else np.asarray(value, dtype)
@@ -70,7 +76,8 @@ class Reference:
         shape = (plan.n_layers, n_blocks * block_size, plan.n_kv_heads, plan.head_dim)
         # NaN where nothing was written: reading a cell too many shows at once.
         self.k = np.full(shape, np.nan, dtype)  # [n_layers, n_blocks * block_size, G, D]
-        self.v = np.full(shape, np.nan, dtype)
+        self.v = np.full(shape, np.nan, dtype)  # integers with int8, which v_scale makes values
+        self.v_scale = np.full((*shape[:-1], 1), np.nan, dtype)  # 1 with bf16
         self.trace: dict[str, dict[str, Array]] | None = {} if trace else None
         """Operator name -> slot name -> value after it; RopeKV adds "k" and "v": [T, G, D] as appended."""
         self._slots: dict[str, Array] = {}
@@ -133,12 +140,17 @@ class Reference:
         if op.rope is not None:
             rope = plan.ropes[op.rope]
             q, k = rotate(q, positions, rope), rotate(k, positions, rope)
-        k, v = self._round(k), self._round(v)
+        if self.kv_dtype == "int8":
+            (k, k_scale), (v, v_scale) = quantise(k), quantise(v)
+        else:
+            k, v = self._round(k), self._round(v)
+            k_scale = v_scale = np.ones((*k.shape[:-1], 1), self.dtype)
         cells = self._cells(batch, positions)  # [T]
-        self.k[op.layer][cells] = k
+        self.k[op.layer][cells] = k * k_scale
         self.v[op.layer][cells] = v
+        self.v_scale[op.layer][cells] = v_scale
         self._store(op.dst, q.reshape(len(q), n_heads * head_dim))
-        return {"k": k, "v": v}
+        return {"k": k * k_scale, "v": v * v_scale}
 
     def _attention(self, op: Attention, batch: Batch) -> None:
         plan = self.plan
@@ -148,18 +160,24 @@ class Reference:
         for s in range(batch.n_seqs):
             rows = slice(int(batch.q_start[s]), int(batch.q_start[s + 1]))
             kv_positions = np.arange(int(batch.kv_len[s]), dtype=np.int32)  # [kv_len]
-            cells = cells_of(batch.block_tables[s], kv_positions, self.block_size)
-            out[rows] = self._attend(
-                op, q[rows], self.k[op.layer][cells], self.v[op.layer][cells], batch.positions()[rows], sinks
-            )
+            cells = self._cells_of(batch.block_tables[s], kv_positions)
+            k, v, v_scale = (cache[op.layer][cells] for cache in (self.k, self.v, self.v_scale))
+            out[rows] = self._attend(op, q[rows], k, v, v_scale, batch.positions()[rows], sinks)
         self._store(op.dst, out.reshape(len(out), plan.n_heads * plan.head_dim))
 
     def _attend(
-        self, op: Attention, q: Array, k: Array, v: Array, positions: I32Array, sinks: Array | None
+        self,
+        op: Attention,
+        q: Array,
+        k: Array,
+        v: Array,
+        v_scale: Array,
+        positions: I32Array,
+        sinks: Array | None,
     ) -> Array:
-        """One sequence: q [n, H, D] over k, v [kv_len, G, D] -> [n, H, D]."""
+        """One sequence: q [n, H, D] over k, v [kv_len, G, D], v_scale [kv_len, G, 1] -> [n, H, D]."""
         group = self.plan.n_heads // self.plan.n_kv_heads
-        k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)  # [kv_len, H, D]
+        k, v, v_scale = (np.repeat(x, group, axis=1) for x in (k, v, v_scale))  # [kv_len, H, D or 1]
         scores = op.scale * np.einsum("qhd,khd->hqk", q, k)  # [H, n, kv_len]
         if op.softcap is not None:
             scores = op.softcap * np.tanh(scores / op.softcap)
@@ -176,8 +194,9 @@ class Reference:
             total = total + np.exp(sinks[:, None, None] - top)
         # A masked cell may hold NaN (never written), and 0 * NaN is NaN: take it out of v as well.
         seen: npt.NDArray[np.bool_] = np.asarray(visible.any(axis=0))
-        v = np.where(seen[:, None, None], v, 0)
-        return np.asarray(np.einsum("hqk,khd->qhd", self._round(p) / total, v))
+        v, v_scale = (np.where(seen[:, None, None], x, 0) for x in (v, v_scale))
+        p = self._round(self._round(p) * v_scale[:, :, 0].T[:, None, :])  # the scale is 1 with bf16
+        return np.asarray(np.einsum("hqk,khd->qhd", p / total, v))
 
     def _select(self, op: Select, batch: Batch) -> None:
         self._store(op.dst, self._slots[op.src][batch.logit_rows])
@@ -191,17 +210,24 @@ class Reference:
     def _cells(self, batch: Batch, positions: I32Array) -> Array:
         """KV cell of every row: [T]."""
         parts = [
-            cells_of(
-                batch.block_tables[s], positions[batch.q_start[s] : batch.q_start[s + 1]], self.block_size
-            )
+            self._cells_of(batch.block_tables[s], positions[batch.q_start[s] : batch.q_start[s + 1]])
             for s in range(batch.n_seqs)
         ]
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
+    def _cells_of(self, block_table: I32Array, positions: I32Array) -> Array:
+        """KV cells of positions of one sequence."""
+        size = self.block_size
+        i = positions // size
+        block = block_table[0] + i if self.contiguous else block_table[i]
+        return block.astype(np.int64) * size + positions % size
 
-def cells_of(block_table: I32Array, positions: I32Array, block_size: int) -> Array:
-    """KV cells of positions of one sequence."""
-    return block_table[positions // block_size].astype(np.int64) * block_size + positions % block_size
+
+def quantise(x: Array) -> tuple[Array, Array]:
+    """Integers and scales [..., 1] of heads x [..., D] as an int8 KV cache stores them (see _ext/kernels.h)."""
+    amax = np.abs(x).max(axis=-1, keepdims=True)
+    scale = np.where(np.isfinite(amax), amax / 127, np.nan)
+    return np.rint(np.divide(x, scale, out=np.zeros_like(x), where=scale > 0)), scale
 
 
 def norm(x: Array, weight: Array, bias: Array | None, kind: NormKind, eps: float) -> Array:

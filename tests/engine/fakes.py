@@ -16,15 +16,16 @@ from pace.engine.core import Engine
 from pace.engine.runner import Runner
 from pace.engine.sampler import Sampler
 from pace.engine.scheduler import Scheduler
-from pace.kvcache import BlockPool, BlockTables
+from pace.kvcache import make_tables
 from pace.models.plan import Batch, F32Array
 
 VOCAB = 97
+SCORED_ROWS = 8
 
 DTYPE = np.dtype(
     [(name, "f4") for name in ("temperature", "top_p", "min_p")]
     + [(f"{name}_penalty", "f4") for name in ("repetition", "presence", "frequency")]
-    + [("top_k", "i4"), ("n_logprobs", "i4"), ("seed", "u8"), ("position", "u8")]
+    + [("top_k", "i4"), ("n_logprobs", "i4"), ("seed", "u8"), ("position", "u8"), ("sample_index", "u4")]
 )
 
 
@@ -41,12 +42,17 @@ def logits_of(history: Sequence[int]) -> F32Array:
 class FakePlan:
     """A plan.Runner over a token table [n_blocks, block_size]; keeps what it was asked."""
 
-    def __init__(self, n_blocks: int, block_size: int, max_tokens: int) -> None:
+    def __init__(self, n_blocks: int, block_size: int, max_tokens: int, contiguous: bool = False) -> None:
         self.cache = np.full((n_blocks, block_size), -1, dtype=np.int64)
+        self.contiguous = contiguous
         self.max_tokens = max_tokens
         self.steps: list[tuple[int, ...]] = []  # rows of each sequence
         self.nan_token: int | None = None  # histories that hold it have NaN logits
         self.crash: BaseException | None = None
+
+    def copy(self, src: int, dst: int, n_tokens: int) -> None:
+        self.cache[dst, :n_tokens] = self.cache[src, :n_tokens]
+        self.cache[dst, n_tokens:] = -2
 
     def step(self, batch: Batch) -> F32Array:
         if self.crash is not None:
@@ -65,11 +71,13 @@ class FakePlan:
         wanted = dict(zip(batch.logit_rows.tolist(), logits, strict=True))
         for s in range(batch.n_seqs):
             table = batch.block_tables[s]
+            if self.contiguous:
+                table = table[0] + np.arange(-(-int(batch.kv_len[s]) // block_size))
             for row in range(batch.q_start[s], batch.q_start[s + 1]):
                 at = int(positions[row])
                 self.cache[table[at // block_size], at % block_size] = batch.token_ids[row]
                 if row in wanted:
-                    history = [int(self.cache[table[p // block_size], p % block_size]) for p in range(at + 1)]
+                    history = self.cache[table].ravel()[: at + 1].tolist()
                     wanted[row][:] = np.nan if self.nan_token in history else logits_of(history)
         return logits
 
@@ -103,10 +111,12 @@ def fake_sample(logits: F32Array, params: Any, history: Any, /) -> Drawn:
         logprobs = x - np.log(np.exp(x).sum())
         scores = x.copy()
         if params["temperature"][i] > 0:
-            rng = np.random.default_rng([int(params["seed"][i]), int(params["position"][i])])
+            rng = np.random.default_rng(
+                [int(params[name][i]) for name in ("seed", "position", "sample_index")]
+            )
             scores = scores / params["temperature"][i] + rng.gumbel(size=VOCAB)
         if history[i] is not None:
-            scores[history[i][2]] = -np.inf
+            scores[history[i].banned] = -np.inf
         token = int(scores.argmax())
         order = np.argsort(-logprobs, kind="stable")
         out.tokens[i] = token
@@ -115,6 +125,29 @@ def fake_sample(logits: F32Array, params: Any, history: Any, /) -> Drawn:
         out.top_ids[i] = order[:k]
         out.top_logprobs[i] = logprobs[order[:k]]
     return out
+
+
+def fake_logprobs(logits: F32Array, tokens: Any, n: int, /) -> Any:
+    """ops.logprobs in a few lines."""
+    x = logits.astype(np.float64)
+    logprobs = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+    own = logprobs[np.arange(len(x)), tokens]
+    order = np.argsort(-logprobs, axis=1, kind="stable")[:, : max(1, n)]
+    return Scores(
+        own.astype(np.float32),
+        1 + (logprobs > own[:, None]).sum(axis=1),
+        order.astype(np.int32),
+        np.take_along_axis(logprobs, order, axis=1).astype(np.float32),
+        np.isnan(x).any(axis=1).astype(np.int32),
+    )
+
+
+class Scores(NamedTuple):
+    logprobs: Any
+    ranks: Any
+    top_ids: Any
+    top_logprobs: Any
+    errors: Any
 
 
 class Panic(BaseException):
@@ -145,18 +178,39 @@ def make_engine(
     max_tokens: int = 16,
     n_blocks: int = 16,
     block_size: int = 16,
+    kv_cache_type: str = "slab",
+    prefix_caching: bool = True,
+    reserve: bool = False,
+    max_num_waiting: int = 1 << 16,
     eos: frozenset[int] = frozenset(),
     seed: int = 0,
 ) -> tuple[Engine, FakePlan]:
     """An engine over the fake model."""
-    tables = BlockTables(BlockPool(n_blocks, block_size), max_num_seqs, max_model_len)
-    plan = FakePlan(n_blocks, block_size, max_tokens)
+    contiguous = kv_cache_type == "contiguous"
+    plan = FakePlan(n_blocks, block_size, max_tokens, contiguous)
+    tables = make_tables(
+        kv_cache_type,
+        n_blocks,
+        block_size,
+        max_num_seqs,
+        max_model_len,
+        copy=plan.copy,
+        prefix_caching=prefix_caching,
+    )
+    columns = 0 if contiguous else block_size
     engine = Engine(
-        Runner(plan, tables.array, max_tokens, max_num_seqs),
-        Sampler(fake_sample, DTYPE, max_num_seqs),
-        Scheduler(tables, max_tokens),
+        Runner(plan, tables.array, columns, max_tokens, max_num_seqs, max_num_seqs + SCORED_ROWS),
+        Sampler(fake_sample, fake_logprobs, DTYPE, max_num_seqs),
+        Scheduler(
+            tables,
+            max_tokens,
+            reserve=reserve,
+            prefix_caching=prefix_caching and not contiguous,
+            max_scored_rows=SCORED_ROWS,
+        ),
         vocab_size=VOCAB,
         max_model_len=max_model_len,
+        max_num_waiting=max_num_waiting,
         eos_token_ids=eos,
         tokenizer=LetterTokenizer(),  # type: ignore[arg-type]
         seed=seed,

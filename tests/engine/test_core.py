@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -12,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pace.engine.core import Engine
-from pace.errors import CapacityError, ForkError, RequestError
+from pace.errors import CapacityError, ForkError, QueueFullError, RequestError
 from pace.outputs import RequestOutput
-from pace.params import SamplingParams
+from pace.params import RequestOutputKind, SamplingParams
 
 
 def run(engine: Engine) -> dict[str, RequestOutput]:
@@ -88,8 +89,8 @@ def test_numbers_do_not_depend_on_the_company(
         together.update((output.request_id, output) for output in engine.step())
         if tick > 20 and not engine.has_unfinished:
             break
-    pool = engine.scheduler.tables.pool
-    assert (pool.n_free, pool.n_reserved) == (n_blocks, 0)
+    tables = engine.scheduler.tables
+    assert tables.n_free == tables.n_available == n_blocks
     assert all(sum(rows) <= max_tokens and len(rows) <= n_seqs for rows in plan.steps)
     for i in range(len(requests)):
         alone, _ = make_engine(max_tokens=64)
@@ -271,7 +272,7 @@ def test_abort_of_waiting_and_running() -> None:
     assert done["running"].outputs[0].text == spelt(greedy([1], 2))
     assert done["waiting"].outputs[0].token_ids == []
     assert done["last"].outputs[0].token_ids == greedy([3], 3)
-    assert engine.scheduler.tables.pool.n_free == 16
+    assert engine.scheduler.tables.n_free == 16
 
 
 def test_seeds() -> None:
@@ -319,6 +320,10 @@ def test_bad_requests() -> None:
         engine.add_request("a", [1] * 20, params(max_tokens=40))
     with pytest.raises(RequestError, match="stop_token_ids has 97"):
         engine.add_request("a", [1], params(stop_token_ids=[VOCAB]))
+    with pytest.raises(RequestError, match="priority is 'high'"):
+        engine.add_request("a", [1], params(), priority="high")
+    with pytest.raises(RequestError, match="cache_salt is ''"):
+        engine.add_request("a", [1], params(), cache_salt="")
     engine.add_request("a", [1], params())
     with pytest.raises(RequestError, match="'a' is in use"):
         engine.add_request("a", [1], params())
@@ -337,6 +342,148 @@ def test_stats_count_steps_and_tokens() -> None:
     engine, _ = make_engine(max_tokens=4)
     engine.add_request("a", [1] * 6, params(max_tokens=3))
     run(engine)
-    stats = engine.stats
-    assert (stats.n_steps, stats.n_tokens, stats.n_sampled) == (4, 8, 3)
-    assert 0 < stats.run_s < stats.step_s and stats.python_s > 0
+    stats = engine.stats()
+    assert (stats["n_steps"], stats["n_tokens"], stats["n_sampled"]) == (4, 8, 3)
+    assert (stats["n_prompt_tokens"], stats["n_finished"], stats["n_running"]) == (6, {"length": 1}, 0)
+    assert 0 < stats["run_s"] < stats["step_s"] and stats["python_s"] > 0
+
+
+def test_completions_of_one_prompt() -> None:
+    """n streams of random numbers over one prompt, which is read once; each equals itself run alone."""
+    prompt = list(range(1, 41))
+    engine, plan = make_engine(max_tokens=64, max_num_seqs=8, n_blocks=32)
+    engine.add_request("a", prompt, params(temperature=1.0, seed=4, n=4, max_tokens=6, logprobs=0))
+    done = run(engine)["a"]
+    assert [c.index for c in done.outputs] == [0, 1, 2, 3]
+    assert len({tuple(c.token_ids) for c in done.outputs}) == 4
+    assert done.finished and done.metrics.n_output_tokens == 24
+    assert sum(map(sum, plan.steps)) <= 40 + 3 * 16 + 24  # shared but for the ends of blocks
+    again, _ = make_engine(max_tokens=7, max_num_seqs=2, prefix_caching=False, kv_cache_type="contiguous")
+    again.add_request("b", prompt, params(temperature=1.0, seed=4, n=4, max_tokens=6, logprobs=0))
+    assert run(again)["b"].outputs == done.outputs
+
+
+@pytest.mark.parametrize("kind", list(RequestOutputKind))
+def test_kinds_of_output(kind: RequestOutputKind) -> None:
+    engine, _ = make_engine()
+    sampling = params(max_tokens=6, detokenize=True, output_kind=kind, logprobs=0)
+    engine.add_request("a", [4, 2], sampling, stream=True)
+    outputs = []
+    while engine.has_unfinished:
+        outputs += engine.step()
+    tokens = [list(o.outputs[0].token_ids) for o in outputs]
+    expected = greedy([4, 2], 6)
+    if kind is RequestOutputKind.DELTA:
+        assert tokens == [[token] for token in expected]
+        assert "".join(o.outputs[0].text for o in outputs) == spelt(expected)
+        assert all(len(o.outputs[0].logprobs or []) == 1 for o in outputs)
+    elif kind is RequestOutputKind.CUMULATIVE:
+        assert tokens == [expected[:n] for n in range(1, 7)]
+    else:
+        assert tokens == [expected] and outputs[0].outputs[0].text == spelt(expected)
+
+
+@pytest.mark.parametrize("max_tokens", [4, 12, 64])
+def test_prompt_logprobs(max_tokens: int) -> None:
+    """In chunks, beside others, and after the prompt was cached."""
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4]
+    engine, _ = make_engine(max_tokens=max_tokens)
+    engine.add_request("plain", prompt, params(max_tokens=2))
+    run(engine)
+    engine.add_request("other", [1, 2, 3], params(max_tokens=9))
+    for name, n in (("two", 2), ("none", 0)):
+        engine.add_request(name, prompt, params(max_tokens=2, prompt_logprobs=n))
+    done = run(engine)
+    for name, n in (("two", 2), ("none", 0)):
+        entries = done[name].prompt_logprobs
+        assert entries is not None and len(entries) == len(prompt) and entries[0] is None
+        for i, entry in enumerate(entries[1:], 1):
+            logits = logits_of(prompt[:i]).astype(np.float64)
+            exact = logits - np.log(np.exp(logits).sum())
+            assert entry is not None and next(iter(entry)) == prompt[i]
+            assert entry[prompt[i]].logprob == pytest.approx(exact[prompt[i]], abs=1e-5)
+            assert n <= len(entry) <= n + 1
+        assert done[name].outputs[0].token_ids == greedy(prompt, 2)
+    assert done["other"].prompt_logprobs is None
+    assert done["two"].num_cached_tokens == 0
+
+
+def test_prompt_logprobs_survive_preemption() -> None:
+    prompt = list(range(30))
+    engine, _ = make_engine(n_blocks=4, max_num_seqs=3)
+    for name in "abc":
+        engine.add_request(name, prompt, params(max_tokens=30, prompt_logprobs=0))
+    done = run(engine)
+    assert engine.stats()["n_preemptions"] > 0
+    assert all(len(output.prompt_logprobs or []) == 30 for output in done.values())
+    assert {tuple(output.outputs[0].token_ids) for output in done.values()} == {tuple(greedy(prompt, 30))}
+
+
+def test_cached_tokens_are_counted() -> None:
+    prompt = list(range(50))
+    engine, _ = make_engine(max_tokens=64)
+    for name in "ab":
+        engine.add_request(name, prompt, params(max_tokens=2))
+        done = run(engine)
+        assert done[name].num_cached_tokens == (0 if name == "a" else 49)
+    assert engine.stats()["n_cached_tokens"] == 49
+    engine.add_request("c", prompt, params(max_tokens=2), cache_salt="mine")
+    assert run(engine)["c"].num_cached_tokens == 0
+
+
+def test_a_deadline_ends_a_request_running_or_waiting() -> None:
+    engine, _ = make_engine(max_num_seqs=1)
+    soon = time.monotonic() + 0.05
+    engine.add_request("running", [1], params(max_tokens=50), deadline_s=soon)
+    engine.add_request("waiting", [2], params(max_tokens=5), deadline_s=soon)
+    engine.add_request("patient", [3], params(max_tokens=5), deadline_s=soon + 1000)
+    done = {output.request_id: output for output in engine.step()}
+    time.sleep(0.06)
+    done |= run(engine)
+    for name in ("running", "waiting"):
+        assert (done[name].outputs[0].finish_reason, done[name].outputs[0].stop_reason) == (
+            "abort",
+            "deadline",
+        )
+    assert done["running"].outputs[0].token_ids == greedy([1], 1)
+    assert done["patient"].outputs[0].token_ids == greedy([3], 5)
+
+
+def test_the_queue_is_bounded() -> None:
+    engine, _ = make_engine(max_num_seqs=1, max_num_waiting=2)
+    engine.add_request("a", [1], params(max_tokens=3))
+    engine.step()
+    engine.add_request("b", [1], params(max_tokens=3))
+    engine.add_request("c", [1], params(max_tokens=3))
+    with pytest.raises(QueueFullError, match="2 sequences wait, max_num_waiting is 2"):
+        engine.add_request("d", [1], params(max_tokens=3))
+    assert set(run(engine)) == {"a", "b", "c"}
+    engine.add_request("d", [1], params(max_tokens=3))
+    assert set(run(engine)) == {"d"}
+
+
+def test_a_step_that_fails_once_is_repeated_one_by_one() -> None:
+    engine, plan = make_engine()
+    for name in "abc":
+        engine.add_request(name, [ord(name) % VOCAB], params(max_tokens=4))
+    engine.step()
+    plan.crash = MemoryError("for a moment")
+    done = run(engine)
+    assert all(done[name].outputs[0].token_ids == greedy([ord(name) % VOCAB], 4) for name in "abc")
+
+
+def test_a_hundred_longest_requests_on_a_pool_for_two() -> None:
+    for kind in ("slab", "paged", "contiguous"):
+        for reserve in (False, True):
+            engine, _ = make_engine(
+                n_blocks=8, max_num_seqs=8, max_tokens=64, kv_cache_type=kind, reserve=reserve
+            )
+            for i in range(100):
+                prompt = [i % VOCAB] * (1 + i % 40)
+                engine.add_request(str(i), prompt, params(max_tokens=None))
+            done = run(engine)
+            assert engine.stats()["n_preemptions"] == 0 if reserve else engine.stats()["n_preemptions"] > 0
+            for i in range(100):
+                prompt = [i % VOCAB] * (1 + i % 40)
+                assert done[str(i)].outputs[0].token_ids == greedy(prompt, 64 - len(prompt))
+            assert engine.scheduler.tables.n_free == 8

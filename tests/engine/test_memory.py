@@ -94,6 +94,42 @@ def test_the_default_length_shrinks_and_an_explicit_one_does_not(plan: Plan) -> 
         size(plan, fixed(plan) - 1)
 
 
+def test_an_explicit_cache(plan: Plan) -> None:
+    def sized(memory: int | str | None, available: int = 1 << 30, **options: Any) -> MemoryPlan:
+        return plan_memory(
+            plan,
+            max_len=4096,
+            max_num_seqs=4,
+            max_num_batched_tokens=512,
+            available=available,
+            kv_cache_memory=memory,
+            **{"max_model_len": None, **options},
+        )
+
+    assert sized(40 * BLOCK).n_blocks == 40
+    assert sized(3 * BLOCK).max_model_len == 768
+    everything = sized("auto", fixed(plan) + 50 * BLOCK)
+    assert (everything.n_blocks, everything.max_model_len) == (50, 4096)
+    with pytest.raises(CapacityError, match="lower max_model_len to at most 768"):
+        sized(3 * BLOCK, max_model_len=1000)
+    with pytest.raises(CapacityError, match="kv_cache_memory is 1.00 GiB, but"):
+        sized(1 << 30)
+    with pytest.raises(CapacityError, match="at most 0"):
+        sized(BLOCK - 1)
+    paged = sized(40 * BLOCK, kv_cache_type="paged")
+    assert (paged.block_size, paged.n_blocks) == (16, 640)
+    small = sized(40 * BLOCK, kv_cache_type="paged", kv_cache_dtype="int8")
+    assert small.n_blocks == 640 * 2 * 64 * 2 // (2 * 64 + 8)
+    assert sized(40 * BLOCK, block_size=64).block_size == 64
+
+
+def test_a_slab_fits_the_l2() -> None:
+    assert memory.default_block_size("slab", "bf16", 128, 1 << 20, 1 << 17) == 256
+    assert memory.default_block_size("slab", "bf16", 128, 256 << 10, 1 << 17) == 128
+    assert memory.default_block_size("slab", "int8", 256, 256 << 10, 1 << 17) == 64
+    assert memory.default_block_size("slab", "bf16", 256, 0, 1 << 17) == 16
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_cgroups(version: int, tmp_path: Path) -> None:
     names = {

@@ -1,4 +1,4 @@
-"""Who runs: budgets, order, admission."""
+"""Who runs: budgets, order, admission, preemption, sharing."""
 
 from __future__ import annotations
 
@@ -6,34 +6,46 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pace.engine.scheduler import Scheduler
+from pace.engine.scheduler import HOLD_TOKENS, Scheduler
 from pace.engine.sequence import Sequence, Status
-from pace.kvcache import BlockPool, BlockTables
+from pace.kvcache import make_tables
 from pace.params import SamplingParams
 
-
-def sequence(name: str, n_prompt: int, n_output: int) -> Sequence:
-    return Sequence(name, np.zeros(n_prompt, dtype=np.int32), SamplingParams(), max_output=n_output)
+_arrivals = iter(range(1 << 30))
 
 
-def scheduler(n_blocks: int = 64, n_seqs: int = 4, budget: int = 16) -> Scheduler:
-    return Scheduler(BlockTables(BlockPool(n_blocks, 16), n_seqs, 256), budget)
+def sequence(
+    name: str, n_prompt: int, n_output: int, *, priority: int = 0, fill: int | None = None
+) -> Sequence:
+    """A request whose prompt is its own, or `fill` over and over."""
+    arrival = next(_arrivals)
+    prompt = np.full(n_prompt, arrival + 1000 if fill is None else fill, dtype=np.int32)
+    seq = Sequence(name, prompt, SamplingParams(), max_output=n_output, priority=priority)
+    seq.key = (priority, arrival, 0)
+    return seq
+
+
+def scheduler(
+    n_blocks: int = 64, n_seqs: int = 4, budget: int = 16, *, reserve: bool = True, kind: str = "paged"
+) -> Scheduler:
+    tables = make_tables(kind, n_blocks, 16, n_seqs, 1024, copy=lambda *_: None, prefix_caching=True)
+    return Scheduler(tables, budget, reserve=reserve)
 
 
 def run(scheduler: Scheduler) -> list[tuple[str, int]]:
     """Schedule a step and pretend that it ran; sequences end when their output is full."""
     step = scheduler.schedule()
     assert step.n_tokens == sum(step.n_new) <= scheduler.max_num_batched_tokens
-    for seq, n_new in zip(step.seqs, step.n_new, strict=True):
-        assert n_new >= 1
-        assert scheduler.tables.capacity(seq.row) >= seq.n_computed + n_new
-        if seq.n_computed + n_new < seq.n_tokens:
-            seq.n_computed += n_new
-            continue
-        seq.commit(7)
-        if seq.n_output == seq.max_output:
-            seq.finish("length", None, 0.0)
-            scheduler.remove(seq)
+    assert all(n_new >= 1 for n_new in step.n_new)
+    assert all(n_new == 1 for n_new in step.n_new[: step.n_decode])
+    ends = [seq.n_computed + n_new == seq.n_tokens for seq, n_new in zip(step.seqs, step.n_new, strict=True)]
+    scheduler.ran(step)
+    for seq, at_end in zip(step.seqs, ends, strict=True):
+        if at_end:
+            seq.commit(7)
+            if seq.n_output == seq.max_output:
+                scheduler.remove(seq)
+                seq.finish("length", None)
     return [(seq.request_id, n_new) for seq, n_new in zip(step.seqs, step.n_new, strict=True)]
 
 
@@ -60,40 +72,120 @@ def test_the_head_of_the_queue_is_not_overtaken() -> None:
     assert next(names for names in after if names != [("a", 1)]) == [("large", 16)]
 
 
-def test_a_finished_one_in_the_queue_is_skipped() -> None:
+def test_priority_comes_before_arrival() -> None:
     s = scheduler(n_seqs=1)
-    gone = sequence("gone", 4, 4)
-    s.add(gone)
-    s.add(sequence("next", 4, 4))
-    gone.finish("abort", None, 0.0)
-    s.remove(gone)
-    assert run(s) == [("next", 4)]
-    assert not s.waiting
+    for name, priority in (("late", 1), ("b", 0), ("first", -1), ("c", 0)):
+        s.add(sequence(name, 2, 2, priority=priority))
+    order = [name for _ in range(8) for name, _ in run(s)]
+    assert order == ["first", "first", "b", "b", "c", "c", "late", "late"]
 
 
-@settings(max_examples=80, deadline=None)
-@given(
-    sizes=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40)), min_size=1, max_size=20),
-    budget=st.integers(4, 50),
-    n_blocks=st.integers(7, 20),
-)
-def test_everyone_finishes_in_order_of_arrival(
-    sizes: list[tuple[int, int]], budget: int, n_blocks: int
-) -> None:
-    s = scheduler(n_blocks, 4, budget)
-    sequences = [sequence(str(i), *size) for i, size in enumerate(sizes)]
-    for seq in sequences:
+def test_a_finished_sequence_in_the_queue_is_dropped() -> None:
+    s = scheduler(n_seqs=1)
+    seqs = [sequence(name, 2, 2) for name in "abc"]
+    for seq in seqs:
         s.add(seq)
-    started: list[str] = []
-    for _ in range(sum(sum(size) for size in sizes) + 1):
-        before = [seq.request_id for seq in s.running if seq.n_tokens - seq.n_computed == 1]
-        ran = [name for name, _ in run(s)]
-        assert set(before) <= set(ran)  # whoever decodes is never left out
-        started += [name for name in ran if name not in started]
-    assert started == [seq.request_id for seq in sequences]
-    assert all(seq.status is Status.FINISHED and seq.n_output == seq.max_output for seq in sequences)
-    assert s.tables.n_open == 0 and s.tables.pool.n_free == n_blocks and s.tables.pool.n_reserved == 0
+    run(s)
+    s.remove(seqs[1])
+    seqs[1].finish("abort", None)
+    assert s.n_waiting == 1
+    assert [name for _ in range(3) for name, _ in run(s)] == ["a", "c", "c"]
 
 
-def test_an_empty_step_means_nothing_to_do() -> None:
-    assert scheduler().schedule().seqs == []
+def test_the_last_one_gives_way_and_comes_back() -> None:
+    s = scheduler(n_blocks=4, reserve=False)
+    first, second = sequence("first", 20, 40), sequence("second", 20, 20)
+    s.add(first)
+    s.add(second)
+    steps = [run(s) for _ in range(200)]
+    assert s.n_preemptions >= 1
+    assert first.status is second.status is Status.FINISHED
+    # The first is never interrupted.
+    rows = [i for i, step in enumerate(steps) if any(name == "first" for name, _ in step)]
+    assert rows == list(range(len(rows)))
+    assert s.tables.n_free == 4 and s.n_waiting == 0
+
+
+def test_a_promise_is_never_taken_back() -> None:
+    s = scheduler(n_blocks=4, reserve=True)
+    s.add(sequence("first", 20, 40))
+    s.add(sequence("second", 20, 20))
+    for _ in range(200):
+        run(s)
+    assert s.n_preemptions == 0 and s.tables.n_free == 4
+
+
+def test_a_shared_prompt_is_read_once() -> None:
+    s = scheduler(n_blocks=256, n_seqs=8, budget=400)
+    n_shared = 200
+    for i in range(8):
+        seq = sequence(str(i), n_shared + 5, 3, fill=1)
+        seq.tokens[n_shared:] = 50 + i
+        s.add(seq)
+    assert run(s) == [("0", n_shared + 5)]
+    second = run(s)
+    assert [name for name, _ in second] == [str(i) for i in range(8)]
+    assert sum(n for _, n in second) <= 1 + 7 * 16
+    assert all(n < HOLD_TOKENS for _, n in second)
+
+
+def test_completions_of_one_prompt_fork_without_an_index() -> None:
+    tables = make_tables("slab", 64, 32, 4, 512, copy=lambda *_: None, prefix_caching=False)
+    s = Scheduler(tables, 256, prefix_caching=False)
+    arrival = next(_arrivals)
+    for index in range(3):
+        seq = Sequence("a", np.arange(100, dtype=np.int32), SamplingParams(), max_output=2, index=index)
+        seq.key = (0, arrival, index)
+        s.add(seq)
+    assert run(s) == [("a", 100)]
+    assert run(s) == [("a", 1), ("a", 1), ("a", 1)]
+
+
+def test_watchers_bound_the_chunk() -> None:
+    s = scheduler(n_blocks=256, budget=512)
+    watched = sequence("watched", 4, 60)
+    watched.watched = True
+    s.add(watched)
+    run(s)
+    s.pacer.observe(1, 0, 0.05)
+    s.pacer.observe(0, 100, 0.4)
+    s.add(sequence("long", 300, 2))
+    assert run(s) == [("watched", 1), ("long", s.pacer.allowance(1))]
+    watched.watched = False
+    assert run(s) == [("watched", 1), ("long", 300 - s.pacer.allowance(1))]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    arrivals=st.lists(
+        st.tuples(st.integers(0, 15), st.integers(1, 60), st.integers(1, 40), st.integers(-1, 1)),
+        min_size=1,
+        max_size=25,
+    ),
+    n_blocks=st.integers(7, 20),
+    n_seqs=st.integers(1, 5),
+    budget=st.integers(5, 40),
+    reserve=st.booleans(),
+    kind=st.sampled_from(["paged", "contiguous"]),
+)
+def test_everybody_finishes(
+    arrivals: list[tuple[int, int, int, int]],
+    n_blocks: int,
+    n_seqs: int,
+    budget: int,
+    reserve: bool,
+    kind: str,
+) -> None:
+    s = scheduler(n_blocks, n_seqs, budget, reserve=reserve, kind=kind)
+    waiting = sorted(
+        (tick, i, sequence(str(i), n_prompt, n_output, priority=priority))
+        for i, (tick, n_prompt, n_output, priority) in enumerate(arrivals)
+    )
+    seqs = [seq for _, _, seq in waiting]
+    for tick in range(5000):
+        while waiting and waiting[0][0] <= tick:
+            s.add(waiting.pop(0)[2])
+        if not run(s) and not waiting:
+            break
+    assert all(seq.status is Status.FINISHED for seq in seqs)
+    assert s.tables.n_free == n_blocks and not s.running and s.n_waiting == 0

@@ -170,10 +170,14 @@ class Packed:
         block_size: int = 16,
         max_tokens: int = 512,
         kernels: Mapping[str, str] | None = None,
+        kv_dtype: ops.KVDtype = "bf16",
+        contiguous: bool = False,
     ) -> ops.Plan:
         """The executor with a fresh KV pool."""
         plan = self.model.plan
-        pool = ops.KVPool(plan.n_layers, plan.n_kv_heads, plan.head_dim, n_blocks, block_size)
+        pool = ops.KVPool(
+            plan.n_layers, plan.n_kv_heads, plan.head_dim, n_blocks, block_size, kv_dtype, contiguous
+        )
         return ops.Plan(team, plan, self.weights, pool, max_tokens, 8, max_tokens, kernels)
 
 

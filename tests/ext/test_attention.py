@@ -9,6 +9,9 @@ relative; f32 sums over kv_len columns, (kv_len + 64) 2^-24 A; bf16 output, 2^-8
 
 V is a spike per position plus noise, so that one position too many or too few moves some channel by several
 times the tolerance.
+
+int8: the oracle quantises as the format says, in float32, so its integers and scales are the cache's own bits; a
+weight is rounded once more when it takes the value's scale, 2^-8 A, and a score takes two more roundings.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -49,6 +53,8 @@ class Shape:
     head_dim: int = 64
     block_size: int = 32
     n_blocks: int = 48
+    dtype: ops.KVDtype = "bf16"
+    contiguous: bool = False
 
     @property
     def group(self) -> int:
@@ -63,12 +69,41 @@ class Shape:
         return (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
 
     def pool(self) -> ops.KVPool:
-        return ops.KVPool(1, self.n_kv_heads, self.head_dim, self.n_blocks, self.block_size)
+        return ops.KVPool(
+            1,
+            self.n_kv_heads,
+            self.head_dim,
+            self.n_blocks,
+            self.block_size,
+            self.dtype,
+            self.contiguous,
+        )
 
     def tables(self, lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
-        """Scattered, disjoint blocks for sequences of these lengths."""
-        free = rng("blocks", seed).permutation(self.n_blocks).tolist()
-        return [[free.pop() for _ in range(-(-n // self.block_size))] for n in lengths]
+        """Scattered, disjoint blocks for sequences of these lengths; contiguous: the first of each extent."""
+        sizes = [-(-n // self.block_size) for n in lengths]
+        if not self.contiguous:
+            free = rng("blocks", seed).permutation(self.n_blocks).tolist()
+            return [[free.pop() for _ in range(size)] for size in sizes]
+        first, tables = self.n_blocks, [[0]] * len(sizes)
+        for i in rng("extents", seed).permutation(len(sizes)):  # from the pool's end on, in any order
+            first -= sizes[i]
+            tables[i] = [first]
+        return tables
+
+    def table(self, blocks: Sequence[int]) -> list[int]:
+        """The table of consecutive blocks."""
+        return [blocks[0]] if self.contiguous else list(blocks)
+
+    def stored(self, x: F64) -> F64:
+        """K or V [n, G, D] as the cache holds it, from exact bf16 values."""
+        if self.dtype == "bf16":
+            return x
+        values = x.astype(np.float32)
+        scale = np.abs(values).max(-1, keepdims=True) / np.float32(127)
+        integers = np.rint(np.divide(values, scale, out=np.zeros_like(values), where=scale > 0))
+        assert np.abs(integers).max() <= 127
+        return integers.astype(np.float64) * scale.astype(np.float64)
 
 
 def plan_of(
@@ -145,7 +180,7 @@ def attend(
     sinks: np.ndarray | None,
 ) -> tuple[F64, F64]:
     """The last len(q) rows of one sequence in float64: output [n, H * D] and the tolerance of each
-    element.
+    element. k, v: as the cache holds them.
     """
     n, length = len(q), len(k)
     out, tolerance = np.empty_like(q), np.empty_like(q)
@@ -154,7 +189,7 @@ def attend(
     for h in range(shape.n_heads):
         kh, vh = k[:, h // shape.group], v[:, h // shape.group]
         s = op.scale * q[:, h] @ kh.T
-        error = (shape.head_dim + 4) * U_F32 * abs(op.scale) * (np.abs(q[:, h]) @ np.abs(kh).T)
+        error = (shape.head_dim + 6) * U_F32 * abs(op.scale) * (np.abs(q[:, h]) @ np.abs(kh).T)
         if op.softcap is not None:
             s, error = op.softcap * np.tanh(s / op.softcap), error + 2.0**-20 * op.softcap
         s = np.where(visible, s, -np.inf)
@@ -167,7 +202,7 @@ def attend(
         out[:, h] = p @ vh
         size = p @ np.abs(vh)
         score_error = np.where(visible, error, 0).max(-1, keepdims=True)
-        relative = 2 * U_BF16 + 2 * score_error + (length + 64) * U_F32
+        relative = (2 if shape.dtype == "bf16" else 3) * U_BF16 + 2 * score_error + (length + 64) * U_F32
         tolerance[:, h] = relative * size + U_BF16 * np.abs(out[:, h])
     return out.reshape(n, -1), tolerance.reshape(n, -1)
 
@@ -195,7 +230,8 @@ def check(
         blocks = list(
             range(block // shape.block_size, min((block + 512) // shape.block_size, shape.n_blocks))
         )
-        step(fill, [(np.full((len(blocks) * shape.block_size, shape.qkv_width), np.nan), 0, blocks)])
+        stale = np.full((len(blocks) * shape.block_size, shape.qkv_width), np.nan)
+        step(fill, [(stale, 0, shape.table(blocks))])
     rows = [make_rows(shape, length, i) for i, (length, _) in enumerate(sequences)]
     tables = shape.tables([length for length, _ in sequences])
     for qkv, table, (length, n) in zip(rows, tables, sequences, strict=True):
@@ -208,6 +244,7 @@ def check(
     at = 0
     for qkv, (_, n) in zip(rows, sequences, strict=True):
         q, k, v = split(shape, qkv)
+        k, v = shape.stored(k), shape.stored(v)
         want, tolerance = attend(shape, q[-n:], k, v, op, weights and weights["s"])
         assert_close(got[at : at + n], want, tolerance)
         at += n
@@ -219,9 +256,15 @@ HEADS += [(heads, kv_heads, 64) for heads, kv_heads in ((1, 1), (4, 4), (8, 2), 
 HEADS += [(4, 4, 16), (8, 1, 256), (8, 1, 80)]
 
 
+DTYPES = get_args(ops.KVDtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n_heads", "n_kv_heads", "head_dim"), HEADS)
-def test_heads(kernel: str, team: ops.Team, n_heads: int, n_kv_heads: int, head_dim: int) -> None:
-    shape = Shape(n_heads, n_kv_heads, head_dim, n_blocks=8)
+def test_heads(
+    kernel: str, team: ops.Team, n_heads: int, n_kv_heads: int, head_dim: int, dtype: ops.KVDtype
+) -> None:
+    shape = Shape(n_heads, n_kv_heads, head_dim, n_blocks=8, dtype=dtype)
     check(kernel, team, shape, [(65, 1), (40, 13), (17, 17)])
 
 
@@ -230,48 +273,62 @@ LENGTHS = [1, 2, 15, 16, 17, 31, 32, 33, 255, 256, 257, 600]
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("block_size", [16, 32, 256])
-def test_lengths(kernel: str, team: ops.Team, length: int, block_size: int) -> None:
-    shape = Shape(4, 2, 32, block_size, n_blocks=-(-600 // block_size) + 2)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lengths(kernel: str, team: ops.Team, length: int, block_size: int, dtype: ops.KVDtype) -> None:
+    shape = Shape(4, 2, 32, block_size, n_blocks=-(-600 // block_size) + 2, dtype=dtype)
     check(kernel, team, shape, [(length, 1)])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [2, 3, 13, 16, 17, 33, 70, 300])
-def test_rows(kernel: str, team: ops.Team, rows: int) -> None:
+def test_rows(kernel: str, team: ops.Team, rows: int, dtype: ops.KVDtype) -> None:
     """Verification and prefill: tiles of 64 rows that end anywhere."""
     if kernel == "reference" and rows > 100:
         pytest.skip("the scalar kernel takes seconds here; shorter prefills cover it")
-    check(kernel, team, Shape(6, 2, 32, 32), [(300, rows)])
+    check(kernel, team, Shape(6, 2, 32, 32, dtype=dtype), [(300, rows)])
 
 
 @pytest.mark.parametrize("window", [1, 2, 16, 31, 33, 255, 256, 257, 1000])
 @pytest.mark.parametrize("block_size", [16, 64])
-def test_window(kernel: str, team: ops.Team, window: int, block_size: int) -> None:
-    shape = Shape(4, 2, 32, block_size, n_blocks=960 // block_size)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_window(kernel: str, team: ops.Team, window: int, block_size: int, dtype: ops.KVDtype) -> None:
+    shape = Shape(4, 2, 32, block_size, n_blocks=960 // block_size, dtype=dtype)
     check(kernel, team, shape, [(530, 3), (40, 40), (257, 1)], window=window)
 
 
 @pytest.mark.parametrize("sinks", [[0.0], [-5.0, 3.0], [60.0], [-1000.0], [4.0, 0.0, -3.0, 1.0]])
 @pytest.mark.parametrize("window", [None, 40])
-def test_sinks(kernel: str, team: ops.Team, sinks: list[float], window: int | None) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sinks(
+    kernel: str, team: ops.Team, sinks: list[float], window: int | None, dtype: ops.KVDtype
+) -> None:
     """A sink of 0 counts as well; a large one takes nearly all the weight, a very negative one none."""
-    check(kernel, team, Shape(4, 2, 32), [(300, 2), (33, 33)], window=window, sinks=sinks)
+    check(kernel, team, Shape(4, 2, 32, dtype=dtype), [(300, 2), (33, 33)], window=window, sinks=sinks)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [1.0, 30.0, 50.0])
-def test_softcap(kernel: str, team: ops.Team, softcap: float) -> None:
-    check(kernel, team, Shape(4, 2, 64), [(300, 2), (33, 33)], softcap=softcap, scale=1.0)
-    check(kernel, team, Shape(4, 2, 64), [(64, 4)], softcap=softcap, scale=1.0, window=20, sinks=[0.5])
+def test_softcap(kernel: str, team: ops.Team, softcap: float, dtype: ops.KVDtype) -> None:
+    shape = Shape(4, 2, 64, dtype=dtype)
+    check(kernel, team, shape, [(300, 2), (33, 33)], softcap=softcap, scale=1.0)
+    check(kernel, team, shape, [(64, 4)], softcap=softcap, scale=1.0, window=20, sinks=[0.5])
 
 
-def test_large_scores(kernel: str, team: ops.Team) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_scores(kernel: str, team: ops.Team, dtype: ops.KVDtype) -> None:
     """Scores of several hundred: only the best position counts, nothing overflows. The products reach
     2^-24 * 64 * 10^3, so the tolerance above still tells one position from another."""
-    check(kernel, team, Shape(2, 1, 64), [(290, 5)], scale=4.0)
+    check(kernel, team, Shape(2, 1, 64, dtype=dtype), [(290, 5)], scale=4.0)
 
 
-def test_batch_of_many(kernel: str, team: ops.Team) -> None:
+@pytest.mark.parametrize("contiguous", [False, True])
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_batch_of_many(
+    kernel: str, team: ops.Team, dtype: ops.KVDtype, block_size: int, contiguous: bool
+) -> None:
     """Eight sequences of every kind in one step."""
-    shape = Shape(8, 2, 32, 16, n_blocks=90)
+    shape = Shape(8, 2, 32, block_size, n_blocks=1440 // block_size, dtype=dtype, contiguous=contiguous)
     check(kernel, team, shape, [(1, 1), (33, 1), (256, 1), (31, 31), (300, 13), (16, 16), (17, 2), (257, 64)])
 
 
@@ -294,6 +351,7 @@ def last_rows(
 
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (70, None), (257, 20.0)])
 @pytest.mark.parametrize(("n_heads", "n_kv_heads", "head_dim"), [(8, 1, 64), (3, 3, 80), (4, 2, 32)])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_do_not_depend_on_the_cut(
     isa: str,
     team: ops.Team,
@@ -302,9 +360,12 @@ def test_bits_do_not_depend_on_the_cut(
     head_dim: int,
     window: int | None,
     softcap: float | None,
+    dtype: ops.KVDtype,
 ) -> None:
-    """Chunks, single rows, block sizes and block tables: the same bytes, over more than one piece of 256."""
-    shape = Shape(n_heads, n_kv_heads, head_dim, 32, n_blocks=40)
+    """Chunks, single rows, block sizes, block tables and extents: the same bytes, over more than one piece of
+    256.
+    """
+    shape = Shape(n_heads, n_kv_heads, head_dim, 32, n_blocks=40, dtype=dtype)
     n = 300
     qkv = make_rows(shape, n)
     op = ir.Attention("a", "q", "o", 0, 0.2, window, softcap, "s")
@@ -312,7 +373,7 @@ def test_bits_do_not_depend_on_the_cut(
     assert whole == last_rows(isa, team, shape, op, qkv, [1, 14, 33, 100, 113, 240, 280, 299, n], seed=1)
     assert whole == last_rows(isa, team, shape, op, qkv, [250, *range(251, n + 1)], seed=2)
     for block_size in (16, 64, 256):
-        other = replace(shape, block_size=block_size)
+        other = replace(shape, block_size=block_size, contiguous=block_size == 64)
         assert whole == last_rows(isa, team, other, op, qkv, [128, 255, 256, n], seed=3)
 
 
@@ -320,10 +381,11 @@ def test_bits_do_not_depend_on_the_cut(
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 256])
-def test_no_leak_from_reused_blocks(kernel: str, team: ops.Team, block_size: int) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_leak_from_reused_blocks(kernel: str, team: ops.Team, block_size: int, dtype: ops.KVDtype) -> None:
     """The same sequence over a clean pool, over another's blocks, and over blocks of NaN and infinities, one
     token at a time: the same bytes."""
-    shape = Shape(4, 2, 32, block_size, n_blocks=6)
+    shape = Shape(4, 2, 32, block_size, n_blocks=6, dtype=dtype)
     n = 70 if block_size < 64 else 40
     qkv = make_rows(shape, n)
     op = ir.Attention("a", "q", "o", 0, 0.2)
@@ -347,8 +409,9 @@ def test_no_leak_from_reused_blocks(kernel: str, team: ops.Team, block_size: int
     assert len(set(outputs)) == 1
 
 
-def test_a_neighbour_with_nan_changes_nothing(kernel: str, team: ops.Team) -> None:
-    shape = Shape(4, 2, 32, 16)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_neighbour_with_nan_changes_nothing(kernel: str, team: ops.Team, dtype: ops.KVDtype) -> None:
+    shape = Shape(4, 2, 32, 16, dtype=dtype)
     a, b = make_rows(shape, 40, "a"), make_rows(shape, 50, "b")
     op = ir.Attention("a", "q", "o", 0, 0.2)
     ta, tb = shape.tables([40, 50])
@@ -358,6 +421,97 @@ def test_a_neighbour_with_nan_changes_nothing(kernel: str, team: ops.Team) -> No
         step(plan, [(neighbour, 0, tb), (a, 0, ta)])
         outputs.append(take(plan, "o", 90)[50:].tobytes())
     assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("where", ["key", "value"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_nan_is_seen(kernel: str, team: ops.Team, dtype: ops.KVDtype, where: str) -> None:
+    """One NaN in one key or value: every later row of its kv head has a NaN, and only those rows. In int8 an
+    infinity is one too, for it leaves nothing of the head's other elements."""
+    shape = Shape(4, 2, 32, 16, dtype=dtype)
+    at = (4 if where == "key" else 6) * 32 + 5  # of kv head 0
+    for number in (np.nan,) if dtype == "bf16" else (np.nan, np.inf, -np.inf):
+        qkv = make_rows(shape, 40)
+        qkv[33, at] = number
+        plan = plan_of(team, shape, shape.pool(), kernel, ir.Attention("a", "q", "o", 0, 0.2))
+        (table,) = shape.tables([40])
+        rows = []
+        for i in range(40):
+            step(plan, [(qkv[i : i + 1], i, table)])
+            rows.append(take(plan, "o", 1))
+        bad = (
+            np.isnan(np.concatenate(rows)).reshape(40, 2, 2, 32).any(-1)
+        )  # [rows, kv head, query head of it]
+        assert not bad[:33].any() and bad[33:, 0].all() and not bad[:, 1].any()
+
+
+# ---- copying blocks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1, 2, 15, 16, 17, 31, 32, 33, 64])
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_copy(team: ops.Team, dtype: ops.KVDtype, block_size: int, n_tokens: int) -> None:
+    """A full block of NaN takes over a prefix of a full block of another sequence, which then goes on with other
+    tokens: the bytes of a sequence that never was anywhere else. The source keeps its own."""
+    n_tokens = min(n_tokens, block_size)
+    shape = Shape(4, 2, 32, block_size, n_blocks=5, dtype=dtype)
+    pool = ops.KVPool(2, 2, 32, 5, block_size, dtype)
+    plans = []
+    for layer in (0, 1):
+        op = ir.Attention("a", "q", "o", layer, 0.2)
+        plans.append(plan_of(team, shape, pool, "", op, ir.RopeKV("r", "qkv", "q", layer, None)))
+    source = make_rows(shape, block_size, "source")
+    own = np.concatenate([source[:n_tokens], make_rows(shape, 40, "own")])
+
+    def run(plan: ops.Plan, rows: F64, cached: int, table: list[int]) -> bytes:
+        step(plan, [(rows[cached:], cached, table)])
+        return take(plan, "o", len(rows) - cached).tobytes()
+
+    fresh = plan_of(team, shape, shape.pool(), "", ir.Attention("a", "q", "o", 0, 0.2))
+    want = run(fresh, own, 0, [0, 1, 2, 3])
+    row = len(want) // len(own)
+    for plan in plans:
+        run(plan, np.full((5 * block_size, shape.qkv_width), np.nan), 0, [0, 1, 2, 3, 4])
+        want_source = run(plan, source, 0, [3])
+    pool.copy(3, 1, n_tokens)
+    for plan in plans:
+        assert run(plan, own, n_tokens, [1, 0, 2, 4]) == want[n_tokens * row :]
+        assert run(plan, source, block_size - 1, [3]) == want_source[-row:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((4, 0, 1), "copy of block 4 to 0"),
+        ((-1, 0, 1), "copy of block -1 to 0"),
+        ((0, 4, 1), "copy of block 0 to 4"),
+        ((0, -1, 1), "copy of block 0 to -1"),
+        ((2, 2, 1), "expected two different blocks of 4"),
+        ((0, 1, -1), "copy of -1 tokens"),
+        ((0, 1, 17), "copy of 17 tokens, expected 0 to 16"),
+    ],
+)
+def test_copy_refuses(arguments: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ops.KVPool(1, 1, 16, 4, 16).copy(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("table", "n", "message"),
+    [
+        ([0, 1], 20, "tables of 1 column, the first block, got 2"),
+        ([3], 20, "sequence 0 needs 2 blocks from 3 on, there are 4"),
+        ([4], 1, "sequence 0 needs 1 blocks from 4 on"),
+        ([-1], 1, "sequence 0 needs 1 blocks from -1 on"),
+        ([0], 65, "sequence 0 needs 5 blocks from 0 on"),
+    ],
+)
+def test_contiguous_refuses(team: ops.Team, table: list[int], n: int, message: str) -> None:
+    shape = Shape(block_size=16, n_blocks=4, contiguous=True)
+    plan = plan_of(team, shape, shape.pool(), "", None)
+    with pytest.raises(ValueError, match=message):
+        step(plan, [(make_rows(shape, n), 0, table)])
 
 
 # ---- RoPE and append --------------------------------------------------------------------------------------
@@ -443,17 +597,25 @@ def test_keys_are_appended_as_queries_are_kept(
     assert_close(take(plan, "o", 27), want, tolerance)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block_size", [16, 32, 256])
-def test_values_are_appended_exactly(kernel: str, team: ops.Team, block_size: int) -> None:
-    """A window of 1 returns the row's own value: bf16(v), bit for bit."""
-    shape = Shape(3, 3, 48, block_size, n_blocks=20)
+def test_values_are_appended_exactly(
+    kernel: str, team: ops.Team, block_size: int, dtype: ops.KVDtype
+) -> None:
+    """A window of 1 returns the row's own value: bf16(v), bit for bit; in int8, where 1 times the value's scale is
+    the weight, bf16(integer * bf16(scale))."""
+    shape = Shape(3, 3, 48, block_size, n_blocks=20, dtype=dtype)
     plan = plan_of(team, shape, shape.pool(), kernel, ir.Attention("a", "q", "o", 0, 1.0, window=1))
     rows = rng("v").standard_normal((130, shape.qkv_width))
     (blocks,) = shape.tables([130])
     for begin, end in pairwise([0, 1, 2, 33, 64, 130]):
         step(plan, [(rows[begin:end], begin, blocks)])
-        want = bf16(split(shape, rows[begin:end])[2]).reshape(end - begin, -1)
-        assert np.array_equal(take(plan, "o", end - begin), want)
+        v = split(shape, rows[begin:end])[2].astype(np.float32)
+        if dtype == "int8":
+            scale = np.abs(v).max(-1, keepdims=True) / np.float32(127)
+            # The scalar kernel rounds nothing on the way.
+            v = np.rint(v / scale) * (scale.astype(np.float64) if kernel == "reference" else bf16(scale))
+        assert np.array_equal(take(plan, "o", end - begin), bf16(v).reshape(end - begin, -1))
 
 
 @pytest.mark.parametrize(
@@ -465,8 +627,16 @@ def test_values_are_appended_exactly(kernel: str, team: ops.Team, block_size: in
         ((1, 1, 64, 4, 8), "block_size is 8"),
         ((1, 0, 64, 4, 16), "must be positive"),
         ((1, 1, 64, 0, 16), "must be positive"),
+        ((1, 1, 64, 4, 16, "fp8"), "KV cache dtype is 'fp8', expected bf16 or int8"),
     ],
 )
-def test_pool_refuses(sizes: tuple[int, int, int, int, int], message: str) -> None:
+def test_pool_refuses(sizes: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ops.KVPool(*sizes)
+
+
+def test_pool_size() -> None:
+    assert ops.KVPool(3, 2, 48, 5, 32).nbytes == 3 * 2 * 5 * 32 * 2 * 48 * 2
+    assert ops.KVPool(3, 2, 48, 5, 32, "int8").nbytes == 3 * 2 * 5 * 32 * (2 * 48 + 8)
+    with pytest.raises(MemoryError):
+        ops.KVPool(1 << 20, 1 << 20, 256, 1 << 20, 1 << 20)

@@ -38,11 +38,22 @@ class Model:
         n_blocks: int = 16,
         rounding: Literal["bf16"] | None = None,
         trace: bool = False,
+        kv_dtype: Literal["bf16", "int8"] = "bf16",
+        contiguous: bool = False,
         **plan_changes: Any,
     ) -> Reference:
         """The float64 interpreter, with a KV cache of n_blocks blocks of BLOCK_SIZE."""
         plan = replace(self.plan, **plan_changes) if plan_changes else self.plan
-        return Reference(plan, self.weights, n_blocks, BLOCK_SIZE, rounding=rounding, trace=trace)
+        return Reference(
+            plan,
+            self.weights,
+            n_blocks,
+            BLOCK_SIZE,
+            rounding=rounding,
+            trace=trace,
+            kv_dtype=kv_dtype,
+            contiguous=contiguous,
+        )
 
 
 def load(directory: Path, max_model_len: int) -> Model:

@@ -48,11 +48,20 @@ class KVPool:
     head_dim: int
     n_blocks: int
     block_size: int
+    contiguous: bool
     def __init__(
-        self, n_layers: int, n_kv_heads: int, head_dim: int, n_blocks: int, block_size: int
+        self,
+        n_layers: int,
+        n_kv_heads: int,
+        head_dim: int,
+        n_blocks: int,
+        block_size: int,
+        int8: bool,
+        contiguous: bool,
     ) -> None: ...
     @property
     def nbytes(self) -> int: ...
+    def copy(self, src: int, dst: int, n_tokens: int) -> None: ...
 
 class Plan:
     vocab_size: int

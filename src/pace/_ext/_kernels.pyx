@@ -69,8 +69,8 @@ cdef extern from "kernels.h" nogil:
         float eps
         int kind, y_bf16, add
     ctypedef struct pace_kv:
-        bf16 *kv
-        long block_stride, block, n_heads, n_kv_heads, head_dim
+        long block, n_heads, n_kv_heads, head_dim
+        int int8, contiguous
     ctypedef struct pace_rope_kv:
         const float *qkv
         bf16 *q
@@ -116,6 +116,12 @@ cdef extern from "plan.h" nogil:
     void pace_matrix_free(pace_matrix *w)
     int pace_matrix_pack(pace_matrix *w, pace_team *team, const pace_kernels *kernels, const void *src, int dtype,
                          long ld, long rows, long at, int mode)
+    ctypedef struct pace_pool:
+        size_t bytes
+    int pace_pool_init(pace_pool *pool, long n_layers, long n_blocks, const pace_kv *shape)
+    void pace_pool_free(pace_pool *pool)
+    pace_kv pace_pool_layer(const pace_pool *pool, long layer)
+    void pace_pool_copy(const pace_pool *pool, long src, long dst, long n_tokens)
     int PACE_EMBED, PACE_NORM, PACE_GEMM, PACE_ANGLES, PACE_ROPE_KV, PACE_ATTENTION, PACE_SELECT
     struct embed_op:
         const pace_matrix *table
@@ -428,11 +434,13 @@ cdef class Matrix:
 
 
 cdef class KVPool:
-    cdef Memory memory
+    cdef pace_pool pool
     cdef readonly long n_layers, n_kv_heads, head_dim, n_blocks, block_size
-    cdef long block_stride
+    cdef readonly bint contiguous
 
-    def __init__(self, long n_layers, long n_kv_heads, long head_dim, long n_blocks, long block_size):
+    def __cinit__(self, long n_layers, long n_kv_heads, long head_dim, long n_blocks, long block_size, bint int8,
+                  bint contiguous):
+        cdef pace_kv shape
         if min(n_layers, n_kv_heads, n_blocks) < 1:
             raise ValueError(f"KV pool of {n_layers} layers, {n_kv_heads} heads, {n_blocks} blocks: all must be positive")
         if head_dim % 16 or not 16 <= head_dim <= 256:
@@ -440,13 +448,27 @@ cdef class KVPool:
         if block_size < 16 or block_size & (block_size - 1):
             raise ValueError(f"block_size is {block_size}, expected a power of two from 16 on")
         self.n_layers, self.n_kv_heads, self.head_dim = n_layers, n_kv_heads, head_dim
-        self.n_blocks, self.block_size = n_blocks, block_size
-        self.block_stride = n_kv_heads * 2 * block_size * head_dim
-        self.memory = Memory(<size_t>n_layers * n_blocks * self.block_stride * 2)
+        self.n_blocks, self.block_size, self.contiguous = n_blocks, block_size, contiguous
+        memset(&shape, 0, sizeof(shape))
+        shape.block, shape.n_kv_heads, shape.head_dim = block_size, n_kv_heads, head_dim
+        shape.int8, shape.contiguous = int8, contiguous
+        if pace_pool_init(&self.pool, n_layers, n_blocks, &shape):
+            raise MemoryError(f"cannot allocate a KV pool of {n_blocks} blocks of {block_size} tokens")
+
+    def __dealloc__(self):
+        pace_pool_free(&self.pool)
 
     @property
     def nbytes(self):
-        return self.memory.nbytes
+        return self.pool.bytes
+
+    def copy(self, long src, long dst, long n_tokens):
+        if not 0 <= src < self.n_blocks or not 0 <= dst < self.n_blocks or src == dst:
+            raise ValueError(f"copy of block {src} to {dst}: expected two different blocks of {self.n_blocks}")
+        if not 0 <= n_tokens <= self.block_size:
+            raise ValueError(f"copy of {n_tokens} tokens, expected 0 to {self.block_size}, the size of a block")
+        with nogil:
+            pace_pool_copy(&self.pool, src, dst, n_tokens)
 
 
 cdef struct slot:
@@ -582,11 +604,8 @@ cdef class Plan:
     cdef pace_kv kv(self, long layer) except *:
         if not 0 <= layer < self.pool.n_layers:
             raise ValueError(f"layer {layer} of {self.pool.n_layers}")
-        cdef pace_kv kv
-        memset(&kv, 0, sizeof(kv))
-        kv.kv = <bf16 *>self.pool.memory.data + <size_t>layer * self.pool.n_blocks * self.pool.block_stride
-        kv.block_stride, kv.block = self.pool.block_stride, self.pool.block_size
-        kv.n_heads, kv.n_kv_heads, kv.head_dim = self.n_heads, self.pool.n_kv_heads, self.pool.head_dim
+        cdef pace_kv kv = pace_pool_layer(&self.pool.pool, layer)
+        kv.n_heads = self.n_heads
         return kv
 
     def add_rope_kv(self, tier, int src, int dst, long layer, int cos, int sin, long rotary_dim, bint interleaved,
@@ -655,6 +674,12 @@ cdef class Plan:
             if q_len < 1 or kv_len[s] < q_len:
                 raise ValueError(f"sequence {s} has {q_len} rows and kv_len {kv_len[s]}")
             need = (kv_len[s] + self.pool.block_size - 1) // self.pool.block_size
+            if self.pool.contiguous:
+                if block_tables.shape[1] != 1:
+                    raise ValueError(f"a contiguous pool wants tables of 1 column, the first block, got {block_tables.shape[1]}")
+                if not 0 <= block_tables[s, 0] <= self.pool.n_blocks - need:
+                    raise ValueError(f"sequence {s} needs {need} blocks from {block_tables[s, 0]} on, there are {self.pool.n_blocks}")
+                continue
             if need > block_tables.shape[1]:
                 raise ValueError(f"sequence {s} of length {kv_len[s]} needs {need} blocks, its table has {block_tables.shape[1]}")
             for i in range(need):

@@ -14,6 +14,9 @@
 #include "amx.h"
 #endif
 
+// Tokens of int8 K or V expanded at a time.
+#define KV_RUN 64
+
 typedef struct {
     _Alignas(64) bf16 q[PACE_ATTN_ROWS][PACE_MAX_HEAD_DIM];
     float s[PACE_ATTN_ROWS][PACE_PIECE];
@@ -21,7 +24,8 @@ typedef struct {
     float o[PACE_ATTN_ROWS][PACE_MAX_HEAD_DIM];
     float sum_o[PACE_ATTN_ROWS][PACE_MAX_HEAD_DIM];
     float max[PACE_ATTN_ROWS], sum[PACE_ATTN_ROWS];
-    bf16 v[32 * PACE_MAX_HEAD_DIM];  // two 16-token blocks of V side by side, for the tiles
+    _Alignas(64) bf16 kv[KV_RUN * PACE_MAX_HEAD_DIM];  // K or V that cannot be multiplied where it stands
+    float k_scale[PACE_PIECE], v_scale[PACE_PIECE];    // int8: of the piece's tokens
 } attention_buf;
 
 // Which unit multiplies is a property of the tier and head_dim, never of the row count or the block size (law 1).
@@ -45,45 +49,74 @@ INLINE void attention_mm(int in_tiles, long rows, long columns, const mm_args *g
     mm_block(rows, (int)(columns / 16), *g);
 }
 
-// O (+)= P V over columns [c0, c1) of a piece, 32 tokens to a tile instruction. Blocks of 16 tokens are joined in
-// pairs first, so that a tile's sum has the same 32 terms on every block size; a missing partner counts as zeros.
-INLINE void values_in_tiles(attention_buf *t, const pace_kv *kv, const int32_t *table, long kv_head, long rows,
-                            long piece, long c0, long c1) {
-    const long d = kv->head_dim, b = kv->block, head = kv_head * 2 * b * d + b * d;
-    mm_args g = {.lda = PACE_PIECE + 32, .ldb = 2 * d, .bps = 64, .c = t->o[0], .ldc = PACE_MAX_HEAD_DIM};
-    for (long c = c0, step; c < c1; c += step) {
-        g.a = t->p[0] + c;
-        g.accumulate = c > c0;
-        if (b >= 32) {
-            const long in = (piece + c) % b;
-            step = b - in < c1 - c ? b - in : c1 - c;
-            g.b = kv->kv + table[(piece + c) / b] * kv->block_stride + head + in * d;
-        } else {
-            step = 32;
-            for (int i = 0; i < 2; i++) {
-                if (c + 16 * i < c1) {
-                    memcpy(t->v + 16 * i * d, kv->kv + table[(piece + c) / b + i] * kv->block_stride + head,
-                           (size_t)d * 32);
-                } else {
-                    memset(t->v + 16 * i * d, 0, (size_t)d * 32);
-                    for (long r = 0; r < rows; r++) memset(t->p[r] + c + 16, 0, 32);
-                }
-            }
-            g.b = t->v;
-        }
-        g.kp = step / 2;
-        attention_mm(1, rows, d, &g);
+// int8 rows of n elements, a multiple of 32, as bf16: exact.
+INLINE void expand(bf16 *dst, long ld_dst, const int8_t *src, long ld_src, long rows, long n) {
+    for (long r = 0; r < rows; r++)
+        for (long i = 0; i < n; i += 2 * VL) v_int8_to_bf16(dst + r * ld_dst + i, src + r * ld_src + i);
+}
+
+// Tokens from position pos to the end of their block, at most `left` of them.
+INLINE long run_in_block(const pace_kv *kv, long pos, long left) {
+    const long run = kv->block - pos % kv->block;
+    return run < left ? run : left;
+}
+
+// K of *n (<= left) tokens from position pos on as pairs [d / 2][*ld / 2][2]: bf16 where they stand in the cache, int8
+// expanded in scratch.
+INLINE const bf16 *keys_at(attention_buf *t, const pace_kv *kv, long seq, long kv_head, long pos, long left, long *n,
+                           long *ld) {
+    if (!kv->int8) {
+        *n = run_in_block(kv, pos, left);
+        *ld = 2 * kv->block;
+        return (const bf16 *)(const void *)pace_kv_at(kv, seq, pos, kv_head) + pos % kv->block * 2;
     }
+    *n = left < KV_RUN ? left : KV_RUN;
+    *ld = 2 * KV_RUN;
+    for (long i = 0, run; i < *n; i += run) {
+        run = run_in_block(kv, pos + i, *n - i);
+        const int8_t *k = (const int8_t *)pace_kv_at(kv, seq, pos + i, kv_head) + (pos + i) % kv->block * 2;
+        expand(t->kv + 2 * i, 2 * KV_RUN, k, 2 * kv->block, kv->head_dim / 2, 2 * run);
+    }
+    return t->kv;
+}
+
+// V of *n tokens from position pos on as pairs [*n / 2][d][2]: at most `left`, or for tiles that rounded up to 32 with
+// zeros. bf16 where it stands in the cache, unless a tile wants 32 tokens of two blocks; so a tile's sum has the same
+// 32 terms on every block size.
+INLINE const bf16 *values_at(attention_buf *t, const pace_kv *kv, long seq, long kv_head, long pos, long left,
+                             int in_tiles, long *n) {
+    const long d = kv->head_dim, b = kv->block;
+    if (!kv->int8 && (b >= 32 || !in_tiles)) {
+        *n = run_in_block(kv, pos, left);
+        return (const bf16 *)(const void *)pace_kv_at(kv, seq, pos, kv_head) + (b + pos % b) * d;
+    }
+    *n = left < KV_RUN ? left : KV_RUN;
+    for (long i = 0, run; i < *n; i += run) {
+        run = run_in_block(kv, pos + i, *n - i);
+        const char *head = pace_kv_at(kv, seq, pos + i, kv_head);
+        const long at = (b + (pos + i) % b) * d;
+        if (kv->int8)
+            expand(t->kv + i * d, 0, (const int8_t *)head + at, 0, 1, run * d);
+        else
+            memcpy(t->kv + i * d, (const bf16 *)(const void *)head + at, (size_t)(run * d) * sizeof(bf16));
+    }
+    if (in_tiles && *n % 32) {
+        memset(t->kv + *n * d, 0, (size_t)(16 * d) * sizeof(bf16));
+        *n += 16;
+    }
+    return t->kv;
 }
 
 // Columns [first, last) of one piece's score row become probabilities; columns [c0, c1) outside that are zero.
 // Returns the row maximum and sum over visible columns (-inf and 0 when there are none).
+// int8 (k_scale not NULL): the scores still lack their key's scale, and p takes its value's.
 INLINE void softmax_piece(float *s, bf16 *p, long c0, long c1, long first, long last, float scale, float cap,
-                          float *max, float *sum) {
+                          const float *k_scale, const float *v_scale, float *max, float *sum) {
     vf top = v_set(-__builtin_inff()), total = v_zero();
     const vf vs = v_set(scale), vcap = v_set(cap);
     for (long j = c0; j < c1; j += VL) {
         vf x = v_mul(v_load(s + j), vs);
+        if (k_scale) x = v_mul(x, v_load(k_scale + j));
         if (cap > 0.0f) x = v_mul(v_tanh(v_div(x, vcap)), vcap);
         if (first > j || last < j + VL) x = v_keep(x, first - j, last - j, -__builtin_inff());
         v_store(s + j, x);
@@ -95,22 +128,23 @@ INLINE void softmax_piece(float *s, bf16 *p, long c0, long c1, long first, long 
         vf e = v_exp(v_sub(v_load(s + j), m));
         if (first > j || last < j + VL) e = v_keep(e, first - j, last - j, 0.0f);
         v_store_bf16(p + j, e);
-        total = v_add(total, v_load_bf16(p + j));
+        e = v_load_bf16(p + j);
+        total = v_add(total, e);
+        if (v_scale) v_store_bf16(p + j, v_mul(e, v_load(v_scale + j)));
     }
     *sum = v_sum(total);
 }
 
 // What a tile is: rows of one sequence and kv head, the positions they see, and how they are multiplied.
 typedef struct {
-    const int32_t *table;
-    long d, group, n, pos0, begin, end;  // n rows; the first at position pos0; positions [begin, end) are seen
+    long seq, d, group, n, pos0, begin, end;  // n rows; the first at position pos0; positions [begin, end) are seen
     int in_tiles;
 } attention_tile;
 
 static attention_tile attention_shape(const pace_attention *g, const pace_rows *rows) {
     const pace_kv *kv = &g->kv;
     const long n_tok = rows->row1 - rows->row0;
-    attention_tile a = {.table = kv->block_tables + rows->seq * kv->table_stride, .d = kv->head_dim};
+    attention_tile a = {.seq = rows->seq, .d = kv->head_dim};
     a.group = kv->n_heads / kv->n_kv_heads;
     a.n = n_tok * a.group;
     a.pos0 = (long)kv->kv_len[rows->seq] - kv->q_start[rows->seq + 1] + rows->row0;
@@ -142,48 +176,47 @@ INLINE void attention_release(const attention_tile *a) {
 static void attention_piece(attention_buf *t, const pace_attention *g, long kv_head, const attention_tile *a,
                             long piece, float *max, float *sum) {
     const pace_kv *kv = &g->kv;
-    const long d = a->d, b = kv->block;
-    const long unit = b < 32 ? b : 32;  // columns are computed in whole units; V is clean up to a unit
+    const long d = a->d, unit = pace_kv_group(kv);  // columns are computed in whole units: V is clean up to there
     const long lo = a->begin > piece ? (a->begin - piece) / 32 * 32 : 0;  // columns of this piece: [lo, hi)
     const long hi = a->end - piece < PACE_PIECE ? (a->end - piece + unit - 1) / unit * unit : PACE_PIECE;
-    for (long c = lo, step; c < hi; c += step) {  // S = Q K^T, block by block
-        const long in = (piece + c) % b;
-        step = b - in < hi - c ? b - in : hi - c;
-        const bf16 *k = kv->kv + a->table[(piece + c) / b] * kv->block_stride + kv_head * 2 * b * d + in * 2;
+    for (long c = lo, step, ld; c < hi; c += step) {  // S = Q K^T
+        const bf16 *k = keys_at(t, kv, a->seq, kv_head, piece + c, hi - c, &step, &ld);
         attention_mm(a->in_tiles, a->n, step,
                      &(mm_args){.a = t->q[0],
                                 .lda = PACE_MAX_HEAD_DIM,
                                 .b = k,
-                                .ldb = 2 * b,
+                                .ldb = ld,
                                 .bps = 64,
                                 .c = t->s[0] + c,
                                 .ldc = PACE_PIECE,
                                 .kp = d / 2});
     }
+    for (long c = lo, run; kv->int8 && c < hi; c += run) {
+        run = run_in_block(kv, piece + c, hi - c);
+        const float *scales = pace_kv_scales(kv, pace_kv_at(kv, a->seq, piece + c, kv_head));
+        scales += (piece + c) % kv->block;
+        memcpy(t->k_scale + c, scales, (size_t)run * sizeof(float));
+        memcpy(t->v_scale + c, scales + kv->block, (size_t)run * sizeof(float));
+    }
     for (long r = 0; r < a->n; r++) {
         const long pos = a->pos0 + r / a->group;
         const long first = g->window ? pos - g->window + 1 - piece : 0;
-        softmax_piece(t->s[r], t->p[r], lo, hi, first < 0 ? 0 : first, pos + 1 - piece, g->scale, g->softcap, &max[r],
-                      &sum[r]);
-    }
-    if (a->in_tiles) {
-        values_in_tiles(t, kv, a->table, kv_head, a->n, piece, lo, hi);
-        return;
+        softmax_piece(t->s[r], t->p[r], lo, hi, first < 0 ? 0 : first, pos + 1 - piece, g->scale, g->softcap,
+                      kv->int8 ? t->k_scale : NULL, kv->int8 ? t->v_scale : NULL, &max[r], &sum[r]);
+        if (a->in_tiles && hi % 32) memset(t->p[r] + hi, 0, 16 * sizeof(bf16));
     }
     for (long c = lo, step; c < hi; c += step) {  // O = P V
-        const long in = (piece + c) % b;
-        step = b - in < hi - c ? b - in : hi - c;
-        const bf16 *v = kv->kv + a->table[(piece + c) / b] * kv->block_stride + kv_head * 2 * b * d + b * d + in * d;
-        mm_block(a->n, (int)(d / 16),
-                 (mm_args){.a = t->p[0] + c,
-                           .lda = PACE_PIECE + 32,
-                           .b = v,
-                           .ldb = 2 * d,
-                           .bps = 64,
-                           .c = t->o[0],
-                           .ldc = PACE_MAX_HEAD_DIM,
-                           .kp = step / 2,
-                           .accumulate = c > lo});
+        const bf16 *v = values_at(t, kv, a->seq, kv_head, piece + c, hi - c, a->in_tiles, &step);
+        attention_mm(a->in_tiles, a->n, d,
+                     &(mm_args){.a = t->p[0] + c,
+                                .lda = PACE_PIECE + 32,
+                                .b = v,
+                                .ldb = 2 * d,
+                                .bps = 64,
+                                .c = t->o[0],
+                                .ldc = PACE_MAX_HEAD_DIM,
+                                .kp = step / 2,
+                                .accumulate = c > lo});
     }
 }
 

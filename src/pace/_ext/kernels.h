@@ -58,22 +58,54 @@ typedef struct {
     int y_bf16, add;
 } pace_norm;
 
-// KV cache of one layer: block b starts at kv + b * block_stride and holds, per kv head,
-//   K [head_dim / 2][block][2] then V [block / 2][head_dim][2], both bf16.
-// So S = Q K^T and O = P V both have the pair layout of a packed panel and nothing is ever transposed.
+// KV cache of one layer: blocks of `block` tokens, each holding per kv head
+//   K [head_dim / 2][block][2] then V [block / 2][head_dim][2], bf16 or int8,
+//   int8 only: f32 scales of K [block], then of V [block].
+// So S = Q K^T and O = P V both have the pair layout of a packed panel and nothing is ever transposed. block and
+// head_dim are multiples of 16, so every part starts on a cache line.
+//
+// int8: a token's K (after norm and rotation) and V of one kv head have one scale each, amax / 127; an element is
+// x / scale to the nearest integer, ties to even. amax 0: scale 0 and zeros. A head with a NaN or an infinity has the
+// scale NaN, so that its scores and its share of the output are NaN and the engine's check of the logits sees it.
 typedef struct {
-    bf16 *kv;
-    long block_stride;  // elements of one block: n_kv_heads * 2 * block * head_dim
-    long block;         // tokens in a block: a power of two >= 16
-    long n_heads, n_kv_heads, head_dim;
-    const int32_t *block_tables;  // [n_seqs][table_stride]
+    char *kv;                            // block 0, 64-byte aligned
+    long block;                          // tokens in a block: a power of two >= 16
+    long n_heads, n_kv_heads, head_dim;  // head_dim: a multiple of 16 up to PACE_MAX_HEAD_DIM
+    int int8;                            // element type: 0 bf16, 1 int8 with scales
+    int contiguous;                      // a sequence's blocks follow each other; its table is the first one
+    const int32_t *block_tables;         // [n_seqs][table_stride]
     long table_stride;
     const int32_t *q_start;  // [n_seqs + 1] first row of each sequence
     const int32_t *kv_len;   // [n_seqs] length including this step's rows
 } pace_kv;
 
+static inline long pace_kv_head_bytes(const pace_kv *kv) {
+    return kv->int8 ? 2 * kv->block * (kv->head_dim + (long)sizeof(float)) : 4 * kv->block * kv->head_dim;
+}
+
+static inline char *pace_kv_head(const pace_kv *kv, long block, long kv_head) {
+    return kv->kv + (block * kv->n_kv_heads + kv_head) * pace_kv_head_bytes(kv);
+}
+
+// K, V and scales of one kv head in the block that holds position pos of a sequence.
+static inline char *pace_kv_at(const pace_kv *kv, long seq, long pos, long kv_head) {
+    const int32_t *table = kv->block_tables + seq * kv->table_stride;
+    const long i = pos / kv->block;
+    return pace_kv_head(kv, kv->contiguous ? table[0] + i : table[i], kv_head);
+}
+
+// Scales of K [block], of V right behind them; int8 only.
+static inline float *pace_kv_scales(const pace_kv *kv, char *head) {
+    return (float *)(void *)(head + 2 * kv->block * kv->head_dim);
+}
+
+// P V reads V in whole groups of this many tokens: whoever writes the first token of a group clears V of all of it,
+// scales included, because a stale NaN times a zero probability would be a NaN (and another request's data). Scores of
+// stale keys are selected away, not multiplied, so K needs no clearing.
+static inline long pace_kv_group(const pace_kv *kv) { return kv->block < 32 ? kv->block : 32; }
+
 // Rows of one sequence, at most PACE_ROPE_ROWS of them and inside one aligned group of that many positions, so
-// that one work item owns the whole group of V rows that it may have to clear.
+// that one work item owns the whole group of V rows that it may have to clear (pace_kv_group).
 #define PACE_ROPE_ROWS 32
 typedef struct {
     int32_t seq, row0, row1;

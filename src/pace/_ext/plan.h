@@ -24,6 +24,21 @@ enum pace_pack_mode { PACE_PACK_ROWS, PACE_PACK_GATE, PACE_PACK_UP };
 int pace_matrix_pack(pace_matrix *w, pace_team *team, const pace_kernels *kernels, const void *src, int dtype, long ld,
                      long rows, long at, int mode);
 
+// KV cache memory of all layers: [n_layers][n_blocks] blocks as pace_kv describes them.
+typedef struct {
+    size_t bytes;
+    long n_layers, n_blocks;
+    pace_kv kv;  // of layer 0; n_heads and what belongs to a batch unset
+} pace_pool;
+
+// shape: block, n_kv_heads, head_dim, int8 and contiguous. 0, or ENOMEM.
+int pace_pool_init(pace_pool *pool, long n_layers, long n_blocks, const pace_kv *shape);
+void pace_pool_free(pace_pool *pool);
+pace_kv pace_pool_layer(const pace_pool *pool, long layer);
+// The first n_tokens (0 .. block) of block src in every layer to block dst, as if they had just been appended there:
+// V of dst is clear up to the end of its group. src and dst differ.
+void pace_pool_copy(const pace_pool *pool, long src, long dst, long n_tokens);
+
 typedef struct {
     void *data;
     size_t bytes;

@@ -117,24 +117,42 @@ static void head(double *h, const pace_rope_kv *g, const float *x, const float *
     }
 }
 
-static bf16 *block_of(const pace_kv *kv, long seq, long pos, long kv_head) {
-    const int32_t block = kv->block_tables[seq * kv->table_stride + pos / kv->block];
-    return kv->kv + block * kv->block_stride + kv_head * 2 * kv->block * kv->head_dim;
+// Element e of a token's key and value, counted from the start of its block and kv head.
+static long key_at(const pace_kv *kv, long pos, long e) {
+    return (e / 2) * 2 * kv->block + pos % kv->block * 2 + e % 2;
 }
 
-static bf16 *key_at(const pace_kv *kv, long seq, long pos, long kv_head, long e) {
-    return block_of(kv, seq, pos, kv_head) + (e / 2) * 2 * kv->block + pos % kv->block * 2 + e % 2;
-}
-
-static bf16 *value_at(const pace_kv *kv, long seq, long pos, long kv_head, long e) {
+static long value_at(const pace_kv *kv, long pos, long e) {
     const long in = pos % kv->block, d = kv->head_dim;
-    return block_of(kv, seq, pos, kv_head) + kv->block * d + (in / 2) * 2 * d + 2 * e + in % 2;
+    return kv->block * d + (in / 2) * 2 * d + 2 * e + in % 2;
+}
+
+static double cached(const pace_kv *kv, const char *head, long at, float scale) {
+    return kv->int8 ? (double)((const int8_t *)head)[at] * (double)scale
+                    : from_bf16(((const bf16 *)(const void *)head)[at]);
+}
+
+// Scale of one head (see pace_kv); bf16 has none.
+static float scale_of(const pace_kv *kv, const double *x) {
+    double top = 0.0;
+    for (long e = 0; kv->int8 && e < kv->head_dim; e++) {
+        if (!isfinite((float)x[e])) return NAN;
+        top = fmax(top, fabs(x[e]));
+    }
+    return (float)(top / 127.0);
+}
+
+static void cache(const pace_kv *kv, char *head, long at, double x, float scale) {
+    if (kv->int8)
+        ((int8_t *)head)[at] = scale > 0.0f ? (int8_t)rintf((float)(x / (double)scale)) : 0;
+    else
+        ((bf16 *)(void *)head)[at] = to_bf16(x);
 }
 
 static void rope_kv(const pace_rope_kv *g, const pace_rows *rows, long kv_head) {
     const pace_kv *kv = &g->kv;
-    const long d = kv->head_dim, group = kv->n_heads / kv->n_kv_heads, clear = kv->block < 32 ? kv->block : 32;
-    double h[PACE_MAX_HEAD_DIM];
+    const long d = kv->head_dim, group = kv->n_heads / kv->n_kv_heads, clear = pace_kv_group(kv);
+    double h[PACE_MAX_HEAD_DIM], v[PACE_MAX_HEAD_DIM];
     for (long r = rows->row0; r < rows->row1; r++) {
         const long pos = (long)kv->kv_len[rows->seq] - kv->q_start[rows->seq + 1] + r;
         const float *x = g->qkv + r * g->ldx;
@@ -143,12 +161,22 @@ static void rope_kv(const pace_rope_kv *g, const pace_rows *rows, long kv_head) 
             for (long e = 0; e < d; e++) g->q[r * g->ldq + i * d + e] = to_bf16(h[e]);
         }
         head(h, g, x + (kv->n_heads + kv_head) * d, g->k_norm, r);
-        if (pos % clear == 0)  // the fast kernels read V in whole groups; see rowwise.h
-            memset(value_at(kv, rows->seq, pos, kv_head, 0), 0, (size_t)(clear * d) * sizeof(bf16));
+        for (long e = 0; e < d; e++) v[e] = (double)x[(kv->n_heads + kv->n_kv_heads + kv_head) * d + e];
+        char *at = pace_kv_at(kv, rows->seq, pos, kv_head);
+        const float k_scale = scale_of(kv, h), v_scale = scale_of(kv, v);
+        if (pos % clear == 0) {
+            const size_t size = kv->int8 ? 1 : sizeof(bf16);
+            memset(at + (size_t)value_at(kv, pos, 0) * size, 0, (size_t)(clear * d) * size);
+            if (kv->int8)
+                memset(pace_kv_scales(kv, at) + kv->block + pos % kv->block, 0, (size_t)clear * sizeof(float));
+        }
         for (long e = 0; e < d; e++) {
-            *key_at(kv, rows->seq, pos, kv_head, e) = to_bf16(h[e]);
-            *value_at(kv, rows->seq, pos, kv_head, e) =
-                to_bf16((double)x[(kv->n_heads + kv->n_kv_heads + kv_head) * d + e]);
+            cache(kv, at, key_at(kv, pos, e), h[e], k_scale);
+            cache(kv, at, value_at(kv, pos, e), v[e], v_scale);
+        }
+        if (kv->int8) {
+            pace_kv_scales(kv, at)[pos % kv->block] = k_scale;
+            pace_kv_scales(kv, at)[kv->block + pos % kv->block] = v_scale;
         }
     }
 }
@@ -165,13 +193,15 @@ static void attention(const pace_attention *g, const pace_rows *rows, long kv_he
             if (g->sinks) sum = 1.0;
             for (long p = first; p <= pos; p++) {  // running softmax, one position at a time
                 double s = 0.0;
+                char *at = pace_kv_at(kv, rows->seq, p, kv_head);
+                const float *scale = kv->int8 ? pace_kv_scales(kv, at) + p % kv->block : NULL;
+                const float k_scale = scale ? scale[0] : 1.0f, v_scale = scale ? scale[kv->block] : 1.0f;
                 for (long e = 0; e < d; e++)
-                    s += from_bf16(g->q[r * g->ldq + i * d + e]) * from_bf16(*key_at(kv, rows->seq, p, kv_head, e));
+                    s += from_bf16(g->q[r * g->ldq + i * d + e]) * cached(kv, at, key_at(kv, p, e), k_scale);
                 s *= (double)g->scale;
                 if (g->softcap > 0.0f) s = (double)g->softcap * tanh(s / (double)g->softcap);
                 const double m = s > top ? s : top, keep = exp(top - m), take = exp(s - m);
-                for (long e = 0; e < d; e++)
-                    o[e] = o[e] * keep + take * from_bf16(*value_at(kv, rows->seq, p, kv_head, e));
+                for (long e = 0; e < d; e++) o[e] = o[e] * keep + take * cached(kv, at, value_at(kv, p, e), v_scale);
                 sum = sum * keep + take;
                 top = m;
             }

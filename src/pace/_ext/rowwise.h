@@ -171,14 +171,27 @@ INLINE void rotate_head(float *h, const pace_rope_kv *g, const float *w, long ro
     }
 }
 
+// One head to int8: x / scale to the nearest integer; returns the scale, amax / 127 (see pace_kv).
+INLINE float quantise_head(int8_t *q, const float *x, long d) {
+    vf top = v_zero(), bad = v_zero();
+    for (long e = 0; e < d; e += VL) {
+        const vf v = v_load(x + e);
+        top = v_max(top, v_abs(v));
+        bad = v_add(bad, v_mul(v, v_zero()));  // NaN for a NaN or an infinity, else 0
+    }
+    const float scale = (v_hmax(top) + v_sum(bad)) / 127.0f;
+    if (scale > 0.0f)
+        for (long e = 0; e < d; e += VL) v_store_int8(q + e, v_div(v_load(x + e), v_set(scale)));
+    else
+        memset(q, 0, (size_t)d);
+    return scale;
+}
+
 // Query heads of one kv head go to q; its k and v go to the cache at their absolute positions. The row at the
-// first position of an aligned group of 32 clears V of the whole group: P V reads whole pairs and groups, and a
-// stale NaN times a zero probability would be a NaN (and another request's data).
+// first position of a group clears V of the whole group (see pace_kv_group).
 static void rope_kv(const pace_rope_kv *g, const pace_rows *rows, long kv_head) {
     const pace_kv *kv = &g->kv;
-    const long d = kv->head_dim, b = kv->block, group = kv->n_heads / kv->n_kv_heads;
-    const long clear = b < 32 ? b : 32;
-    const int32_t *table = kv->block_tables + rows->seq * kv->table_stride;
+    const long d = kv->head_dim, b = kv->block, group = kv->n_heads / kv->n_kv_heads, clear = pace_kv_group(kv);
     const long pos_of_row0 = (long)kv->kv_len[rows->seq] - kv->q_start[rows->seq + 1];
     float h[PACE_MAX_HEAD_DIM];
     for (long r = rows->row0; r < rows->row1; r++) {
@@ -190,17 +203,31 @@ static void rope_kv(const pace_rope_kv *g, const pace_rows *rows, long kv_head) 
             bf16 *q = g->q + r * g->ldq + i * d;
             for (long e = 0; e < d; e += VL) v_store_bf16(q + e, v_load(h + e));  // d is a multiple of 16
         }
-        bf16 *k = kv->kv + table[pos / b] * kv->block_stride + kv_head * 2 * b * d, *v = k + b * d;
-        bf16 t[PACE_MAX_HEAD_DIM];
+        char *head = pace_kv_at(kv, rows->seq, pos, kv_head);
         memcpy(h, x + (kv->n_heads + kv_head) * d, (size_t)d * 4);
         rotate_head(h, g, g->k_norm, r);
-        for (long e = 0; e < d; e += VL) v_store_bf16(t + e, v_load(h + e));
-        for (long e = 0; e < d; e += 2) memcpy(k + (e / 2) * 2 * b + in * 2, t + e, 4);
-        if (in % clear == 0) memset(v + in * d, 0, (size_t)(clear * d) * 2);
         const float *xv = x + (kv->n_heads + kv->n_kv_heads + kv_head) * d;
-        for (long e = 0; e < d; e += VL) v_store_bf16(t + e, v_load(xv + e));
-        bf16 *pair = v + (in / 2) * 2 * d + in % 2;
-        for (long e = 0; e < d; e++) pair[2 * e] = t[e];
+        if (kv->int8) {
+            int8_t t[PACE_MAX_HEAD_DIM], *k = (int8_t *)head, *v = k + b * d;
+            float *k_scale = pace_kv_scales(kv, head), *v_scale = k_scale + b;
+            k_scale[in] = quantise_head(t, h, d);
+            for (long e = 0; e < d; e += 2) memcpy(k + e * b + in * 2, t + e, 2);
+            if (in % clear == 0) {
+                memset(v + in * d, 0, (size_t)(clear * d));
+                memset(v_scale + in, 0, (size_t)clear * sizeof(float));
+            }
+            v_scale[in] = quantise_head(t, xv, d);
+            int8_t *pair = v + (in / 2) * 2 * d + in % 2;
+            for (long e = 0; e < d; e++) pair[2 * e] = t[e];
+        } else {
+            bf16 t[PACE_MAX_HEAD_DIM], *k = (bf16 *)(void *)head, *v = k + b * d;
+            for (long e = 0; e < d; e += VL) v_store_bf16(t + e, v_load(h + e));
+            for (long e = 0; e < d; e += 2) memcpy(k + e * b + in * 2, t + e, 4);
+            if (in % clear == 0) memset(v + in * d, 0, (size_t)(clear * d) * sizeof(bf16));
+            for (long e = 0; e < d; e += VL) v_store_bf16(t + e, v_load(xv + e));
+            bf16 *pair = v + (in / 2) * 2 * d + in % 2;
+            for (long e = 0; e < d; e++) pair[2 * e] = t[e];
+        }
     }
 }
 

@@ -90,6 +90,26 @@ INLINE __m256i v_to_bf16(vf x) {
 INLINE void v_store_bf16(bf16 *p, vf x) { _mm256_storeu_si256((__m256i *)p, v_to_bf16(x)); }
 INLINE void v_store_bf16_n(bf16 *p, vf x, long n) { _mm256_mask_storeu_epi16(p, v_tail(n), v_to_bf16(x)); }
 
+// Nearest integers, ties to even, |x| <= 127.
+INLINE void v_store_int8(int8_t *p, vf x) {
+    _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
+}
+// 2 VL integers as bf16: |x| <= 128 has at most 8 significant bits, so the upper half of the f32 is exact.
+INLINE void v_int8_to_bf16(bf16 *p, const int8_t *x) {
+#ifdef __AVX512BF16__
+    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)x)));
+    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(x + 16))));
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+#else
+    // Even and odd elements by themselves, so that they need no shuffle to stand side by side again.
+    const __m512i w = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)x));
+    const __m512 even = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(w, 16), 16));
+    const __m512 odd = _mm512_cvtepi32_ps(_mm512_srai_epi32(w, 16));
+    _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(_mm512_castps_si512(even), 16),
+                                                   _mm512_castps_si512(odd)));
+#endif
+}
+
 #else  // AVX2 + FMA + F16C
 
 #define VL 8
@@ -157,13 +177,26 @@ INLINE void v_store_bf16_n(bf16 *p, vf x, long n) {
     v_store_bf16(t, x);
     memcpy(p, t, (size_t)(n > 8 ? 8 : n) * sizeof(bf16));
 }
+INLINE void v_store_int8(int8_t *p, vf x) {
+    const __m256i i = _mm256_cvtps_epi32(x);
+    const __m128i h = _mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
+    _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(h, h));
+}
+INLINE void v_int8_to_bf16(bf16 *p, const int8_t *x) {
+    const __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)x));
+    const __m256 even = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(w, 16), 16));
+    const __m256 odd = _mm256_cvtepi32_ps(_mm256_srai_epi32(w, 16));
+    _mm256_storeu_si256((__m256i *)p, _mm256_blend_epi16(_mm256_srli_epi32(_mm256_castps_si256(even), 16),
+                                                         _mm256_castps_si256(odd), 0xaa));
+}
 
 #endif
 
 // e^x. x = n ln2 + r, |r| <= ln2 / 2; Taylor of e^r to r^7 / 7! leaves 2e-9 relative, below the rounding of f32.
-// Clamped to [-87.3, 88.3] so that 2^n stays a normal number on every tier: the low end gives 1e-38.
+// Clamped to [-87.3, 88.3] so that 2^n stays a normal number on every tier: the low end gives 1e-38. NaN stays NaN
+// (max and min return their second operand then).
 INLINE vf v_exp(vf x) {
-    x = v_min(v_max(x, v_set(-87.3f)), v_set(88.3f));
+    x = v_min(v_set(88.3f), v_max(v_set(-87.3f), x));
     vf n = v_round(v_mul(x, v_set(1.44269504f)));
     vf r = v_fnma(n, v_set(0.693359375f), x);  // ln2 in two parts: the first has 9 bits, n * it is exact
     r = v_fnma(n, v_set(-2.12194440e-4f), r);

@@ -2,55 +2,43 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
+import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from pace.engine.runner import Runner
-from pace.engine.sampler import Sampler, SampleResult, derive_seed
-from pace.engine.scheduler import Scheduler
+from pace.engine.request import Request
+from pace.engine.runner import Runner, StepLogits
+from pace.engine.sampler import Sampler, SampleResult, bad_word_ids, derive_seed
+from pace.engine.scheduler import Schedule, Scheduler
 from pace.engine.sequence import Sequence, Status
-from pace.errors import CapacityError, ForkError, PaceError, RequestError, one_line, show
+from pace.errors import (
+    CapacityError,
+    ForkError,
+    PaceError,
+    QueueFullError,
+    RequestError,
+    one_line,
+    show,
+)
+from pace.log import logger
 from pace.models.plan import I32Array
 from pace.outputs import Logprob, RequestOutput
-from pace.params import SamplingParams
+from pace.params import RequestOutputKind, SamplingParams
 from pace.tokenizer import TextStream, Tokenizer
 
-__all__ = ["Engine", "EngineStats"]
+__all__ = ["Engine"]
 
 # What must end the loop and not just one request. Everything else that a request provokes ends that
 # request: also the panics of Rust extensions, which derive from BaseException.
 FATAL = (KeyboardInterrupt, SystemExit, GeneratorExit, ForkError)
 
-
-@dataclass(slots=True)
-class EngineStats:
-    """Counters since the engine was made.
-
-    Attributes:
-        n_steps: steps that ran the model.
-        n_tokens: rows that ran.
-        n_sampled: tokens sampled.
-        step_s: wall time of these steps.
-        run_s: of that, inside the compiled plan.
-        sample_s: of that, inside the sampler.
-    """
-
-    n_steps: int = 0
-    n_tokens: int = 0
-    n_sampled: int = 0
-    step_s: float = 0.0
-    run_s: float = 0.0
-    sample_s: float = 0.0
-
-    @property
-    def python_s(self) -> float:
-        """Wall time of the steps outside the plan and the sampler."""
-        return self.step_s - self.run_s - self.sample_s
+MAX_SALT = 1024  # characters
 
 
 class Engine:
@@ -65,6 +53,7 @@ class Engine:
         scheduler: chooses who runs.
         vocab_size: columns of the logits; token ids must be below it.
         max_model_len: longest prompt and output together, in tokens.
+        max_num_waiting: sequences that may wait to run.
         eos_token_ids: ids that end an output.
         tokenizer: makes text of tokens; None: outputs have token ids only.
         seed: seeds the requests that give none.
@@ -78,6 +67,7 @@ class Engine:
         *,
         vocab_size: int,
         max_model_len: int,
+        max_num_waiting: int = 1 << 16,
         eos_token_ids: frozenset[int] = frozenset(),
         tokenizer: Tokenizer | None = None,
         seed: int = 0,
@@ -87,14 +77,23 @@ class Engine:
         self.scheduler = scheduler
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
+        self.max_num_waiting = max_num_waiting
         self.eos_token_ids = eos_token_ids
         self.tokenizer = tokenizer
         self.seed = seed
-        self.stats = EngineStats()
-        self._requests: dict[str, Sequence] = {}  # accepted and not finished
+        self._requests: dict[str, Request] = {}  # accepted and not finished
         self._arrived: deque[Sequence] = deque()
         self._aborted: deque[str] = deque()
-        self._counter = itertools.count()  # its next() is atomic
+        self._deadlines: list[tuple[float, int, Request]] = []  # heap; finished ones are dropped on the way
+        self._new_deadlines: deque[tuple[float, int, Request]] = deque()
+        self._counter = itertools.count()
+        self._submit_lock = threading.Lock()  # two submits must not both take the last place of the queue
+        self._emit: list[Request] = []  # requests with something to tell after this step
+        self._n_finished: Counter[str] = Counter()
+        self._n_steps = self._n_tokens = self._n_sampled = self._n_prompt_tokens = self._n_cached_tokens = 0
+        self._step_s = self._sample_s = 0.0
+
+    # ---- requests -----------------------------------------------------------------------------------------
 
     def prepare(
         self,
@@ -104,7 +103,10 @@ class Engine:
         *,
         prompt: str | None = None,
         stream: bool = False,
-    ) -> Sequence:
+        priority: int = 0,
+        deadline_s: float | None = None,
+        cache_salt: str | None = None,
+    ) -> Request:
         """Check a request without accepting it, so that a caller can check many before any of them runs.
 
         Args:
@@ -113,59 +115,104 @@ class Engine:
             params: complete (the checkpoint's defaults merged in).
             prompt: the prompt's text, to be handed back.
             stream: `step` returns an output after every token, not only the last.
+            priority: lower runs first; equals run in order of arrival.
+            deadline_s: `time.monotonic()` at which it ends at the latest, with finish_reason "abort" and
+                stop_reason "deadline".
+            cache_salt: share cached prompts only with requests of the same salt.
 
         Raises:
             RequestError: an invalid prompt or parameter.
-            CapacityError: the KV pool can never hold the request.
+            CapacityError: the KV cache can never hold the request.
         """
         ids = self.check_prompt(prompt_ids)
         params.check_vocab(self.vocab_size)
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise RequestError(f"priority is {show(priority)}, expected an integer; lower runs first")
+        if cache_salt is not None and not (isinstance(cache_salt, str) and 0 < len(cache_salt) <= MAX_SALT):
+            raise RequestError(
+                f"cache_salt is {show(cache_salt)}, expected a string of 1 to {MAX_SALT} characters"
+            )
         room = self.max_model_len - len(ids)
         max_output = room if params.max_tokens is None else min(params.max_tokens, room)
-        pool = self.scheduler.tables.pool
-        if len(ids) + max_output - 1 > pool.n_blocks * pool.block_size:
+        tables = self.scheduler.tables
+        if len(ids) + max_output - 1 > tables.n_blocks * tables.block_size:
             raise CapacityError(
-                f"the request may grow to {len(ids) + max_output} tokens, the KV pool holds "
-                f"{pool.n_blocks * pool.block_size}; lower max_tokens or shorten the prompt"
+                f"the request may grow to {len(ids) + max_output} tokens, the KV cache holds "
+                f"{tables.n_blocks * tables.block_size}; lower max_tokens or shorten the prompt"
             )
         stop_ids = frozenset(params.stop_token_ids or ())
         if not params.ignore_eos:
             stop_ids |= self.eos_token_ids
-        return Sequence(
+        bad_words: tuple[tuple[int, ...], ...] = ()
+        if params.bad_words:
+            if self.tokenizer is None:
+                raise RequestError("bad_words need a tokenizer, but there is none; use logit_bias")
+            bad_words = bad_word_ids(self.tokenizer, params.bad_words)
+        watched = stream and params.output_kind is not RequestOutputKind.FINAL_ONLY
+        seqs = [
+            Sequence(
+                request_id,
+                ids,
+                params,
+                max_output=max_output,
+                index=index,
+                priority=priority,
+                stop_ids=stop_ids,
+                bad_word_ids=bad_words,
+                text=self._text_stream(ids, params),
+                watched=watched,
+                cache_salt=cache_salt,
+            )
+            for index in range(params.n)
+        ]
+        return Request(
             request_id,
             ids,
             params,
-            max_output=max_output,
-            stop_ids=stop_ids,
+            seqs,
             prompt=prompt,
-            text=self._text_stream(ids, params),
             stream=stream,
+            deadline_s=deadline_s,
             arrival_s=time.monotonic(),
         )
 
-    def submit(self, seq: Sequence) -> None:
+    def submit(self, request: Request) -> None:
         """Accept a prepared request; it starts to run in one of the next steps.
 
         Raises:
             RequestError: the request id is in use.
+            QueueFullError: as many sequences as max_num_waiting are waiting.
         """
-        if self._requests.setdefault(seq.request_id, seq) is not seq:
-            raise RequestError(f"request id {show(seq.request_id)} is in use; choose another")
-        seed, number = seq.params.seed, next(self._counter)
-        seq.seed = derive_seed(self.seed, number) if seed is None else seed & ((1 << 64) - 1)
-        self._arrived.append(seq)
+        seqs = request.seqs
+        with self._submit_lock:
+            if self.n_waiting + len(seqs) > self.max_num_waiting:
+                raise QueueFullError(
+                    f"{self.n_waiting} sequences wait, max_num_waiting is {self.max_num_waiting}; try again "
+                    "later or raise it"
+                )
+            if self._requests.setdefault(request.request_id, request) is not request:
+                raise RequestError(f"request id {show(request.request_id)} is in use; choose another")
+            number = next(self._counter)
+            given = request.params.seed
+            seed = derive_seed(self.seed, number) if given is None else given & ((1 << 64) - 1)
+            for seq in seqs:
+                seq.seed = seed
+                seq.key = (seq.priority, number, seq.index)
+            if request.deadline_s is not None:
+                self._new_deadlines.append((request.deadline_s, number, request))
+            self._arrived.extend(seqs)
 
     def add_request(
-        self,
-        request_id: str,
-        prompt_ids: Seq[int] | I32Array,
-        params: SamplingParams,
-        *,
-        prompt: str | None = None,
-        stream: bool = False,
-    ) -> None:
+        self, request_id: str, prompt_ids: Seq[int] | I32Array, params: SamplingParams, **options: Any
+    ) -> Request:
         """`prepare` and `submit`; arguments and errors as theirs."""
-        self.submit(self.prepare(request_id, prompt_ids, params, prompt=prompt, stream=stream))
+        request = self.prepare(request_id, prompt_ids, params, **options)
+        self.submit(request)
+        return request
+
+    def abort(self, request_id: str) -> None:
+        """End a request before the next step runs; an unknown or finished one is ignored."""
+        self._aborted.append(request_id)
 
     def _text_stream(self, ids: I32Array, params: SamplingParams) -> TextStream | None:
         if self.tokenizer is not None and params.detokenize:
@@ -207,14 +254,17 @@ class Engine:
             )
         return np.ascontiguousarray(ids, dtype=np.int32)
 
-    def abort(self, request_id: str) -> None:
-        """End a request before the next step runs; an unknown or finished one is ignored."""
-        self._aborted.append(request_id)
+    @property
+    def n_waiting(self) -> int:
+        """Sequences that have not started, preempted ones included."""
+        return len(self._arrived) + self.scheduler.n_waiting
 
     @property
     def has_unfinished(self) -> bool:
         """Whether any accepted request has not finished."""
         return bool(self._requests)
+
+    # ---- the loop -----------------------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
         """Run one step.
@@ -225,74 +275,127 @@ class Engine:
             notice.
         """
         start = time.perf_counter()
-        emitted = self._receive()
+        self._receive()
         step = self.scheduler.schedule()
-        if not step.seqs:
-            return [seq.output() for seq in emitted]
-        try:
-            for seq in step.admitted:
-                self.sampler.open(seq)
-            logits, sampled = self.runner.run(step)
-            run_end = time.perf_counter()
-            drawn = self.sampler.sample(logits, sampled) if sampled else None
-            self.stats.sample_s += time.perf_counter() - run_end
-        except FATAL:
-            raise
-        except BaseException as error:  # which of them was the reason can't be known: the step fails as one
-            for seq in step.seqs:
-                self._fail(seq, error)
-            return [seq.output() for seq in emitted + step.seqs]
-        for seq, n_new in zip(step.seqs, step.n_new, strict=True):
-            # Only parts of prompts; the others are committed together with their token.
-            if seq.n_computed + n_new < seq.n_tokens:
-                seq.n_computed += n_new
-        if drawn is not None:
-            self._commit(sampled, drawn)
-            emitted += [seq for seq in sampled if seq.stream or seq.status is Status.FINISHED]
-        outputs = [seq.output() for seq in emitted]
-        stats = self.stats
-        stats.n_steps += 1
-        stats.n_tokens += step.n_tokens
-        stats.n_sampled += len(sampled)
-        stats.run_s = self.runner.run_s
-        stats.step_s += time.perf_counter() - start
+        if step.seqs:
+            try:
+                self._execute(step)
+            except FATAL:
+                raise
+            except BaseException as error:
+                self._execute_alone(step, error)
+            self._n_steps += 1
+            self._n_tokens += step.n_tokens
+        outputs = []
+        for request in self._emit:
+            request.is_dirty = False
+            outputs.append(request.output())
+        self._emit.clear()
+        if step.seqs:
+            seconds = time.perf_counter() - start
+            self._step_s += seconds
+            self.scheduler.pacer.observe(step.n_decode, step.n_tokens - step.n_decode, seconds)
         return outputs
 
-    def _receive(self) -> list[Sequence]:
-        """Take in what other threads have asked for; returns the sequences that were aborted."""
+    def _receive(self) -> None:
+        """Take in what other threads have asked for, and end what is over its time."""
+        while self._new_deadlines:
+            heapq.heappush(self._deadlines, self._new_deadlines.popleft())
         while self._arrived:
-            self.scheduler.add(self._arrived.popleft())
-        aborted = []
+            # In this order the two counts of n_waiting never miss one.
+            self.scheduler.add(self._arrived[0])
+            self._arrived.popleft()
         while self._aborted:
-            seq = self._requests.get(self._aborted.popleft())
-            if seq is not None:
+            request = self._requests.get(self._aborted.popleft())
+            if request is not None:
+                self._end(request, None)
+        if self._deadlines:
+            now_s = time.monotonic()
+            while self._deadlines and (self._deadlines[0][0] <= now_s or self._deadlines[0][2].finished):
+                request = heapq.heappop(self._deadlines)[2]
+                if not request.finished:
+                    self._end(request, "deadline")
+
+    def _end(self, request: Request, stop_reason: str | None) -> None:
+        """End a request from outside; it keeps what it has produced."""
+        for seq in request.seqs:
+            if seq.status is not Status.FINISHED:
                 try:
                     seq.extend_text(seq.n_output)
                     if seq.text is not None:
                         seq.text.finish(check_stop=False)
-                    self._finish(seq, "abort", None)
+                    self._finish(seq, "abort", stop_reason)
                 except FATAL:
                     raise
                 except BaseException as error:
                     self._fail(seq, error)
-                aborted.append(seq)
-        return aborted
+
+    def _execute(self, step: Schedule) -> None:
+        """Run and sample a step, then commit it. Until the commit nothing has changed."""
+        for seq in step.admitted:
+            self.sampler.open(seq)
+        result = self.runner.run(step)
+        start = time.perf_counter()
+        drawn = self.sampler.sample(result.logits, result.sampled) if result.sampled else None
+        scores = self._score(result) if result.scored else None
+        self._sample_s += time.perf_counter() - start
+        self._note_starts(step)
+        self.scheduler.ran(step)
+        if scores is not None:
+            self._add_prompt_logprobs(result.scored, scores)
+        if drawn is not None:
+            self._commit(result.sampled, drawn)
+
+    def _execute_alone(self, step: Schedule, error: BaseException) -> None:
+        """A step failed, and which of its sequences was the reason can't be known: run each by itself.
+
+        That changes nobody's result (law 1), and only the guilty fail again.
+        """
+        if len(step.seqs) == 1:
+            self._fail(step.seqs[0], error)
+            return
+        logger.warning(
+            "a step of %d sequences failed and is repeated one by one: %s", len(step.seqs), one_line(error)
+        )
+        for alone in step.split():
+            try:
+                self._execute(alone)
+            except FATAL:
+                raise
+            except BaseException as own_error:
+                self._fail(alone.seqs[0], own_error)
+
+    def _note_starts(self, step: Schedule) -> None:
+        self._n_prompt_tokens += step.n_tokens - step.n_decode
+        if step.admitted:
+            now_s = time.monotonic()
+            for seq in step.admitted:
+                self._n_cached_tokens += seq.n_computed
+                request = self._requests[seq.request_id]
+                if request.scheduled_s is None:
+                    request.scheduled_s = now_s
 
     def _commit(self, seqs: list[Sequence], drawn: SampleResult) -> None:
         """Give every sequence its token, and end those that it ends."""
         now_s = time.monotonic()
-        tokens = drawn.tokens.tolist()
         errors = drawn.errors.tolist()
-        for i, seq in enumerate(seqs):
+        for i, (seq, token) in enumerate(zip(seqs, drawn.tokens.tolist(), strict=True)):
+            if seq.status is Status.FINISHED:
+                continue  # its prompt's log probabilities have failed
             try:
                 if errors[i]:
-                    raise PaceError("the logits hold NaN; check the checkpoint, or bisect with --kernels")
-                seq.commit(tokens[i])
-                if seq.first_token_s is None:
-                    seq.first_token_s = now_s
+                    raise PaceError(self.sampler.explain(errors[i]))
+                seq.commit(token)
+                request = self._requests[seq.request_id]
+                if request.first_token_s is None:
+                    request.first_token_s = now_s
                 if seq.logprobs is not None:
                     self._add_logprobs(seq, drawn, i)
-                self._check_end(seq, tokens[i])
+                self._n_sampled += 1
+                if request.stream:
+                    self._touch(request)
+                if seq.watched or seq.has_stops or token in seq.stop_ids or seq.n_output >= seq.max_output:
+                    self._check_end(seq, token)
             except FATAL:
                 raise
             except BaseException as error:
@@ -310,7 +413,7 @@ class Engine:
             stop_reason = None if token in self.eos_token_ids and not params.ignore_eos else token
         elif n_output >= seq.max_output:
             reason = "length"
-        if text is not None and (seq.stream or seq.has_stops or reason is not None):
+        if text is not None and (seq.watched or seq.has_stops or reason is not None):
             by_token = reason == "stop"
             seq.extend_text(n_output - 1 if by_token and not params.include_stop_str_in_output else n_output)
             if reason is not None and text.matched is None:
@@ -320,31 +423,130 @@ class Engine:
         if reason is not None:
             self._finish(seq, reason, stop_reason)
 
+    # ---- log probabilities --------------------------------------------------------------------------------
+
     def _add_logprobs(self, seq: Sequence, drawn: SampleResult, i: int) -> None:
         """Record {token: Logprob} of the drawn token and of the most probable ones, as vLLM orders them."""
-        with_text = self.tokenizer is not None and seq.params.detokenize
-        text_of = self.tokenizer.decode_token if self.tokenizer is not None and with_text else None
-
-        def entry(token: int, logprob: float, rank: int) -> Logprob:
-            return Logprob(logprob, rank, None if text_of is None else text_of(token))
-
-        token = int(drawn.tokens[i])
-        logprob = float(drawn.logprobs[i])
-        entries = {token: entry(token, logprob, int(drawn.ranks[i]))}
+        token, logprob = int(drawn.tokens[i]), float(drawn.logprobs[i])
         n = seq.params.logprobs or 0
-        tops = zip(drawn.top_ids[i, :n].tolist(), drawn.top_logprobs[i, :n].tolist(), strict=True)
-        for rank, (top, top_logprob) in enumerate(tops, 1):
-            if top not in entries:
-                entries[top] = entry(top, top_logprob, rank)
+        entries = self._entries(
+            seq,
+            (token, logprob, int(drawn.ranks[i])),
+            drawn.top_ids[i, :n].tolist(),
+            drawn.top_logprobs[i, :n].tolist(),
+        )
         if seq.logprobs is not None and seq.cumulative_logprob is not None:
             seq.logprobs.append(entries)
             seq.cumulative_logprob += logprob
+
+    def _entries(
+        self, seq: Sequence, chosen: tuple[int, float, int], top_ids: list[int], top_logprobs: list[float]
+    ) -> dict[int, Logprob]:
+        tokenizer = self.tokenizer if seq.params.detokenize else None
+
+        def entry(token: int, logprob: float, rank: int) -> Logprob:
+            return Logprob(logprob, rank, None if tokenizer is None else tokenizer.decode_token(token))
+
+        token, logprob, rank = chosen
+        entries = {token: entry(token, logprob, rank)}
+        for top_rank, (top, top_logprob) in enumerate(zip(top_ids, top_logprobs, strict=True), 1):
+            if top not in entries:
+                entries[top] = entry(top, top_logprob, top_rank)
+        return entries
+
+    def _score(self, result: StepLogits) -> Any:
+        """Log probabilities of the prompt tokens that follow the scored rows."""
+        tokens = np.concatenate(
+            [seq.tokens[seq.n_scored + 1 : seq.n_scored + 1 + n_rows] for seq, n_rows in result.scored]
+        )
+        n = max(seq.params.prompt_logprobs or 0 for seq, _ in result.scored)
+        return self.sampler.prompt_logprobs(result.prompt_logits, tokens, n)
+
+    def _add_prompt_logprobs(self, scored: list[tuple[Sequence, int]], scores: Any) -> None:
+        at = 0
+        for seq, n_rows in scored:
+            rows = range(at, at + n_rows)
+            at += n_rows
+            try:
+                request = self._requests[seq.request_id]
+                n = seq.params.prompt_logprobs or 0
+                for i in rows:
+                    if scores.errors[i]:
+                        raise PaceError(self.sampler.explain(int(scores.errors[i])))
+                    chosen = (
+                        int(seq.tokens[seq.n_scored + 1]),
+                        float(scores.logprobs[i]),
+                        int(scores.ranks[i]),
+                    )
+                    tops = scores.top_ids[i, :n].tolist(), scores.top_logprobs[i, :n].tolist()
+                    if request.prompt_logprobs is not None:
+                        request.prompt_logprobs.append(self._entries(seq, chosen, *tops))
+                    seq.n_scored += 1
+            except FATAL:
+                raise
+            except BaseException as error:
+                self._fail(seq, error)
+
+    # ---- ends ---------------------------------------------------------------------------------------------
 
     def _fail(self, seq: Sequence, error: BaseException) -> None:
         text = str(error) if isinstance(error, PaceError) else f"{type(error).__name__}: {error}"
         self._finish(seq, "error", one_line(text))
 
     def _finish(self, seq: Sequence, reason: str, stop_reason: int | str | None) -> None:
-        self.scheduler.remove(seq)
-        seq.finish(reason, stop_reason, time.monotonic())
-        self._requests.pop(seq.request_id, None)
+        if seq.status is Status.FINISHED:
+            return
+        # What a failed sequence has left in the cache may be NaN.
+        self.scheduler.remove(seq, forget=reason == "error")
+        seq.finish(reason, stop_reason)
+        self._n_finished[reason] += 1
+        request = self._requests[seq.request_id]
+        request.n_unfinished -= 1
+        if request.finished:
+            request.finished_s = time.monotonic()
+            del self._requests[request.request_id]
+            self._touch(request)
+        elif request.stream:
+            self._touch(request)
+
+    def _touch(self, request: Request) -> None:
+        """The step will return an output of this request."""
+        if not request.is_dirty:
+            request.is_dirty = True
+            self._emit.append(request)
+
+    # ---- what it did --------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the engine was made, and gauges of now; may be read from any thread.
+
+        Returns:
+            n_steps, n_tokens (rows that ran), n_prompt_tokens (of these, read from prompts), n_cached_tokens
+            (prompt tokens that the prefix cache spared), n_sampled; step_s, and of that run_s in the compiled
+            plan, sample_s in the sampler, python_s elsewhere; n_running, n_waiting (sequences), n_requests
+            (unfinished); n_finished by reason; n_preemptions; n_blocks, n_free_blocks, block_size; kv_cache: the
+            counters of `KVTables.stats`.
+        """
+        scheduler = self.scheduler
+        tables = scheduler.tables
+        run_s = self.runner.run_s
+        return {
+            "n_steps": self._n_steps,
+            "n_tokens": self._n_tokens,
+            "n_prompt_tokens": self._n_prompt_tokens,
+            "n_cached_tokens": self._n_cached_tokens,
+            "n_sampled": self._n_sampled,
+            "step_s": self._step_s,
+            "run_s": run_s,
+            "sample_s": self._sample_s,
+            "python_s": self._step_s - run_s - self._sample_s,
+            "n_running": len(scheduler.running),
+            "n_waiting": self.n_waiting,
+            "n_requests": len(self._requests),
+            "n_finished": dict(self._n_finished),
+            "n_preemptions": scheduler.n_preemptions,
+            "n_blocks": tables.n_blocks,
+            "n_free_blocks": tables.n_free,
+            "block_size": tables.block_size,
+            "kv_cache": tables.stats(),
+        }

@@ -23,16 +23,19 @@ from pace.engine.runner import Runner
 from pace.engine.sampler import Sampler
 from pace.engine.scheduler import Scheduler
 from pace.errors import CheckpointError, ConfigError
-from pace.kvcache import BlockPool, BlockTables
+from pace.kvcache import make_tables
 from pace.log import logger
 from pace.models.decoder import lower
-from pace.models.plan import F32Array, Plan
+from pace.models.plan import Attention, F32Array, Plan
 from pace.models.registry import parse_config
 from pace.models.spec import DecoderSpec
 from pace.models.weights import Progress, SourcePart, WeightMap, load_weights
 from pace.tokenizer import Tokenizer
 
 __all__ = ["Loaded", "PackedSink", "load", "make_team"]
+
+SCORED_ROWS = 64
+"""Prompt rows of one step whose log probabilities may be asked for; beside them every sequence has a row of its own."""
 
 
 class PackedSink:
@@ -90,6 +93,7 @@ def load(
     show_progress: bool | None = None,
     skip_tokenizer: bool = False,
     random_weights: bool = False,
+    on_plan: Callable[[MemoryPlan], None] | None = None,
 ) -> Loaded:
     """Load a model. Everything that can be refused is refused before the first weight is read.
 
@@ -97,6 +101,7 @@ def load(
         show_progress: a progress bar on stderr; None: where that is a terminal.
         skip_tokenizer: token ids in, token ids out.
         random_weights: of the checkpoint read only config.json, and invent the weights; for benchmarks.
+        on_plan: told what will be allocated, before anything is.
 
     Raises:
         CheckpointError, ConfigError, CapacityError: see the parts.
@@ -112,14 +117,22 @@ def load(
         max_model_len=_check_len(config.max_model_len, spec.max_len),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        max_logit_rows=config.max_num_seqs + SCORED_ROWS,
+        kv_cache_type=config.kv_cache_type,
+        kv_cache_dtype=config.kv_cache_dtype,
+        kv_cache_memory=config.kv_cache_memory,
+        block_size=config.block_size,
+        l2_bytes=int(ops.cpu_info()["l2_bytes"]),
     )
     if config.max_model_len is None and memory.max_model_len < spec.max_len:
         logger.warning(
-            "max_model_len is %d: the KV pool can't hold the checkpoint's %d tokens",
+            "max_model_len is %d: the KV cache can't hold the checkpoint's %d tokens",
             memory.max_model_len,
             spec.max_len,
         )
     logger.info("memory plan: %s", memory.describe())
+    if on_plan is not None:
+        on_plan(memory)
     tokenizer = None
     tokenizer_directory = directory
     if not skip_tokenizer:
@@ -216,20 +229,62 @@ def _build(
     tokenizer: Tokenizer | None,
 ) -> tuple[Engine, ops.Plan]:
     max_seqs, max_tokens = config.max_num_seqs, config.max_num_batched_tokens
-    kv_pool = ops.KVPool(plan.n_layers, plan.n_kv_heads, plan.head_dim, memory.n_blocks, memory.block_size)
-    executor = ops.Plan(team, plan, sink.weights, kv_pool, max_tokens, max_seqs, max_seqs, config.kernels)
-    tables = BlockTables(BlockPool(memory.n_blocks, memory.block_size), max_seqs, memory.max_model_len)
+    n_logit_rows = max_seqs + SCORED_ROWS
+    contiguous = config.kv_cache_type == "contiguous"
+    kv_pool = ops.KVPool(
+        plan.n_layers,
+        plan.n_kv_heads,
+        plan.head_dim,
+        memory.n_blocks,
+        memory.block_size,
+        dtype=config.kv_cache_dtype,
+        contiguous=contiguous,
+    )
+    executor = ops.Plan(team, plan, sink.weights, kv_pool, max_tokens, max_seqs, n_logit_rows, config.kernels)
+    max_window = _max_window(plan)
+    tables = make_tables(
+        config.kv_cache_type,
+        memory.n_blocks,
+        memory.block_size,
+        max_seqs,
+        memory.max_model_len,
+        copy=kv_pool.copy,
+        prefix_caching=config.enable_prefix_caching,
+        max_window=max_window,
+    )
+    scheduler = Scheduler(
+        tables,
+        max_tokens,
+        reserve=config.admission == "reserve",
+        prefix_caching=config.enable_prefix_caching and not contiguous,
+        max_scored_rows=SCORED_ROWS,
+        windowed=max_window is not None,
+    )
     engine = Engine(
-        Runner(executor, tables.array, max_tokens, max_seqs),
-        Sampler(functools.partial(ops.sample, team), ops.SAMPLE_DTYPE, max_seqs),
-        Scheduler(tables, max_tokens),
+        Runner(
+            executor, tables.array, 0 if contiguous else memory.block_size, max_tokens, max_seqs, n_logit_rows
+        ),
+        Sampler(
+            functools.partial(ops.sample, team),
+            functools.partial(ops.logprobs, team),
+            ops.SAMPLE_DTYPE,
+            max_seqs,
+        ),
+        scheduler,
         vocab_size=plan.vocab_size,
         max_model_len=memory.max_model_len,
+        max_num_waiting=config.max_num_waiting,
         eos_token_ids=defaults.eos_token_ids,
         tokenizer=tokenizer,
         seed=config.seed,
     )
     return engine, executor
+
+
+def _max_window(plan: Plan) -> int | None:
+    """The longest window of all layers; None where a layer sees everything."""
+    windows = [op.window for op in plan.ops if isinstance(op, Attention)]
+    return max(w for w in windows if w is not None) if windows and None not in windows else None
 
 
 def _invent(plan: Plan, sink: PackedSink) -> None:

@@ -6,13 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pace.errors import CapacityError
-from pace.kvcache.pool import DEFAULT_BLOCK_SIZE, MIN_BLOCK_SIZE, blocks_for, kv_block_bytes
+from pace.kvcache import blocks_for, kv_block_bytes
 from pace.models.plan import Plan
 
 __all__ = ["MemoryPlan", "available_bytes", "plan_memory"]
 
 KV_SHARE = 0.4
 """Of the available memory, what the KV pool takes by default; the rest is for the host program."""
+
+MAX_SLAB, PAGE, MIN_BLOCK_SIZE = 256, 16, 16
+"""Tokens of a block: of the largest slab (the piece that attention works in), of a page, of the smallest."""
+
+L2_SHARE = 4
+"""A slab's K and V of one head take at most this part of the L2 of the core that reads them: the rest of a work item (its
+queries, scores and results) is of the same size."""
 
 SLACK_BYTES = 64 << 20
 """Tokenizer, staging, thread stacks and Python."""
@@ -33,6 +40,7 @@ class MemoryPlan:
         kv_bytes: of the pool; its pages are mapped when tokens are stored.
         available_bytes: what the system and the cgroup had left.
         max_model_len: longest sequence in tokens.
+        kv_cache_type, kv_cache_dtype: of the pool.
     """
 
     weights_bytes: int
@@ -42,13 +50,16 @@ class MemoryPlan:
     kv_bytes: int
     available_bytes: int
     max_model_len: int
+    kv_cache_type: str = "slab"
+    kv_cache_dtype: str = "bf16"
 
     def describe(self) -> str:
         """One line for the log."""
         return (
-            f"weights {gib(self.weights_bytes)}, activations {gib(self.activation_bytes)}, KV pool "
-            f"{gib(self.kv_bytes)} ({self.n_blocks} blocks of {self.block_size} tokens), of "
-            f"{gib(self.available_bytes)} available; max_model_len {self.max_model_len}"
+            f"weights {gib(self.weights_bytes)}, activations {gib(self.activation_bytes)}, KV cache "
+            f"{gib(self.kv_bytes)} ({self.kv_cache_type}, {self.kv_cache_dtype}, {self.n_blocks} blocks of "
+            f"{self.block_size} tokens), of {gib(self.available_bytes)} available; max_model_len "
+            f"{self.max_model_len}"
         )
 
 
@@ -64,26 +75,38 @@ def plan_memory(
     max_model_len: int | None,
     max_num_seqs: int,
     max_num_batched_tokens: int,
+    max_logit_rows: int | None = None,
+    kv_cache_type: str = "slab",
+    kv_cache_dtype: str = "bf16",
+    kv_cache_memory: int | str | None = None,
+    block_size: int | None = None,
+    l2_bytes: int = 1 << 20,
     available: int | None = None,
 ) -> MemoryPlan:
-    """Size the KV pool: room for max_num_seqs sequences of full length, at most 40 % of the available memory.
+    """Size the KV pool.
 
     Args:
         plan: lowered for any max_model_len; only its shapes are read.
         max_len: what the checkpoint supports, in tokens.
         max_model_len: what the user asked for; None: max_len, or less where the pool can't hold one such
             sequence.
+        max_logit_rows: rows of the logits; None: max_num_seqs.
+        kv_cache_memory: bytes of the pool; "auto": all that is left beside the weights; None: room for max_num_seqs
+            sequences of full length, at most 40 % of the available memory.
+        block_size: tokens; None: see `default_block_size`.
+        l2_bytes: L2 of one core.
         available: bytes; None: ask the system.
 
     Raises:
-        CapacityError: the weights, or one sequence of the length that was asked for, do not fit.
+        CapacityError: the weights, the cache, or one sequence of the length that was asked for, do not fit.
     """
     available = available_bytes() if available is None else available
+    n_logit_rows = max_num_seqs if max_logit_rows is None else max_logit_rows
     weights_bytes = sum(_packed_bytes(shape.n, shape.k) for shape in plan.weights().values())
     activation_bytes = sum(
         slot.width
         * SLOT_BYTES[slot.dtype]
-        * (max_num_batched_tokens if slot.rows == "tokens" else max_num_seqs)
+        * (max_num_batched_tokens if slot.rows == "tokens" else n_logit_rows)
         for slot in plan.slots.values()
     )
     left = available - weights_bytes - activation_bytes - SLACK_BYTES
@@ -93,26 +116,59 @@ def plan_memory(
             f"{gib(available)} are available; lower max_num_batched_tokens or take a smaller model"
         )
     wanted_len = max_len if max_model_len is None else max_model_len
-    block_size = _block_size(wanted_len)
-    block_bytes = kv_block_bytes(plan.n_layers, plan.n_kv_heads, plan.head_dim, block_size)
-    # One full sequence may take more than the default's share, if it was asked for and fits at all.
-    share = min(left, int(KV_SHARE * available)) // block_bytes
+    if block_size is None:
+        block_size = default_block_size(kv_cache_type, kv_cache_dtype, plan.head_dim, l2_bytes, wanted_len)
+    block_bytes = kv_block_bytes(plan.n_layers, plan.n_kv_heads, plan.head_dim, block_size, kv_cache_dtype)
     need = blocks_for(wanted_len, block_size)
-    if share < need:
-        if max_model_len is None and share > 0:
-            wanted_len, need = share * block_size, share
-        elif left // block_bytes >= need:
-            share = need
-        else:
+    if isinstance(kv_cache_memory, int):
+        if kv_cache_memory > left:
             raise CapacityError(
-                f"one sequence of {wanted_len} tokens needs {gib(need * block_bytes)} of KV cache, but "
-                f"{gib(left)} are left beside the weights; lower max_model_len to at most "
-                f"{left // block_bytes * block_size}"
+                f"kv_cache_memory is {gib(kv_cache_memory)}, but {gib(left)} are left beside the weights; lower it"
             )
-    n_blocks = min(share, need * max_num_seqs)
+        share = kv_cache_memory // block_bytes
+        n_blocks = share
+    elif kv_cache_memory is not None:
+        n_blocks = share = left // block_bytes
+    else:
+        share = min(left, int(KV_SHARE * available)) // block_bytes
+        if max_model_len is not None and share < need <= left // block_bytes:
+            share = need  # one full sequence may take more than the default's share, if it was asked for
+        n_blocks = min(share, need * max_num_seqs)
+    if share < need:
+        if max_model_len is not None or share == 0:
+            room = share * block_bytes
+            raise CapacityError(
+                f"one sequence of {wanted_len} tokens needs {gib(need * block_bytes)} of KV cache, but there are "
+                f"{gib(room if kv_cache_memory is not None else left)}; lower max_model_len to at most "
+                f"{(share if kv_cache_memory is not None else left // block_bytes) * block_size}"
+            )
+        wanted_len = share * block_size
     return MemoryPlan(
-        weights_bytes, activation_bytes, n_blocks, block_size, n_blocks * block_bytes, available, wanted_len
+        weights_bytes,
+        activation_bytes,
+        n_blocks,
+        block_size,
+        n_blocks * block_bytes,
+        available,
+        wanted_len,
+        kv_cache_type,
+        kv_cache_dtype,
     )
+
+
+def default_block_size(
+    kv_cache_type: str, kv_cache_dtype: str, head_dim: int, l2_bytes: int, max_model_len: int
+) -> int:
+    """Tokens of a block: 16 of a page; of a slab as many as a quarter of the L2 holds keys and values of one head for, at
+    most 256, or less where no sequence fills that.
+    """
+    if kv_cache_type == "paged":
+        return PAGE
+    token_bytes = kv_block_bytes(1, 1, head_dim, 1, kv_cache_dtype)
+    size = MIN_BLOCK_SIZE
+    while size < min(max_model_len, MAX_SLAB) and 2 * size * token_bytes * L2_SHARE <= l2_bytes:
+        size *= 2
+    return size
 
 
 def available_bytes() -> int:
@@ -122,14 +178,6 @@ def available_bytes() -> int:
 
 def _packed_bytes(n: int, k: int | None) -> int:
     return 4 * n if k is None else -(-n // PANEL) * PANEL * (k + k % 2) * 2
-
-
-def _block_size(max_model_len: int) -> int:
-    """256, or less where no sequence fills that."""
-    size = MIN_BLOCK_SIZE
-    while size < min(max_model_len, DEFAULT_BLOCK_SIZE):
-        size *= 2
-    return size
 
 
 def _meminfo_available() -> int:

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import numpy as np
 
 from pace.engine.scheduler import Schedule
 from pace.engine.sequence import Sequence
+from pace.kvcache import blocks_for
 from pace.models import plan
 from pace.models.plan import Batch, F32Array, I32Array
 
-__all__ = ["Runner"]
+__all__ = ["Runner", "StepLogits"]
+
+
+@dataclass(slots=True)
+class StepLogits:
+    """What a step computed; arrays are valid until the next one.
+
+    Attributes:
+        logits: f32 [R, vocab_size], a row for each of `sampled`.
+        sampled: sequences of which no pending token is left, so that the next one can be sampled.
+        prompt_logits: f32 [P, vocab_size]: rows of prompts whose log probabilities were asked for.
+        scored: whose they are: sequences with their number of rows, in order.
+    """
+
+    logits: F32Array
+    sampled: list[Sequence]
+    prompt_logits: F32Array
+    scored: list[tuple[Sequence, int]]
 
 
 class Runner:
@@ -19,39 +38,52 @@ class Runner:
 
     Args:
         executor: the compiled plan, or anything else with its `step`.
-        block_tables: i32 [rows, max_blocks], owned by `BlockTables`.
+        block_tables: i32 [rows, columns], owned by `KVTables`.
+        block_size: tokens of a block; 0 where a table has one column for any length.
         max_tokens: rows of one step.
         max_seqs: sequences of one step.
+        max_logit_rows: rows of one step whose logits may be asked for.
     """
 
-    def __init__(self, executor: plan.Runner, block_tables: I32Array, max_tokens: int, max_seqs: int) -> None:
+    def __init__(
+        self,
+        executor: plan.Runner,
+        block_tables: I32Array,
+        block_size: int,
+        max_tokens: int,
+        max_seqs: int,
+        max_logit_rows: int,
+    ) -> None:
         self.executor = executor
         self.run_s = 0.0  # spent in `executor.step` so far; the rest of a step is Python
         self._block_tables = block_tables
+        self._block_size = block_size
         self._token_ids = np.zeros(max_tokens, dtype=np.int32)
         self._q_start = np.zeros(max_seqs + 1, dtype=np.int32)
         self._kv_len = np.zeros(max_seqs, dtype=np.int32)
-        self._batch_tables = np.zeros((max_seqs, block_tables.shape[1]), dtype=np.int32)
-        self._logit_rows = np.zeros(max_seqs, dtype=np.int32)
+        self._batch_tables = np.zeros(max_seqs * block_tables.shape[1], dtype=np.int32)
+        self._logit_rows = np.zeros(max_logit_rows, dtype=np.int32)
 
-    def run(self, step: Schedule) -> tuple[F32Array, list[Sequence]]:
-        """Compute one step; the sequences' state is not changed.
-
-        Returns:
-            Logits f32 [R, vocab_size], valid until the next call, and the R sequences that they belong to:
-            those of which no pending token is left, so that the next one can be sampled.
-        """
-        batch, sampled = self._batch(step)
+    def run(self, step: Schedule) -> StepLogits:
+        """Compute one step; the sequences' state is not changed."""
+        batch, sampled, sampled_rows, scored = self._batch(step)
         start = time.perf_counter()
         logits = self.executor.step(batch)
         self.run_s += time.perf_counter() - start
-        return logits, sampled
+        if not scored:
+            return StepLogits(logits, sampled, logits[:0], scored)
+        # Rows of prompts lie between the others: apart, each kind is one array.
+        mask = np.zeros(len(logits), dtype=bool)
+        mask[sampled_rows] = True
+        return StepLogits(logits[mask], sampled, logits[~mask], scored)
 
-    def _batch(self, step: Schedule) -> tuple[Batch, list[Sequence]]:
+    def _batch(self, step: Schedule) -> tuple[Batch, list[Sequence], list[int], list[tuple[Sequence, int]]]:
         n_seqs = len(step.seqs)
         token_ids = self._token_ids
         q_start, kv_len, rows, logit_rows = [0], [], [], []
-        sampled = []
+        sampled: list[Sequence] = []
+        sampled_rows: list[int] = []  # which of the logits are theirs
+        scored: list[tuple[Sequence, int]] = []
         at = 0
         for seq, n_new in zip(step.seqs, step.n_new, strict=True):
             first = seq.n_computed
@@ -60,11 +92,19 @@ class Runner:
                 token_ids[at] = seq.tokens[first]
             else:
                 token_ids[at : at + n_new] = seq.tokens[first:end]
+            if not seq.is_scored:
+                # A preempted sequence runs rows again that were scored before.
+                n_scored = min(end, seq.n_prompt - 1) - seq.n_scored
+                if n_scored > 0:
+                    start = at + seq.n_scored - first
+                    logit_rows += range(start, start + n_scored)
+                    scored.append((seq, n_scored))
             at += n_new
             q_start.append(at)
             kv_len.append(end)
             rows.append(seq.row)
             if end == seq.n_tokens:
+                sampled_rows.append(len(logit_rows))
                 logit_rows.append(at - 1)
                 sampled.append(seq)
         # One conversion per array: assigning Python integers to elements one by one costs three times as
@@ -72,13 +112,16 @@ class Runner:
         self._q_start[: n_seqs + 1] = q_start
         self._kv_len[:n_seqs] = kv_len
         self._logit_rows[: len(logit_rows)] = logit_rows
+        # Only the columns in use: those of 16-token blocks up to a context of 128k would be a megabyte per step.
+        n_columns = blocks_for(max(kv_len), self._block_size) if self._block_size else 1
+        tables = self._batch_tables[: n_seqs * n_columns].reshape(n_seqs, n_columns)
         # mode: the default checks bounds through a temporary copy; the rows are ours.
-        np.take(self._block_tables, rows, axis=0, out=self._batch_tables[:n_seqs], mode="clip")
+        np.take(self._block_tables[:, :n_columns], rows, axis=0, out=tables, mode="clip")
         batch = Batch(
             token_ids=token_ids[:at],
             q_start=self._q_start[: n_seqs + 1],
             kv_len=self._kv_len[:n_seqs],
-            block_tables=self._batch_tables[:n_seqs],
+            block_tables=tables,
             logit_rows=self._logit_rows[: len(logit_rows)],
         )
-        return batch, sampled
+        return batch, sampled, sampled_rows, scored

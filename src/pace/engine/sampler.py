@@ -2,21 +2,164 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from pace.engine.sequence import Sequence
+from pace.errors import RequestError, show
 from pace.models.plan import F32Array, I32Array
+from pace.params import SamplingParams
 
-__all__ = ["History", "SampleFn", "SampleResult", "Sampler", "derive_seed"]
+if TYPE_CHECKING:
+    from pace.engine.sequence import Sequence
+    from pace.tokenizer import Tokenizer
 
-History = tuple[I32Array, I32Array, I32Array]
-"""Prompt ids, output ids, ids that may not be drawn."""
+__all__ = [
+    "Constraints",
+    "History",
+    "LogprobsFn",
+    "LogprobsResult",
+    "SampleFn",
+    "SampleResult",
+    "Sampler",
+    "bad_word_ids",
+    "derive_seed",
+]
 
 MASK64 = (1 << 64) - 1
+
+EMPTY = -2  # `errors` of `ops.sample`: no token is left; every other code but 0 says that the logits hold NaN
+
+NO_IDS: I32Array = np.empty(0, dtype=np.int32)
+NO_BIAS: F32Array = np.empty(0, dtype=np.float32)
+
+
+class History(NamedTuple):
+    """What the sampler must know of one row besides its numbers; see `ops.sample`."""
+
+    prompt: I32Array
+    """i32 [n]: prompt ids; empty where no penalty needs them, as the output's."""
+    output: I32Array
+    """i32 [n]: output ids."""
+    banned: I32Array
+    """i32 [n]: ids that may not be drawn now."""
+    bias_ids: I32Array
+    """i32 [n]: distinct ids whose logits `bias` is added to."""
+    bias: F32Array
+    """f32 [n]."""
+    allowed: I32Array
+    """i32 [n]: the only ids that may be drawn; empty: all."""
+
+
+class Constraints:
+    """What may be drawn in one sequence, and what its history changes in the logits.
+
+    Args:
+        params: penalties, min_tokens, logit_bias, allowed_token_ids.
+        stop_ids: token ids that end the output, which therefore can't be drawn before min_tokens.
+        bad_word_ids: token sequences that the output must not contain; see `bad_word_ids`.
+    """
+
+    __slots__ = (
+        "_allowed",
+        "_banned",
+        "_bias",
+        "_bias_ids",
+        "_has_penalty",
+        "_min_tokens",
+        "_none",
+        "_phrases",
+        "_stops",
+    )
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        stop_ids: frozenset[int] = frozenset(),
+        bad_word_ids: tuple[tuple[int, ...], ...] = (),
+    ) -> None:
+        bias = params.logit_bias or {}
+        self._has_penalty = (
+            params.repetition_penalty != 1.0
+            or params.presence_penalty != 0.0
+            or params.frequency_penalty != 0.0
+        )
+        self._min_tokens = params.min_tokens if stop_ids else 0
+        banned = {ids[0] for ids in bad_word_ids if len(ids) == 1}
+        self._banned = _ids(sorted(banned))
+        self._stops = _ids(sorted(banned | stop_ids)) if self._min_tokens else self._banned
+        # By the token before the last: most steps end in one look-up, however many bad words there are.
+        self._phrases: dict[int, list[tuple[list[int], int]]] = {}
+        for ids in bad_word_ids:
+            if len(ids) > 1:
+                self._phrases.setdefault(ids[-2], []).append((list(ids[:-1]), ids[-1]))
+        self._bias_ids = _ids(bias)
+        self._bias = np.fromiter(bias.values(), dtype=np.float32, count=len(bias)) if bias else NO_BIAS
+        self._allowed = _ids(params.allowed_token_ids or ())
+        self._none = not (
+            self._has_penalty or self._min_tokens or bad_word_ids or bias or params.allowed_token_ids
+        )
+
+    def history(self, tokens: I32Array, n_prompt: int, n_tokens: int) -> History | None:
+        """What holds for the token after `tokens[:n_tokens]`; None for the usual request, which nothing concerns.
+
+        Args:
+            tokens: i32 [>= n_tokens]: prompt and output; the result refers to it.
+            n_prompt: how many of them are the prompt.
+            n_tokens: how many there are.
+        """
+        if self._none:
+            return None
+        banned = self._banned if n_tokens - n_prompt >= self._min_tokens else self._stops
+        if self._phrases and n_tokens > n_prompt:
+            ends = [
+                end
+                for start, end in self._phrases.get(int(tokens[n_tokens - 1]), ())
+                if len(start) <= n_tokens - n_prompt
+                and tokens[n_tokens - len(start) : n_tokens].tolist() == start
+            ]
+            if ends:
+                banned = np.concatenate([banned, _ids(ends)])
+        if self._has_penalty:
+            prompt, output = tokens[:n_prompt], tokens[n_prompt:n_tokens]
+        else:
+            prompt = output = NO_IDS
+            if not (len(banned) or len(self._bias_ids) or len(self._allowed)):
+                return None
+        return History(prompt, output, banned, self._bias_ids, self._bias, self._allowed)
+
+
+def bad_word_ids(tokenizer: Tokenizer, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+    """The token sequences that stand for `words`, as vLLM: at the start of a text, and after a space.
+
+    Args:
+        tokenizer: the model's.
+        words: `SamplingParams.bad_words`.
+
+    Returns:
+        Distinct sequences, none of them empty.
+
+    Raises:
+        RequestError: a word has no tokens, or the tokenizer refuses it.
+    """
+    found: dict[tuple[int, ...], None] = {}
+    for word in words:
+        bare = word.lstrip() or word
+        encoded = [tuple(ids) for ids in tokenizer.encode_batch([bare, " " + bare], add_special_tokens=False)]
+        if not all(encoded):
+            raise RequestError(
+                f"bad_words has {show(word)}, which the tokenizer gives no token; leave it out"
+            )
+        found.update(dict.fromkeys(encoded))
+    return tuple(found)
+
+
+def _ids(values: Iterable[int]) -> I32Array:
+    ids = np.array(list(values), dtype=np.int32)
+    return ids if len(ids) else NO_IDS
 
 
 class SampleResult(Protocol):
@@ -49,7 +192,36 @@ class SampleResult(Protocol):
 
     @property
     def errors(self) -> I32Array:
-        """i32 [R]: not 0 where the row can't be sampled, as its logits hold NaN."""
+        """i32 [R]: not 0 where the row can't be sampled; see `Sampler.explain`."""
+        ...
+
+
+class LogprobsResult(Protocol):
+    """What the distributions of R rows say of one given token each; see `ops.logprobs`."""
+
+    @property
+    def logprobs(self) -> F32Array:
+        """f32 [R]: the tokens' log probabilities."""
+        ...
+
+    @property
+    def ranks(self) -> I32Array:
+        """i32 [R]: their ranks, 1 for the most probable token."""
+        ...
+
+    @property
+    def top_ids(self) -> I32Array:
+        """i32 [R, max(1, n)]: the n most probable tokens."""
+        ...
+
+    @property
+    def top_logprobs(self) -> F32Array:
+        """f32 [R, max(1, n)]: their log probabilities, descending."""
+        ...
+
+    @property
+    def errors(self) -> I32Array:
+        """i32 [R]: not 0 where the row has no distribution; see `Sampler.explain`."""
         ...
 
 
@@ -63,6 +235,14 @@ class SampleFn(Protocol):
         ...
 
 
+class LogprobsFn(Protocol):
+    """`ops.logprobs`, bound to a team."""
+
+    def __call__(self, logits: F32Array, tokens: I32Array, n: int, /) -> LogprobsResult:
+        """Score tokens i32 [R] under logits f32 [R, vocab_size]."""
+        ...
+
+
 class Sampler:
     """Keeps the parameters of the running sequences as rows of a structured array.
 
@@ -70,13 +250,14 @@ class Sampler:
 
     Args:
         sample: draws the tokens.
+        logprobs: scores the tokens of prompts.
         dtype: `ops.SAMPLE_DTYPE`.
         max_seqs: rows.
     """
 
-    def __init__(self, sample: SampleFn, dtype: npt.DTypeLike, max_seqs: int) -> None:
-        self.sample_s = 0.0
+    def __init__(self, sample: SampleFn, logprobs: LogprobsFn, dtype: npt.DTypeLike, max_seqs: int) -> None:
         self._sample = sample
+        self._logprobs = logprobs
         self._rows = np.zeros(max_seqs, dtype=dtype)
 
     def open(self, seq: Sequence) -> None:
@@ -93,12 +274,13 @@ class Sampler:
         # -1: not even the drawn token's log probability, which costs a pass over the vocabulary.
         row["n_logprobs"] = -1 if params.logprobs is None else params.logprobs
         row["seed"] = seq.seed
+        row["sample_index"] = seq.index
 
     def sample(self, logits: F32Array, seqs: list[Sequence]) -> SampleResult:
         """Draw the next token of every sequence.
 
-        A draw depends on the request's seed and the token's position only, so that it does not matter in
-        which step or beside whom it happens.
+        A draw depends on the request's seed, the completion's index and the token's position only, so that it
+        does not matter in which step or beside whom it happens.
 
         Args:
             logits: f32 [R, vocab_size].
@@ -106,7 +288,28 @@ class Sampler:
         """
         params = self._rows[[seq.row for seq in seqs]]
         params["position"] = [seq.n_tokens for seq in seqs]
-        return self._sample(logits, params, [seq.history() for seq in seqs])
+        history = [seq.constraints.history(seq.tokens, seq.n_prompt, seq.n_tokens) for seq in seqs]
+        return self._sample(logits, params, history)
+
+    def prompt_logprobs(self, logits: F32Array, tokens: I32Array, n: int) -> LogprobsResult:
+        """Score prompt tokens under the distributions that predict them.
+
+        Args:
+            logits: f32 [R, vocab_size]: of the rows before the tokens.
+            tokens: i32 [R]: the prompt's tokens.
+            n: how many of the most probable tokens to return as well.
+        """
+        return self._logprobs(logits, tokens, n)
+
+    @staticmethod
+    def explain(error: int) -> str:
+        """The message for a row's entry in `errors`."""
+        if error == EMPTY:
+            return (
+                "no token is left to draw: allowed_token_ids, bad_words and min_tokens exclude all; "
+                "allow more of them"
+            )
+        return "the logits hold NaN; check the checkpoint, or bisect with --kernels"
 
 
 def derive_seed(engine_seed: int, n_requests: int) -> int:

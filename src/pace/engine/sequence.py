@@ -1,4 +1,4 @@
-"""One request's state, from arrival to its last token."""
+"""One completion's state, from arrival to its last token."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from enum import Enum, auto
 
 import numpy as np
 
+from pace.engine.sampler import Constraints
 from pace.models.plan import I32Array
-from pace.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from pace.outputs import CompletionOutput, Logprob
 from pace.params import SamplingParams
 from pace.tokenizer import TextStream
 
@@ -15,11 +16,11 @@ __all__ = ["NO_ROW", "Sequence", "Status"]
 
 NO_ROW = -1
 
-EMPTY: I32Array = np.empty(0, dtype=np.int32)
-
 
 class Status(Enum):
-    """Where a sequence is in its life; it only moves down this list."""
+    """Where a sequence is in its life. Preemption takes a running one back to WAITING; nothing leaves
+    FINISHED.
+    """
 
     WAITING = auto()
     RUNNING = auto()
@@ -30,50 +31,53 @@ class Sequence:
     """A prompt and its growing output.
 
     Tokens `[0, n_computed)` are in the KV cache, `[n_computed, n_tokens)` wait to run. Between steps a
-    decoding sequence has one pending token, a prompt that is still being read has many; the scheduler needs
-    to know no more.
+    decoding sequence has one pending token, a prompt that is still being read has many, and so has a
+    preempted sequence, which reads its prompt and output again; the scheduler needs to know no more.
 
     Args:
-        request_id: unique within the engine.
+        request_id: of the request that it belongs to.
         prompt_ids: i32 [n_prompt].
         params: complete: the checkpoint's defaults are merged in.
         max_output: output tokens at most, >= 1; n_prompt + max_output fits the engine's max_model_len.
+        index: which of the request's completions this is; also the stream of its random numbers.
+        priority: lower runs first.
         stop_ids: token ids that end the output, EOS included.
-        prompt: the prompt's text, to be handed back.
+        bad_word_ids: token sequences that the output must not contain.
         text: the output's text; None where none is wanted.
-        stream: emit an output after every token, not only at the end.
-        arrival_s: `time.monotonic()` of the request.
+        watched: somebody waits for every token, so a pause between two of them is seen.
+        cache_salt: sequences share cached prompts only with those of the same salt.
     """
 
     __slots__ = (
-        "arrival_s",
-        "banned_ids",
+        "cache_salt",
+        "constraints",
         "cumulative_logprob",
         "finish_reason",
-        "finished_s",
-        "first_token_s",
-        "has_penalty",
         "has_stops",
+        "index",
+        "key",
         "logprobs",
         "max_output",
+        "n_cached",
         "n_computed",
+        "n_emitted",
+        "n_emitted_chars",
         "n_prompt",
+        "n_scored",
         "n_text",
         "n_tokens",
         "output_ids",
         "params",
-        "prompt",
-        "prompt_ids",
+        "priority",
         "request_id",
         "row",
-        "scheduled_s",
         "seed",
         "status",
         "stop_ids",
         "stop_reason",
-        "stream",
         "text",
         "tokens",
+        "watched",
     )
 
     def __init__(
@@ -83,20 +87,25 @@ class Sequence:
         params: SamplingParams,
         *,
         max_output: int,
+        index: int = 0,
+        priority: int = 0,
         stop_ids: frozenset[int] = frozenset(),
-        prompt: str | None = None,
+        bad_word_ids: tuple[tuple[int, ...], ...] = (),
         text: TextStream | None = None,
-        stream: bool = False,
-        arrival_s: float = 0.0,
+        watched: bool = False,
+        cache_salt: str | None = None,
     ) -> None:
         self.request_id = request_id
+        self.index = index
         self.params = params
-        self.prompt = prompt
-        self.prompt_ids: list[int] = prompt_ids.tolist()  # as outputs hand it back
+        self.priority = priority
+        self.key = (priority, 0, index)  # who is first: priority, then arrival; the engine numbers arrivals
         self.seed = 0  # of this request's random numbers, 0 .. 2^64 - 1; set when it is accepted
         self.stop_ids = stop_ids
+        self.constraints = Constraints(params, stop_ids, bad_word_ids)
         self.max_output = max_output
-        self.stream = stream
+        self.watched = watched
+        self.cache_salt = cache_salt
         self.text = text
         self.n_text = 0  # output tokens that the text covers
         self.has_stops = bool(params.stop)
@@ -104,26 +113,22 @@ class Sequence:
         self.tokens = prompt_ids  # the prompt alone until `start`, then with room for the output
         self.n_prompt = self.n_tokens = len(prompt_ids)
         self.n_computed = 0
+        self.n_cached: int | None = (
+            None  # prompt tokens found in the prefix cache; None before the first start
+        )
+        # Prompt rows whose log probabilities are known. The last row predicts the first output token.
+        self.n_scored = 0 if params.prompt_logprobs is not None and index == 0 else self.n_prompt - 1
         self.row = NO_ROW  # of the block tables and of the sampler's parameters, while running
         self.output_ids: list[int] = []
         self.cumulative_logprob: float | None = None if params.logprobs is None else 0.0
         self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
-        self.has_penalty = (
-            params.repetition_penalty != 1.0
-            or params.presence_penalty != 0.0
-            or params.frequency_penalty != 0.0
-        )
-        self.banned_ids = np.array(sorted(stop_ids), dtype=np.int32) if params.min_tokens else EMPTY
-        self.arrival_s = arrival_s
-        self.scheduled_s: float | None = None
-        self.first_token_s: float | None = None
-        self.finished_s: float | None = None
+        self.n_emitted = self.n_emitted_chars = 0  # of output that has been handed out as deltas
 
     def __repr__(self) -> str:
         return (
-            f"Sequence({self.request_id!r}, {self.status.name}, n_prompt={self.n_prompt}, "
+            f"Sequence({self.request_id!r}[{self.index}], {self.status.name}, n_prompt={self.n_prompt}, "
             f"n_tokens={self.n_tokens}, n_computed={self.n_computed})"
         )
 
@@ -142,34 +147,38 @@ class Sequence:
         """Tokens sampled so far."""
         return len(self.output_ids)
 
-    def start(self, row: int, now_s: float) -> None:
-        """Begin to run in block table row `row`; from here on there is room for the whole output."""
-        tokens = np.empty(self.max_tokens, dtype=np.int32)
-        tokens[: self.n_prompt] = self.tokens
-        self.tokens = tokens
+    @property
+    def is_scored(self) -> bool:
+        """Whether every log probability of the prompt that was asked for is known."""
+        return self.n_scored >= self.n_prompt - 1
+
+    def start(self, row: int, n_computed: int) -> None:
+        """Begin to run in block table row `row`, whose first `n_computed` tokens are in the cache already.
+
+        From here on there is room for the whole output.
+        """
+        if len(self.tokens) < self.max_tokens:
+            tokens = np.empty(self.max_tokens, dtype=np.int32)
+            tokens[: self.n_tokens] = self.tokens
+            self.tokens = tokens
         self.row = row
+        self.n_computed = n_computed
+        if self.n_cached is None:
+            self.n_cached = n_computed
         self.status = Status.RUNNING
-        self.scheduled_s = now_s
+
+    def preempt(self) -> None:
+        """Give everything back but the tokens; they run again after the next `start`."""
+        self.row = NO_ROW
+        self.n_computed = 0
+        self.status = Status.WAITING
 
     def commit(self, token_id: int) -> None:
-        """All pending tokens have run and `token_id` was drawn: it becomes the pending one.
-
-        The order lets a KeyboardInterrupt between any two lines be followed by the same step again.
-        """
+        """All pending tokens have run and `token_id` was drawn: it becomes the pending one."""
         self.tokens[self.n_tokens] = token_id
-        self.output_ids[self.n_tokens - self.n_prompt :] = [token_id]
+        self.output_ids.append(token_id)
+        self.n_computed = self.n_tokens
         self.n_tokens += 1
-        self.n_computed = self.n_tokens - 1
-
-    def history(self) -> tuple[I32Array, I32Array, I32Array] | None:
-        """What the sampler must know of the past: prompt ids, output ids, ids that may not be drawn now.
-
-        None for the usual request, which has neither penalties nor a minimum length ahead of it.
-        """
-        banned = self.banned_ids if len(self.output_ids) < self.params.min_tokens else EMPTY
-        if self.has_penalty:
-            return self.tokens[: self.n_prompt], self.tokens[self.n_prompt : self.n_tokens], banned
-        return (EMPTY, EMPTY, banned) if len(banned) else None
 
     def extend_text(self, n_output: int) -> None:
         """Let the text cover the first `n_output` tokens."""
@@ -179,31 +188,24 @@ class Sequence:
                 self.text.push(self.output_ids[i], check_stop=i >= self.params.min_tokens)
             self.n_text = max(self.n_text, n_output)
 
-    def finish(self, reason: str, stop_reason: int | str | None, now_s: float) -> None:
+    def finish(self, reason: str, stop_reason: int | str | None) -> None:
         """End the sequence; its row and blocks are the scheduler's to free."""
         self.status = Status.FINISHED
         self.finish_reason = reason
         self.stop_reason = stop_reason
-        self.finished_s = now_s
 
-    def output(self) -> RequestOutput:
-        """What the request has produced so far; later tokens do not change the returned object."""
-        finished = self.status is Status.FINISHED
-        completion = CompletionOutput(
-            index=0,
-            text="" if self.text is None else self.text.text,
-            token_ids=self.output_ids.copy(),
+    def output(self, *, delta: bool = False) -> CompletionOutput:
+        """The completion so far, or with `delta` what is new since the last call; later tokens do not change it."""
+        text = "" if self.text is None else self.text.text
+        at, at_char = (self.n_emitted, self.n_emitted_chars) if delta else (0, 0)
+        if delta:
+            self.n_emitted, self.n_emitted_chars = len(self.output_ids), len(text)
+        return CompletionOutput(
+            index=self.index,
+            text=text[at_char:],
+            token_ids=self.output_ids[at:],
             cumulative_logprob=self.cumulative_logprob,
-            logprobs=None if self.logprobs is None else self.logprobs.copy(),
+            logprobs=None if self.logprobs is None else self.logprobs[at:],
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )
-        metrics = RequestMetrics(
-            arrival_s=self.arrival_s,
-            scheduled_s=self.scheduled_s,
-            first_token_s=self.first_token_s,
-            finished_s=self.finished_s,
-            n_prompt_tokens=self.n_prompt,
-            n_output_tokens=len(self.output_ids),
-        )
-        return RequestOutput(self.request_id, self.prompt, self.prompt_ids, [completion], finished, metrics)

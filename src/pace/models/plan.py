@@ -263,7 +263,8 @@ class Batch:
         q_start: i32 [S + 1]; rows q_start[s] .. q_start[s + 1] belong to sequence s.
         kv_len: i32 [S]; cached length *including* this step's tokens, so that row i of sequence s is at
             position kv_len[s] - q_len[s] + i.
-        block_tables: i32 [S, max_blocks]; block_tables[s, p // block_size] holds position p.
+        block_tables: i32 [S, max_blocks]; block_tables[s, p // block_size] holds position p. With a contiguous
+            KV cache i32 [S, 1]: position p is in block block_tables[s, 0] + p // block_size.
         logit_rows: i32 [R], ascending rows of T.
     """
 

@@ -1,0 +1,58 @@
+"""How many prompt tokens a step may read while others wait for their next token."""
+
+from __future__ import annotations
+
+__all__ = ["Pacer"]
+
+STRETCH = 2.0
+"""A step that also reads a prompt may take this many times as long as a plain decode step."""
+
+MIN_ROWS = 16
+"""Prompt rows of a step at least, so that a prompt always moves on. About as many are free: a decode step waits for
+the weights, not for the multipliers."""
+
+FIRST_ROWS = 32
+"""Prompt rows while nothing has been measured."""
+
+WEIGHT = 0.3
+"""Of the newest measurement in a moving average."""
+
+
+class Pacer:
+    """Learns what steps cost, and bounds prompt chunks so that the gap between two tokens stays short.
+
+    Two numbers are learnt: how long a step of n decoding rows takes, and what a row costs in steps that are bound by
+    arithmetic. How a prompt is cut changes no result (law 1), so wall time may decide it.
+    """
+
+    def __init__(self) -> None:
+        self._decode_s: dict[int, float] = {}  # seconds of a plain decode step, by the bit length of its rows
+        self._row_s: float | None = None  # seconds of a row where rows are what a step waits for
+
+    def observe(self, n_decode: int, n_prompt: int, seconds: float) -> None:
+        """A step of `n_decode` decoding and `n_prompt` prompt rows took so long."""
+        if n_prompt == 0:
+            size = n_decode.bit_length()
+            self._decode_s[size] = _average(self._decode_s.get(size), seconds)
+            return
+        plain_s = self._plain_s(n_decode)
+        if plain_s is None or seconds > 1.2 * plain_s:  # else the rows were free, and tell nothing
+            self._row_s = _average(self._row_s, seconds / (n_decode + n_prompt))
+
+    def allowance(self, n_decode: int) -> int:
+        """Prompt rows that may run beside `n_decode` decoding ones."""
+        plain_s = self._plain_s(n_decode)
+        if plain_s is None or self._row_s is None:
+            return FIRST_ROWS
+        return max(MIN_ROWS, int(STRETCH * plain_s / self._row_s) - n_decode)
+
+    def _plain_s(self, n_decode: int) -> float | None:
+        """Seconds of a decode step of about this many rows; the nearest size that was seen stands in."""
+        if not self._decode_s or not n_decode:
+            return None
+        size = n_decode.bit_length()
+        return self._decode_s[min(self._decode_s, key=lambda seen: (abs(seen - size), seen))]
+
+
+def _average(old: float | None, new: float) -> float:
+    return new if old is None else old + WEIGHT * (new - old)

@@ -1,0 +1,340 @@
+"""Law 1 through the whole engine: tokens and log probabilities of a request are those of a solo run, to the last bit.
+
+Every trial draws a model family, a KV cache, a scheduler and a crowd of requests that arrive at random, share
+beginnings, are preempted, found in the prefix cache, forked and aborted. The truth of a request is the same request
+alone, on one thread, in blocks of 16, without a prefix cache.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from ext.kit import Packed
+from golden import tiny
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pace import ops
+from pace.engine.core import Engine
+from pace.engine.runner import Runner
+from pace.engine.sampler import Sampler
+from pace.engine.scheduler import Scheduler
+from pace.kvcache import make_tables
+from pace.models.plan import Attention
+from pace.outputs import CompletionOutput, Logprob, RequestOutput
+from pace.params import SamplingParams
+
+MODELS = ("llama-gqa4-tied", "qwen2-window", "qwen3", "mistral-window")
+MAX_LEN = 330  # prompt and output; more than one attention piece of 256
+N_OUTPUT = 40
+N_PROMPTS = (1, 15, 33, 90, 200, 270)
+SCORED_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request of a crowd.
+
+    Args:
+        stream: which tokens its prompt begins with.
+        n_prompt: an index into N_PROMPTS.
+        own_end: its last prompt token is not the stream's.
+        arrival: the step before which it arrives.
+        abort: the step before which it is aborted.
+    """
+
+    stream: int
+    n_prompt: int
+    own_end: bool
+    n_output: int
+    temperature: float
+    n: int
+    priority: int
+    scored: bool
+    arrival: int
+    abort: int | None
+
+
+ASKS = st.builds(
+    Ask,
+    stream=st.integers(0, 1),
+    n_prompt=st.integers(0, len(N_PROMPTS) - 1),
+    own_end=st.booleans(),
+    n_output=st.integers(1, N_OUTPUT),
+    temperature=st.sampled_from([0.0, 0.8]),
+    n=st.sampled_from([1, 1, 1, 2]),
+    priority=st.integers(0, 1),
+    scored=st.sampled_from([False, False, False, True]),
+    arrival=st.integers(0, 30),
+    abort=st.sampled_from([None, None, None, 3, 20, 40]),
+)
+CACHES = st.one_of(
+    st.tuples(st.just("slab"), st.sampled_from([32, 64, 256])),
+    st.tuples(st.just("paged"), st.just(16)),
+    st.tuples(st.just("contiguous"), st.sampled_from([32, 256])),
+)
+CROWDS = st.fixed_dictionaries(
+    {
+        "asks": st.lists(ASKS, min_size=1, max_size=7),
+        "cache": CACHES,
+        "kv_dtype": st.sampled_from(["bf16", "bf16", "int8"]),
+        "n_threads": st.integers(1, 2),
+        "n_full": st.integers(1, 3),
+        "max_num_seqs": st.integers(1, 5),
+        "max_tokens": st.sampled_from([6, 17, 64, 300]),
+        "reserve": st.booleans(),
+        "prefix_caching": st.booleans(),
+    }
+)
+
+
+class Lab:
+    """Engines over packed models, and the truth of requests, computed once."""
+
+    def __init__(self, packed_model: Callable[[str], Packed]) -> None:
+        self.packed_model = packed_model
+        self.teams = {n: ops.Team(n) for n in (1, 2)}
+        self.truth = functools.cache(self._truth)
+
+    def engine(
+        self,
+        model: str,
+        *,
+        cache: tuple[str, int],
+        kv_dtype: str,
+        n_threads: int,
+        n_full: int,
+        max_num_seqs: int,
+        max_tokens: int,
+        reserve: bool,
+        prefix_caching: bool,
+    ) -> Engine:
+        packed = self.packed_model(model)
+        plan, team = packed.model.plan, self.teams[n_threads]
+        kind, block_size = cache
+        contiguous = kind == "contiguous"
+        n_blocks = n_full * -(-MAX_LEN // block_size)
+        pool = ops.KVPool(
+            plan.n_layers,
+            plan.n_kv_heads,
+            plan.head_dim,
+            n_blocks,
+            block_size,
+            dtype=kv_dtype,
+            contiguous=contiguous,
+        )
+        max_tokens = max(max_tokens, max_num_seqs)
+        n_logit_rows = max_num_seqs + SCORED_ROWS
+        executor = ops.Plan(team, plan, packed.weights, pool, max_tokens, max_num_seqs, n_logit_rows)
+        windows = [op.window for op in plan.ops if isinstance(op, Attention)]
+        window = None if None in windows else max(w for w in windows if w is not None)
+        tables = make_tables(
+            kind,
+            n_blocks,
+            block_size,
+            max_num_seqs,
+            MAX_LEN,
+            copy=pool.copy,
+            prefix_caching=prefix_caching,
+            max_window=window,
+        )
+        return Engine(
+            Runner(
+                executor,
+                tables.array,
+                0 if contiguous else block_size,
+                max_tokens,
+                max_num_seqs,
+                n_logit_rows,
+            ),
+            Sampler(
+                functools.partial(ops.sample, team),
+                functools.partial(ops.logprobs, team),
+                ops.SAMPLE_DTYPE,
+                max_num_seqs,
+            ),
+            Scheduler(
+                tables,
+                max_tokens,
+                reserve=reserve,
+                prefix_caching=prefix_caching and not contiguous,
+                max_scored_rows=SCORED_ROWS,
+                windowed=window is not None,
+            ),
+            vocab_size=plan.vocab_size,
+            max_model_len=MAX_LEN,
+        )
+
+    def prompt(self, ask: Ask) -> list[int]:
+        rng = np.random.Generator(np.random.PCG64(ask.stream))
+        ids = rng.integers(0, tiny.VOCAB_SIZE, MAX_LEN).tolist()[: N_PROMPTS[ask.n_prompt]]
+        if ask.own_end:
+            ids[-1] = (ids[-1] + 1) % tiny.VOCAB_SIZE
+        return ids
+
+    def params(self, ask: Ask, n_output: int) -> SamplingParams:
+        return SamplingParams(
+            max_tokens=n_output,
+            temperature=ask.temperature,
+            n=ask.n if ask.temperature else 1,
+            seed=7,
+            logprobs=2,
+            prompt_logprobs=1 if ask.scored else None,
+            ignore_eos=True,
+            detokenize=False,
+        )
+
+    def _truth(
+        self,
+        isa: str,
+        model: str,
+        kv_dtype: str,
+        stream: int,
+        n_prompt: int,
+        own_end: bool,
+        temperature: float,
+        n: int,
+        scored: bool,
+    ) -> RequestOutput:
+        ask = Ask(stream, n_prompt, own_end, N_OUTPUT, temperature, n, 0, scored, 0, None)
+        engine = self.engine(
+            model,
+            cache=("paged", 16),
+            kv_dtype=kv_dtype,
+            n_threads=1,
+            n_full=n,
+            max_num_seqs=n,
+            max_tokens=MAX_LEN,
+            reserve=True,
+            prefix_caching=False,
+        )
+        engine.add_request("truth", self.prompt(ask), self.params(ask, N_OUTPUT))
+        outputs: list[RequestOutput] = []
+        while engine.has_unfinished:
+            outputs += engine.step()
+        return outputs[-1]
+
+    def check(self, model: str, asks: list[Ask], kv_dtype: str, **options: Any) -> Engine:
+        engine = self.engine(model, kv_dtype=kv_dtype, **options)
+        done: dict[str, RequestOutput] = {}
+        tick = 0
+        while tick <= 40 or engine.has_unfinished:
+            for i, ask in enumerate(asks):
+                if ask.arrival == tick:
+                    engine.add_request(
+                        str(i), self.prompt(ask), self.params(ask, ask.n_output), priority=ask.priority
+                    )
+                if ask.abort == tick:
+                    engine.abort(str(i))
+            done.update((output.request_id, output) for output in engine.step())
+            tick += 1
+            assert tick < 50_000
+        for i, ask in enumerate(asks):
+            truth = self.truth(
+                ops.isa(),
+                model,
+                kv_dtype,
+                ask.stream,
+                ask.n_prompt,
+                ask.own_end,
+                ask.temperature,
+                ask.n if ask.temperature else 1,
+                ask.scored,
+            )
+            output = done[str(i)]
+            for got, want in zip(output.outputs, truth.outputs, strict=True):
+                self.compare(ask, got, want)
+            if ask.scored and ask.abort is None:
+                assert output.prompt_logprobs == truth.prompt_logprobs
+        tables = engine.scheduler.tables
+        assert (tables.n_free, tables.n_open) == (tables.n_blocks, 0)
+        return engine
+
+    def compare(self, ask: Ask, got: CompletionOutput, want: CompletionOutput) -> None:
+        n = len(got.token_ids)
+        if ask.abort is None:
+            assert n == ask.n_output
+            assert got.finish_reason == "length", got.stop_reason
+        assert list(got.token_ids) == list(want.token_ids)[:n]
+        assert got.logprobs is not None and want.logprobs is not None
+        expected: list[dict[int, Logprob]] = want.logprobs[:n]
+        assert got.logprobs == expected  # floats compared with ==
+
+
+@pytest.fixture(scope="module")
+def lab(packed_model: Callable[[str], Packed]) -> Iterator[Lab]:
+    lab = Lab(packed_model)
+    yield lab
+    for team in lab.teams.values():
+        team.close()
+
+
+QUICK = settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@given(crowd=CROWDS)
+@QUICK
+def test_a_crowd_changes_nobody(lab: Lab, model: str, crowd: dict[str, Any]) -> None:
+    lab.check(model, **crowd)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+@given(crowd=CROWDS)
+@settings(QUICK, max_examples=400, derandomize=False)
+def test_a_crowd_changes_nobody_long(lab: Lab, isa: str, model: str, crowd: dict[str, Any]) -> None:
+    lab.check(model, **crowd)
+
+
+def ask(**changes: Any) -> Ask:
+    base = Ask(0, 4, False, 20, 0.0, 1, 0, False, 0, None)
+    return Ask(**{**{name: getattr(base, name) for name in base.__dataclass_fields__}, **changes})
+
+
+OPTIONS: dict[str, Any] = {
+    "cache": ("slab", 64),
+    "kv_dtype": "bf16",
+    "n_threads": 2,
+    "n_full": 3,
+    "max_num_seqs": 4,
+    "max_tokens": 64,
+    "reserve": False,
+    "prefix_caching": True,
+}
+
+
+def test_the_trials_reach_what_they_claim_to(lab: Lab) -> None:
+    """Preemption, prefix hits, partial blocks and forks do happen in such crowds."""
+    engine = lab.check(
+        "qwen3", [ask(arrival=i, own_end=i % 2 == 1) for i in range(6)], **OPTIONS | {"n_full": 1}
+    )
+    stats = engine.stats()
+    assert stats["n_preemptions"] > 0 and stats["n_cached_tokens"] > 200
+    engine = lab.check("qwen3", [ask(n=2, temperature=0.8)], **OPTIONS | {"prefix_caching": False})
+    assert engine.stats()["kv_cache"]["copies"] > 0
+    engine = lab.check("qwen3", [ask(), ask(stream=1)], **OPTIONS | {"cache": ("contiguous", 32)})
+    assert engine.stats()["n_prompt_tokens"] == 400
+
+
+def test_the_trials_can_fail(lab: Lab) -> None:
+    """One bit of one logprob is noticed."""
+    truth = lab.truth(ops.isa(), "qwen3", "bf16", 0, 2, False, 0.0, 1, False).outputs[0]
+    assert truth.logprobs is not None
+    token, entry = next(iter(truth.logprobs[5].items()))
+    changed = list(truth.logprobs)
+    nudged = float(np.nextafter(np.float32(entry.logprob), np.float32(0)))
+    changed[5] = truth.logprobs[5] | {token: Logprob(nudged, entry.rank, entry.decoded_token)}
+    wrong = CompletionOutput(0, "", truth.token_ids, truth.cumulative_logprob, changed, "length")
+    with pytest.raises(AssertionError):
+        lab.compare(ask(n_output=N_OUTPUT), wrong, truth)

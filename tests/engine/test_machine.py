@@ -1,0 +1,251 @@
+"""The engine as a state machine: whatever arrives, whoever leaves, nothing leaks and no output changes.
+
+Pool, prefix index and scheduler are the real ones, the model is `fakes.FakePlan`: its logits are a hash of all
+tokens that it reads through the block tables, so a block that is shared, copied, moved, freed or reused wrongly
+changes tokens. The truth of a request is computed without an engine.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import DTYPE, VOCAB, Panic, fake_sample, logits_of, make_engine
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from pace.engine.sequence import NO_ROW, Status
+from pace.errors import CapacityError, QueueFullError
+from pace.outputs import RequestOutput
+from pace.params import RequestOutputKind, SamplingParams
+
+MAX_LEN = 160
+EOS = 7
+
+# Prompts share long beginnings, as chats with one system prompt do.
+_rng = np.random.default_rng(5)
+STREAMS = [_rng.integers(0, VOCAB - 6, MAX_LEN).tolist() for _ in range(3)]
+
+
+@functools.cache
+def truth(
+    prompt: tuple[int, ...], n: int, temperature: float, seed: int, index: int, ignore_eos: bool
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Tokens and log probabilities of a request, by definition."""
+    history, logprobs = list(prompt), []
+    row = np.zeros(1, DTYPE)
+    row["temperature"], row["seed"], row["sample_index"], row["n_logprobs"] = temperature, seed, index, 0
+    while len(history) < len(prompt) + n:
+        row["position"] = len(history)
+        drawn = fake_sample(logits_of(history)[None], row, [None])
+        history.append(int(drawn.tokens[0]))
+        logprobs.append(float(drawn.logprobs[0]))
+        if history[-1] == EOS and not ignore_eos:
+            break
+    return tuple(history[len(prompt) :]), tuple(logprobs)
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Requests come, run, fork, fail, run out of time, are preempted and aborted."""
+
+    @initialize(
+        kv_cache_type=st.sampled_from(["slab", "slab", "paged", "contiguous"]),
+        n_tokens=st.integers(MAX_LEN, 4 * MAX_LEN),
+        max_num_seqs=st.integers(1, 6),
+        max_tokens=st.integers(6, 100),
+        reserve=st.booleans(),
+        prefix_caching=st.booleans(),
+    )
+    def start(
+        self,
+        kv_cache_type: str,
+        n_tokens: int,
+        max_num_seqs: int,
+        max_tokens: int,
+        reserve: bool,
+        prefix_caching: bool,
+    ) -> None:
+        block_size = 16 if kv_cache_type == "paged" else 32
+        self.engine, self.plan = make_engine(
+            max_model_len=MAX_LEN,
+            max_num_seqs=max_num_seqs,
+            max_tokens=max(max_tokens, max_num_seqs),
+            n_blocks=-(-n_tokens // block_size),
+            block_size=block_size,
+            kv_cache_type=kv_cache_type,
+            prefix_caching=prefix_caching,
+            reserve=reserve,
+            max_num_waiting=12,
+            eos=frozenset({EOS}),
+        )
+        self.asked: dict[str, dict[str, Any]] = {}  # requests in flight
+        self.got: dict[str, list[list[int]]] = {}  # tokens of their completions, deltas joined
+        self.count = 0
+
+    @rule(
+        stream=st.integers(0, len(STREAMS) - 1),
+        n_prompt=st.integers(1, 8) | st.integers(1, MAX_LEN - 1),
+        own_end=st.booleans(),
+        n_output=st.integers(1, 20) | st.integers(1, MAX_LEN),
+        temperature=st.sampled_from([0.0, 1.0]),
+        n=st.sampled_from([1, 1, 1, 3]),
+        priority=st.integers(-1, 1),
+        streams=st.booleans(),
+        kind=st.sampled_from(RequestOutputKind),
+        salt=st.sampled_from([None, None, "a"]),
+        ignore_eos=st.booleans(),
+        scored=st.sampled_from([None, None, None, 0, 2]),
+        late=st.sampled_from([None, None, None, None, -1.0, 1e9]),
+    )
+    def submit(self, **asked: Any) -> None:
+        prompt = STREAMS[asked["stream"]][: asked["n_prompt"]]
+        if asked["own_end"]:
+            prompt[-1] = self.count % (VOCAB - 6)
+        n = asked["n"] if asked["temperature"] else 1
+        params = SamplingParams(
+            max_tokens=asked["n_output"],
+            temperature=asked["temperature"],
+            n=n,
+            seed=self.count,
+            logprobs=0,
+            prompt_logprobs=asked["scored"],
+            ignore_eos=asked["ignore_eos"],
+            output_kind=asked["kind"],
+            detokenize=False,
+        )
+        name = str(self.count)
+        try:
+            self.engine.add_request(
+                name,
+                prompt,
+                params,
+                stream=asked["streams"],
+                priority=asked["priority"],
+                cache_salt=asked["salt"],
+                deadline_s=None if asked["late"] is None else time.monotonic() + asked["late"],
+            )
+        except QueueFullError:
+            assert self.engine.n_waiting + n > 12
+            return
+        except CapacityError:
+            raise AssertionError("every request up to max_model_len fits the pool") from None
+        self.asked[name] = asked | {"prompt": prompt, "seed": self.count, "n": n}
+        self.got[name] = [[] for _ in range(n)]
+        self.count += 1
+
+    @precondition(lambda self: self.asked)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.asked)))
+        self.engine.abort(name)
+        self.asked[name]["aborted"] = True
+
+    @rule(n=st.integers(1, 6))
+    def step(self, n: int) -> None:
+        for _ in range(n):
+            aborted = {name for name, asked in self.asked.items() if asked.get("aborted")}
+            outputs = self.engine.step()
+            for output in outputs:
+                self.check(output)
+            assert not aborted & set(self.asked), "an abort takes effect within one step"
+
+    @precondition(lambda self: self.engine.scheduler.running)
+    @rule(error=st.sampled_from([ValueError("broken"), Panic("broken"), MemoryError()]))
+    def crash_once(self, error: BaseException) -> None:
+        """A fault that goes away when the step is repeated: nobody notices."""
+        alone = len(self.engine.scheduler.running) < 2
+        self.plan.crash = error
+        if alone:  # a fault of the only sequence is its own
+            for asked in self.asked.values():
+                asked["may_fail"] = True
+
+    def check(self, output: RequestOutput) -> None:
+        asked = self.asked[output.request_id]
+        got = self.got[output.request_id]
+        delta = asked["streams"] and asked["kind"] is RequestOutputKind.DELTA
+        for completion in output.outputs:
+            tokens = got[completion.index] if delta else []
+            tokens = tokens + list(completion.token_ids)
+            got[completion.index] = tokens
+            limit = min(asked["n_output"], MAX_LEN - len(asked["prompt"]))
+            expected, logprobs = truth(
+                tuple(asked["prompt"]),
+                limit,
+                asked["temperature"],
+                asked["seed"],
+                completion.index,
+                asked["ignore_eos"],
+            )
+            assert tuple(tokens) == expected[: len(tokens)]
+            assert completion.logprobs is not None
+            assert len(completion.logprobs) == len(completion.token_ids)
+            first = len(tokens) - len(completion.token_ids)
+            for entry, token, logprob in zip(
+                completion.logprobs, completion.token_ids, logprobs[first:], strict=False
+            ):
+                assert entry[token].logprob == logprob
+            reason = completion.finish_reason
+            if reason in ("stop", "length"):
+                assert tuple(tokens) == expected
+                assert reason == ("stop" if tokens[-1] == EOS and not asked["ignore_eos"] else "length")
+            elif reason == "abort":
+                assert asked.get("aborted") or asked["late"] == -1.0
+            elif reason == "error":
+                assert asked.get("may_fail")
+        if output.finished:
+            if asked["scored"] is not None and all(c.finish_reason == "length" for c in output.outputs):
+                assert output.prompt_logprobs is not None
+                assert len(output.prompt_logprobs) == len(asked["prompt"])
+            del self.asked[output.request_id]
+
+    @invariant()
+    def books_balance(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        scheduler, tables = self.engine.scheduler, self.engine.scheduler.tables
+        rows = [seq.row for seq in scheduler.running]
+        assert len(set(rows)) == len(rows) == tables.n_open and NO_ROW not in rows
+        assert all(seq.status is Status.RUNNING for seq in scheduler.running)
+        assert [seq.key for seq in scheduler.running] == sorted(seq.key for seq in scheduler.running)
+        assert 0 <= tables.n_available <= tables.n_free <= tables.n_blocks
+        assert scheduler.n_waiting >= 0
+
+    def teardown(self) -> None:
+        """Everything that is left finishes, and the pool is whole again."""
+        if not hasattr(self, "engine"):
+            return
+        for _ in range(20_000):
+            if not self.engine.has_unfinished:
+                break
+            before = self.engine.stats()["n_steps"]
+            for output in self.engine.step():
+                self.check(output)
+            assert self.engine.stats()["n_steps"] > before or not self.engine.has_unfinished, "stuck"
+        assert not self.asked and not self.engine.has_unfinished
+        scheduler, tables = self.engine.scheduler, self.engine.scheduler.tables
+        assert not scheduler.running and scheduler.n_waiting == 0
+        assert (tables.n_open, tables.n_free, tables.n_available) == (0, tables.n_blocks, tables.n_blocks)
+
+
+QUICK = settings(
+    max_examples=60,
+    stateful_step_count=30,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+LONG = settings(QUICK, max_examples=2500, stateful_step_count=50, derandomize=False)  # 100 000 rules and more
+
+TestEngine = EngineMachine.TestCase
+TestEngine.settings = QUICK
+
+
+@pytest.mark.slow
+class TestEngineLong(EngineMachine.TestCase):  # type: ignore[name-defined,misc]
+    """The same for 100 000 rules and more."""
+
+    settings = LONG
