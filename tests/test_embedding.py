@@ -225,7 +225,8 @@ def test_a_program_ends_without_closing_anything(model: Path, busy: tuple[str, .
 
 
 FORKED = """
-import asyncio, gc, os, sys
+import asyncio, gc, os, sys, warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # from 3.12 on Python warns of any fork beside threads
 from pace import LLM, AsyncLLM, SamplingParams
 from pace.errors import ForkError
 
@@ -263,9 +264,6 @@ assert output.outputs == want == asyncio.run(last("x"))
 """
 
 
-@pytest.mark.skipif(
-    sys.version_info >= (3, 12), reason="from 3.12 on Python warns of any fork beside threads"
-)
 def test_a_forked_child_gets_errors_and_the_parent_goes_on(model: Path) -> None:
     script(FORKED, model)
 
@@ -388,8 +386,12 @@ def test_ctrl_c_stops_within_a_step(model: Path) -> None:
             sent_s.append(time.monotonic())
             os.kill(os.getpid(), signal.SIGINT)
 
-        threading.Timer(0.25, interrupt).start()
-        with pytest.raises(KeyboardInterrupt):
-            llm.generate(["a", "b"], GREEDY)
+        timer = threading.Timer(0.25, interrupt)
+        timer.start()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                llm.generate(["a", "b"], GREEDY)
+        finally:
+            timer.cancel()
         assert time.monotonic() - sent_s[0] < 0.5  # the rest of this step and the one that ends them
         assert not llm.engine.has_unfinished

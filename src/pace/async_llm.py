@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pace.driver import Notify, Ticket
 from pace.engine.request import Request
@@ -15,9 +15,6 @@ from pace.frontend import Frontend
 from pace.inputs import Encoded, Messages, Prompt, deadline, n_chars
 from pace.outputs import RequestOutput
 from pace.params import SamplingParams
-
-if TYPE_CHECKING:
-    from typing_extensions import Self  # typing's own from Python 3.11 on
 
 __all__ = ["AsyncLLM"]
 
@@ -123,7 +120,7 @@ class AsyncLLM(Frontend):
         super().close()
         self._encoders.shutdown()
 
-    async def __aenter__(self) -> Self:
+    async def __aenter__(self) -> AsyncLLM:
         return self
 
     async def __aexit__(self, *exception: object) -> None:

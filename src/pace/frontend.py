@@ -7,7 +7,7 @@ import os
 import weakref
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from pace.config import EngineConfig, parse_cpus
 from pace.driver import Driver
@@ -15,10 +15,9 @@ from pace.engine.loader import Loaded, load
 from pace.inputs import Inputs
 from pace.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from typing_extensions import Self  # typing's own from Python 3.11 on
-
 __all__ = ["Frontend"]
+
+F = TypeVar("F", bound="Frontend")
 
 
 class Frontend:
@@ -106,7 +105,7 @@ class Frontend:
         self._start(config, load(config, show_progress=show_progress, skip_tokenizer=skip_tokenizer_init))
 
     @classmethod
-    def from_loaded(cls, config: EngineConfig, loaded: Loaded) -> Self:
+    def from_loaded(cls: type[F], config: EngineConfig, loaded: Loaded) -> F:
         """Wrap an engine that `engine.loader.load` has made."""
         self = cls.__new__(cls)
         self._start(config, loaded)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pace.driver import Inbox, Ticket
 from pace.errors import PaceError, QueueFullError, RequestError, show
@@ -17,9 +17,6 @@ from pace.frontend import Frontend
 from pace.inputs import Encoded, Messages, Prompt, deadline
 from pace.outputs import RequestOutput
 from pace.params import SamplingParams
-
-if TYPE_CHECKING:
-    from typing_extensions import Self  # typing's own from Python 3.11 on
 
 __all__ = ["LLM", "Messages", "Prompt"]
 
@@ -143,7 +140,7 @@ class LLM(Frontend):
         prompts = self._inputs.encode_chats([messages], add_generation_prompt, chat_template)
         return self._stream(prompts, sampling_params, priority, timeout_s)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> LLM:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -248,7 +245,7 @@ class _Progress:
         self._start_s = 0.0
         self._n_input = self._n_output = 0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> _Progress:
         if self._visible:
             # It comes with tokenizers' huggingface_hub; 20 ms that most imports of pace need not pay.
             from tqdm import tqdm
