@@ -108,6 +108,27 @@ def test_deltas_join_to_the_whole(llm: AsyncLLM, whole: Any) -> None:
     assert outputs[-1].finish_reason == "length"
 
 
+def test_deltas_of_several_completions(llm: AsyncLLM, model: Path) -> None:
+    params = SamplingParams(n=3, seed=1, max_tokens=60, logprobs=1, ignore_eos=True, output_kind=DELTA)
+
+    async def main() -> list[RequestOutput]:
+        outputs = []
+        async for output in llm.generate("several", params):
+            outputs.append(output)
+            await asyncio.sleep(0.002)
+        return outputs
+
+    outputs = run(main())
+    with LLM(model, threads=1) as other:
+        (whole,) = other.generate("several", params)
+    assert len({tuple(want.token_ids) for want in whole.outputs}) == 3
+    for want in whole.outputs:
+        parts = [c for output in outputs for c in output.outputs if c.index == want.index]
+        assert [i for part in parts for i in part.token_ids] == want.token_ids
+        assert "".join(part.text for part in parts) == want.text
+        assert [entry for part in parts for entry in part.logprobs or ()] == want.logprobs
+
+
 def test_final_only_comes_once(llm: AsyncLLM, whole: Any) -> None:
     (output,) = run(collect(llm, "final", replace(GREEDY, output_kind=FINAL_ONLY)))
     assert output.finished and output.outputs[0] == whole("final")

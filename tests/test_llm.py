@@ -374,6 +374,11 @@ def test_two_engines_in_one_process(llm: LLM, model: Path) -> None:
         ({"kernels": {"gem": "avx2"}}, ConfigError, "'gem'"),
         ({"max_num_seqs": 0}, ConfigError, "max_num_seqs"),
         ({"max_num_batched_tokens": 3}, ConfigError, "below max_num_seqs"),
+        ({"kv_cache_type": "ring"}, ConfigError, "expected one of slab, paged, contiguous"),
+        ({"kv_cache_dtype": "fp8"}, ConfigError, "kv_cache_dtype"),
+        ({"kv_cache_memory": "much"}, ConfigError, "kv_cache_memory"),
+        ({"admission": "first"}, ConfigError, "admission"),
+        ({"max_num_waiting": 0}, ConfigError, "max_num_waiting"),
         ({"revision": "main"}, CheckpointError, "revision"),
         ({"seed": -1}, ConfigError, "seed"),
     ],
@@ -381,6 +386,27 @@ def test_two_engines_in_one_process(llm: LLM, model: Path) -> None:
 def test_bad_options(model: Path, options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         LLM(model, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "block_size"),
+    [
+        ({"kv_cache_type": "paged"}, 16),
+        ({"kv_cache_type": "slab", "block_size": 64, "admission": "reserve"}, 64),
+        ({"kv_cache_type": "contiguous", "block_size": 32, "kv_cache_memory": "4MiB"}, 32),
+        ({"kv_cache_memory": 1 << 22, "block_size": 32, "enable_prefix_caching": False}, 32),
+    ],
+)
+def test_the_kv_cache_is_chosen(llm: LLM, model: Path, options: dict[str, Any], block_size: int) -> None:
+    prompts = ["a" * n for n in (1, 90, 33, 90)]
+    with LLM(model, threads=1, max_num_seqs=3, **options) as other:
+        assert answers(other.generate(prompts, GREEDY)) == answers(llm.generate(prompts, GREEDY))
+        assert other.stats()["block_size"] == block_size
+
+
+def test_an_int8_cache(model: Path) -> None:
+    with LLM(model, threads=1, kv_cache_dtype="int8") as llm:
+        assert len(llm.generate("a" * 50, GREEDY)[0].outputs[0].token_ids) == 12
 
 
 def test_kernels_can_be_forced(llm: LLM, model: Path) -> None:
