@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tqdm
 from tiny_checkpoint import write_checkpoint
 
 from pace.errors import (
     CapacityError,
     CheckpointError,
     ConfigError,
+    EngineDeadError,
     ForkError,
     PaceError,
     RequestError,
     WeightsError,
 )
 from pace.llm import LLM
-from pace.params import SamplingParams
+from pace.outputs import RequestOutput
+from pace.params import RequestOutputKind, SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 
@@ -243,21 +250,109 @@ def test_an_interrupt_ends_its_own_requests_only(llm: LLM, monkeypatch: pytest.M
     other = llm.stream("other", GREEDY)
     next(other)
     step = llm.engine.step
-    calls = iter([step, step, None])
+    n_steps = itertools.count()
 
-    def interrupted() -> Any:
-        call = next(calls)
-        if call is None:
-            raise KeyboardInterrupt
-        return call()
+    def interrupting() -> list[RequestOutput]:
+        if next(n_steps) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step()
 
-    monkeypatch.setattr(llm.engine, "step", interrupted)
+    monkeypatch.setattr(llm.engine, "step", interrupting)
     with pytest.raises(KeyboardInterrupt):
-        llm.generate(["a", "b"], GREEDY)
+        llm.generate(["a", "b"] * 1000, SamplingParams(max_tokens=400, ignore_eos=True))
     monkeypatch.undo()
+    assert llm.stats()["n_running"] <= 1
     *_, last = other
     assert last.outputs == whole.outputs
     assert not llm.engine.has_unfinished and llm.stats()["n_running"] == 0
+
+
+@pytest.mark.parametrize("kind", RequestOutputKind)
+def test_a_stream_comes_in_the_kind_that_was_asked_for(llm: LLM, kind: RequestOutputKind) -> None:
+    (whole,) = llm.generate("kinds", replace(GREEDY, logprobs=1, output_kind=kind))
+    outputs = [o.outputs[0] for o in llm.stream("kinds", replace(GREEDY, logprobs=1, output_kind=kind))]
+    want = whole.outputs[0]
+    assert len(want.token_ids) == 12
+    if kind is RequestOutputKind.DELTA:
+        assert [len(o.token_ids) for o in outputs] == [1] * 12
+        assert "".join(o.text for o in outputs) == want.text
+        assert [i for o in outputs for i in o.token_ids] == want.token_ids
+        assert [entry for o in outputs for entry in o.logprobs or ()] == want.logprobs
+    else:
+        assert len(outputs) == (12 if kind is RequestOutputKind.CUMULATIVE else 1)
+        assert outputs[-1] == want
+
+
+def test_more_prompts_than_the_queue_holds(model: Path) -> None:
+    prompts = [f"prompt {i}" for i in range(60)]
+    with LLM(model, threads=1, max_num_seqs=4, max_num_waiting=3) as llm:
+        outputs = llm.generate(prompts, GREEDY)
+        assert [o.prompt for o in outputs] == prompts
+        assert answers(outputs[59:]) == answers(llm.generate("prompt 59", GREEDY))
+        found: list[Any] = [None] * 4
+
+        def work(i: int) -> None:
+            found[i] = answers(llm.generate(prompts[:20], GREEDY))
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert found == [answers(outputs[:20])] * 4
+
+
+def test_priorities(model: Path) -> None:
+    with LLM(model, threads=1, max_num_seqs=1, max_num_waiting=2) as llm:
+        outputs = llm.generate(["a", "b", "c", "d"], GREEDY, priority=[3, 2, 1, 0])
+        ends = [o.metrics.finished_s or 0.0 for o in outputs]
+        assert ends == sorted(ends, reverse=True)
+        for priority, message in (([1], "1 entries for 2"), ("high", "priority is 'high'"), (True, "True")):
+            with pytest.raises(RequestError, match=message):
+                llm.generate(["a", "b"], GREEDY, priority=priority)  # type: ignore[arg-type]
+
+
+def test_a_timeout_keeps_what_there_is(llm: LLM) -> None:
+    long = SamplingParams(max_tokens=400, ignore_eos=True)
+    outputs = llm.generate(["a"] * 40, long, timeout_s=0.05)
+    reasons = {(o.outputs[0].finish_reason, o.outputs[0].stop_reason) for o in outputs}
+    assert ("abort", "deadline") in reasons and reasons <= {("abort", "deadline"), ("length", None)}
+    for wrong in (0, -1, float("nan"), float("inf"), "1"):
+        with pytest.raises(RequestError, match="timeout_s"):
+            llm.generate("a", timeout_s=wrong)  # type: ignore[arg-type]
+
+
+def test_a_cache_salt_does_not_change_the_answer(llm: LLM) -> None:
+    (plain,) = llm.generate("salted", GREEDY)
+    (salted,) = llm.generate({"prompt": "salted", "cache_salt": "user 1"}, GREEDY)
+    assert salted.outputs == plain.outputs
+    for salt in ("", 3):
+        with pytest.raises(RequestError, match="prompt 0: cache_salt"):
+            llm.generate({"prompt": "salted", "cache_salt": salt})
+
+
+def test_a_progress_bar_counts_tokens(
+    llm: LLM, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Usually it draws ten times a second, and this is over sooner.
+    monkeypatch.setattr(tqdm, "tqdm", partial(tqdm.tqdm, mininterval=0))
+    llm.generate(["a", "b"], GREEDY, use_tqdm=True)
+    bar = capsys.readouterr().err
+    assert "2/2" in bar and "tok/s" in bar
+    llm.generate(["a", "b"], GREEDY)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_fault_of_the_engine_ends_everybody(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM(model, threads=1) as llm:
+        other = llm.stream("other", GREEDY)
+        next(other)
+        monkeypatch.setattr(llm.engine, "step", lambda: 1 // 0)
+        for _ in range(2):
+            with pytest.raises(EngineDeadError, match=r"ZeroDivisionError: .*build a new one"):
+                llm.generate("a", GREEDY)
+        with pytest.raises(EngineDeadError):
+            list(other)
 
 
 def test_two_engines_in_one_process(llm: LLM, model: Path) -> None:
@@ -279,6 +374,11 @@ def test_two_engines_in_one_process(llm: LLM, model: Path) -> None:
         ({"kernels": {"gem": "avx2"}}, ConfigError, "'gem'"),
         ({"max_num_seqs": 0}, ConfigError, "max_num_seqs"),
         ({"max_num_batched_tokens": 3}, ConfigError, "below max_num_seqs"),
+        ({"kv_cache_type": "ring"}, ConfigError, "expected one of slab, paged, contiguous"),
+        ({"kv_cache_dtype": "fp8"}, ConfigError, "kv_cache_dtype"),
+        ({"kv_cache_memory": "much"}, ConfigError, "kv_cache_memory"),
+        ({"admission": "first"}, ConfigError, "admission"),
+        ({"max_num_waiting": 0}, ConfigError, "max_num_waiting"),
         ({"revision": "main"}, CheckpointError, "revision"),
         ({"seed": -1}, ConfigError, "seed"),
     ],
@@ -286,6 +386,27 @@ def test_two_engines_in_one_process(llm: LLM, model: Path) -> None:
 def test_bad_options(model: Path, options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         LLM(model, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "block_size"),
+    [
+        ({"kv_cache_type": "paged"}, 16),
+        ({"kv_cache_type": "slab", "block_size": 64, "admission": "reserve"}, 64),
+        ({"kv_cache_type": "contiguous", "block_size": 32, "kv_cache_memory": "4MiB"}, 32),
+        ({"kv_cache_memory": 1 << 22, "block_size": 32, "enable_prefix_caching": False}, 32),
+    ],
+)
+def test_the_kv_cache_is_chosen(llm: LLM, model: Path, options: dict[str, Any], block_size: int) -> None:
+    prompts = ["a" * n for n in (1, 90, 33, 90)]
+    with LLM(model, threads=1, max_num_seqs=3, **options) as other:
+        assert answers(other.generate(prompts, GREEDY)) == answers(llm.generate(prompts, GREEDY))
+        assert other.stats()["block_size"] == block_size
+
+
+def test_an_int8_cache(model: Path) -> None:
+    with LLM(model, threads=1, kv_cache_dtype="int8") as llm:
+        assert len(llm.generate("a" * 50, GREEDY)[0].outputs[0].token_ids) == 12
 
 
 def test_kernels_can_be_forced(llm: LLM, model: Path) -> None:

@@ -10,23 +10,38 @@ from typing import TYPE_CHECKING, Any
 from pace import ops as _ops  # picks the kernels; raises ImportError on a CPU below AVX2
 
 if TYPE_CHECKING:
+    from pace.async_llm import AsyncLLM
     from pace.llm import LLM
-    from pace.outputs import CompletionOutput, RequestOutput
-    from pace.params import SamplingParams
+    from pace.outputs import CompletionOutput, Logprob, RequestOutput
+    from pace.params import RequestOutputKind, SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__", "show_config"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "CompletionOutput",
+    "Logprob",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+    "__version__",
+    "show_config",
+]
 
 _LAZY = {
     "LLM": "pace.llm",
+    "AsyncLLM": "pace.async_llm",
     "SamplingParams": "pace.params",
+    "RequestOutputKind": "pace.params",
+    "Logprob": "pace.outputs",
     "RequestOutput": "pace.outputs",
     "CompletionOutput": "pace.outputs",
 }
 
 
 def __getattr__(name: str) -> Any:
-    # The tokenizer and hub libraries take longer to import than everything of pace: only who needs them pays.
+    # The tokenizer and hub libraries take longer to import than everything of pace, and so does asyncio: only who
+    # needs them pays.
     if name in _LAZY:
         import importlib
 

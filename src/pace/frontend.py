@@ -1,0 +1,142 @@
+"""What `LLM` and `AsyncLLM` are built from: the options, the loaded model, its requests and its thread."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import weakref
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from typing import Any, TypeVar
+
+from pace.config import EngineConfig, parse_cpus
+from pace.driver import Driver
+from pace.engine.loader import Loaded, load
+from pace.inputs import Inputs
+from pace.tokenizer import Tokenizer
+
+__all__ = ["Frontend"]
+
+F = TypeVar("F", bound="Frontend")
+
+
+class Frontend:
+    """A model, ready to generate: the base of `LLM` and `AsyncLLM`."""
+
+    _on_demand = False
+    """Whether the engine runs only while somebody waits for it; see `Driver`."""
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        tokenizer: str | os.PathLike[str] | None = None,
+        trust_tokenizer: bool = False,
+        skip_tokenizer_init: bool = False,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 32,
+        max_num_batched_tokens: int = 2048,
+        max_num_waiting: int = 65536,
+        kv_cache_type: str = "slab",
+        block_size: int | None = None,
+        kv_cache_memory: int | str | None = None,
+        kv_cache_dtype: str = "bf16",
+        enable_prefix_caching: bool = True,
+        admission: str = "preempt",
+        threads: int | None = None,
+        cpus: Seq[int] | str | None = None,
+        kernels: Mapping[str, str] | None = None,
+        seed: int = 0,
+        show_progress: bool | None = None,
+    ) -> None:
+        """Load a model.
+
+        Args:
+            model: a checkpoint folder, a hub id `org/name`, or "demo" for the embedded model.
+            revision: branch, tag or commit of a hub id.
+            tokenizer: folder or hub id to take the tokenizer from; None: the model's own.
+            trust_tokenizer: take a tokenizer whose patterns are not on the allow-list.
+            skip_tokenizer_init: load no tokenizer: prompts are token ids, outputs have no text.
+            max_model_len: longest prompt and output together, in tokens; None: what the checkpoint supports, or
+                less where the memory does not hold one such sequence.
+            max_num_seqs: sequences that run in one step.
+            max_num_batched_tokens: tokens of one step; a longer prompt is read in several.
+            max_num_waiting: sequences that may wait to run.
+            kv_cache_type: "slab" (large blocks), "paged" (blocks of 16 tokens) or "contiguous" (one extent per
+                sequence).
+            block_size: tokens of a KV block, a power of two from 16 on; None: what suits the type.
+            kv_cache_memory: bytes of the KV cache, also as "4GiB"; "auto": all that is left beside the weights;
+                None: what max_num_seqs sequences of max_model_len need, at most 40 % of the available memory.
+            kv_cache_dtype: "bf16", or "int8" with a scale per token and head.
+            enable_prefix_caching: keep computed prompts for later requests with the same beginning.
+            admission: "preempt": a request starts as soon as its prompt fits, and may be interrupted and
+                recomputed; "reserve": it starts when its longest possible output fits.
+            threads: of the engine; None: PACE_THREADS, else min(affinity, cgroup quota, physical cores).
+            cpus: CPUs to pin them to, as numbers or "0-3,8"; None: PACE_CPUS, else not pinned.
+            kernels: {operator: tier or "reference"} to force, for bisecting.
+            seed: seeds the requests that give none.
+            show_progress: a progress bar on stderr while loading; None: where that is a terminal.
+
+        Raises:
+            ConfigError, CheckpointError, CapacityError: the model can't be loaded as asked; nothing stays behind.
+        """
+        config = EngineConfig(
+            model=os.fspath(model),
+            revision=revision,
+            tokenizer=None if tokenizer is None else os.fspath(tokenizer),
+            trust_tokenizer=trust_tokenizer,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_waiting=max_num_waiting,
+            kv_cache_type=kv_cache_type,
+            block_size=block_size,
+            kv_cache_memory=kv_cache_memory,
+            kv_cache_dtype=kv_cache_dtype,
+            enable_prefix_caching=enable_prefix_caching,
+            admission=admission,
+            n_threads=threads,
+            # The config checks the type of whatever else comes here.
+            cpus=parse_cpus(cpus) if isinstance(cpus, str) else cpus,  # type: ignore[arg-type]
+            kernels={} if kernels is None else kernels,
+            seed=seed,
+        )
+        self._start(config, load(config, show_progress=show_progress, skip_tokenizer=skip_tokenizer_init))
+
+    @classmethod
+    def from_loaded(cls: type[F], config: EngineConfig, loaded: Loaded) -> F:
+        """Wrap an engine that `engine.loader.load` has made."""
+        self = cls.__new__(cls)
+        self._start(config, loaded)
+        return self
+
+    def _start(self, config: EngineConfig, loaded: Loaded) -> None:
+        self.config = config
+        self.loaded = loaded
+        self.engine = loaded.engine
+        self._inputs = Inputs(loaded)
+        self._ids = itertools.count()  # its next() is atomic
+        try:
+            self._driver = Driver(loaded.engine, loaded.team.close, on_demand=self._on_demand)
+        except BaseException:
+            loaded.team.close()
+            raise
+        # Also for those who forget to close: when the last reference goes, and before the interpreter ends.
+        weakref.finalize(self, self._driver.close)
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer.
+
+        Raises:
+            RequestError: it was loaded without one.
+        """
+        return self._inputs.tokenizer
+
+    def stats(self) -> dict[str, Any]:
+        """Counters and gauges since the model was loaded; see `Engine.stats`."""
+        return self.engine.stats()
+
+    def close(self) -> None:
+        """End the engine's threads; requests in flight end with an error. Calling it again does nothing."""
+        self._driver.close()

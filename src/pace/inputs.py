@@ -1,0 +1,229 @@
+"""From prompts and conversations to requests of the engine; what `LLM` and `AsyncLLM` do alike."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from pace.chat import ChatTemplate
+from pace.engine.loader import Loaded
+from pace.engine.request import Request
+from pace.errors import PaceError, RequestError, show
+from pace.params import SamplingParams
+from pace.tokenizer import Tokenizer
+
+__all__ = ["Encoded", "Inputs", "Messages", "Prompt", "deadline", "n_chars"]
+
+Prompt = str | Mapping[str, Any]
+"""Text, {"prompt": text} or {"prompt_token_ids": [...]} (optionally with the text it came from).
+
+Both mappings may have a "cache_salt": requests share cached prompts only with those of the same salt.
+"""
+
+Messages = Seq[Mapping[str, Any]]
+"""One conversation: [{"role": "user", "content": "..."}, ...]."""
+
+PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
+
+
+@dataclass(slots=True)
+class Encoded:
+    """A prompt as `Engine.prepare` takes it and checks it."""
+
+    ids: Any
+    text: str | None = None
+    cache_salt: Any = None
+
+
+class Inputs:
+    """Makes requests for one loaded model; safe to use from many threads."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self._loaded = loaded
+        self._chat_template: ChatTemplate | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer.
+
+        Raises:
+            RequestError: it was loaded without one.
+        """
+        if self._loaded.tokenizer is None:
+            raise RequestError("this model was loaded without a tokenizer; give prompt_token_ids")
+        return self._loaded.tokenizer
+
+    def encode(self, prompts: Seq[object]) -> list[Encoded]:
+        """Token ids and text of every prompt; texts are encoded together.
+
+        Raises:
+            RequestError: a prompt has a wrong form, or can't be encoded; the message names its index.
+        """
+        encoded = [_parse_prompt(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
+        self._encode_texts(encoded, "prompt", add_special_tokens=True)
+        return encoded
+
+    def encode_chats(
+        self, conversations: Seq[Messages], add_generation_prompt: bool, chat_template: str | None
+    ) -> list[Encoded]:
+        """Token ids and text of every conversation, through a chat template.
+
+        Raises:
+            ChatTemplateError: there is no template, or it refuses the messages.
+            RequestError: a conversation has a wrong form, or can't be encoded.
+        """
+        if chat_template is not None:
+            template = ChatTemplate(chat_template, special_tokens=self.tokenizer.special_tokens)
+        else:
+            if self._chat_template is None:
+                self._chat_template = ChatTemplate.load(self._loaded.tokenizer_directory, self.tokenizer)
+            template = self._chat_template
+        encoded = []
+        for i, messages in enumerate(conversations):
+            with _naming(f"conversation {i}"):
+                text = template.render(messages, add_generation_prompt=add_generation_prompt)
+            encoded.append(Encoded(None, text))
+        # The template has written the special tokens itself.
+        self._encode_texts(encoded, "conversation", add_special_tokens=False)
+        return encoded
+
+    def _encode_texts(self, prompts: Seq[Encoded], noun: str, *, add_special_tokens: bool) -> None:
+        """Fill in the ids of the prompts that have none."""
+        texts = {
+            i: prompt.text
+            for i, prompt in enumerate(prompts)
+            if prompt.ids is None and prompt.text is not None
+        }
+        if not texts:
+            return
+        tokenizer = self.tokenizer
+        try:
+            batch = tokenizer.encode_batch(list(texts.values()), add_special_tokens=add_special_tokens)
+        except RequestError:
+            for i, text in texts.items():  # once more, one by one, to learn which it was
+                with _naming(f"{noun} {i}"):
+                    tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            raise
+        for i, ids in zip(texts, batch, strict=True):
+            prompts[i].ids = ids
+
+    def requests(
+        self,
+        prompts: Seq[Encoded],
+        sampling_params: object,
+        request_ids: Iterator[str],
+        *,
+        stream: bool,
+        priority: object = 0,
+        deadline_s: float | None = None,
+    ) -> list[Request]:
+        """Check every request; nothing is accepted yet.
+
+        Args:
+            sampling_params: for all prompts, or a list with one for each; fields not set take the
+                checkpoint's defaults.
+            request_ids: where the ids come from.
+            stream: outputs as params.output_kind says; otherwise only the last one.
+            priority: for all prompts, or a list with one for each; lower runs first.
+            deadline_s: when the requests end at the latest; see `deadline`.
+
+        Raises:
+            RequestError, CapacityError: a prompt or parameter is invalid; the message names its index.
+        """
+        all_params = _one_each("sampling_params", sampling_params, len(prompts))
+        priorities = _one_each("priority", priority, len(prompts))
+        merged: dict[int, SamplingParams] = {}  # thousands of prompts usually share one
+        requests = []
+        for i, (prompt, params, rank) in enumerate(zip(prompts, all_params, priorities, strict=True)):
+            if params is not None and not isinstance(params, SamplingParams):
+                raise RequestError(f"sampling_params {i} is {show(params)}, expected SamplingParams")
+            with _naming(f"prompt {i}"):
+                complete = merged.get(id(params))
+                if complete is None:
+                    chosen = SamplingParams() if params is None else params
+                    complete = merged[id(params)] = chosen.merged_with(self._loaded.defaults.sampling)
+                request = self._loaded.engine.prepare(
+                    next(request_ids),
+                    prompt.ids,
+                    complete,
+                    prompt=prompt.text,
+                    stream=stream,
+                    priority=rank,
+                    deadline_s=deadline_s,
+                    cache_salt=prompt.cache_salt,
+                )
+            requests.append(request)
+        return requests
+
+
+def n_chars(value: object, depth: int = 4) -> int:
+    """About how much there is to encode: characters of all texts in a prompt or conversation, or ids.
+
+    Args:
+        depth: of nested lists and mappings that are looked at; a text part of a message is 4 deep.
+    """
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if not isinstance(value, (list, tuple)):
+        return 0
+    if depth == 0 or (value and isinstance(value[0], int)):
+        return len(value)
+    return sum(n_chars(part, depth - 1) for part in value)
+
+
+def _parse_prompt(prompt: object, where: str) -> Encoded:
+    if isinstance(prompt, str):
+        return Encoded(None, prompt)
+    if not isinstance(prompt, Mapping):
+        raise RequestError(
+            f'{where} is {show(prompt)}, expected text, {{"prompt": text}} or {{"prompt_token_ids": [...]}}'
+        )
+    unknown = [key for key in prompt if key not in PROMPT_KEYS]
+    if unknown:
+        raise RequestError(f"{where} has the key {show(unknown[0])}, expected {', '.join(PROMPT_KEYS)}")
+    text, ids, salt = (prompt.get(key) for key in PROMPT_KEYS)
+    if text is not None and not isinstance(text, str):
+        raise RequestError(f"{where}: prompt is {show(text)}, expected a string")
+    if text is None and ids is None:
+        raise RequestError(f"{where} has neither prompt nor prompt_token_ids")
+    return Encoded(ids, text, salt)
+
+
+def _one_each(name: str, value: object, n: int) -> Seq[Any]:
+    """A list with one value for each of n prompts, or one value for all."""
+    if not isinstance(value, (list, tuple)):
+        return [value] * n
+    if len(value) != n:
+        raise RequestError(
+            f"{name} has {len(value)} entries for {n} prompts; expected one for each, or a single one for all"
+        )
+    return value
+
+
+def deadline(timeout_s: object) -> float | None:
+    """When a request that is given `timeout_s` seconds from now on ends, in `time.monotonic()`.
+
+    Raises:
+        RequestError: not a number of seconds above 0.
+    """
+    if timeout_s is None:
+        return None
+    if not isinstance(timeout_s, (int, float)) or isinstance(timeout_s, bool) or not 0 < timeout_s < math.inf:
+        raise RequestError(f"timeout_s is {show(timeout_s)}, expected seconds above 0, or None")
+    return time.monotonic() + timeout_s
+
+
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """An error of one request says whose it is."""
+    try:
+        yield
+    except PaceError as error:
+        raise type(error)(f"{where}: {error}") from None
