@@ -90,6 +90,7 @@ def load(
     show_progress: bool | None = None,
     skip_tokenizer: bool = False,
     random_weights: bool = False,
+    on_plan: Callable[[MemoryPlan], None] | None = None,
 ) -> Loaded:
     """Load a model. Everything that can be refused is refused before the first weight is read.
 
@@ -97,6 +98,7 @@ def load(
         show_progress: a progress bar on stderr; None: where that is a terminal.
         skip_tokenizer: token ids in, token ids out.
         random_weights: of the checkpoint read only config.json, and invent the weights; for benchmarks.
+        on_plan: told of the memory before anything is allocated.
 
     Raises:
         CheckpointError, ConfigError, CapacityError: see the parts.
@@ -120,6 +122,8 @@ def load(
             spec.max_len,
         )
     logger.info("memory plan: %s", memory.describe())
+    if on_plan is not None:
+        on_plan(memory)
     tokenizer = None
     tokenizer_directory = directory
     if not skip_tokenizer:
