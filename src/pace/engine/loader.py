@@ -98,7 +98,7 @@ def load(
         show_progress: a progress bar on stderr; None: where that is a terminal.
         skip_tokenizer: token ids in, token ids out.
         random_weights: of the checkpoint read only config.json, and invent the weights; for benchmarks.
-        on_plan: told of the memory before anything is allocated.
+        on_plan: told what will be allocated, before anything is.
 
     Raises:
         CheckpointError, ConfigError, CapacityError: see the parts.
