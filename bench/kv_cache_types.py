@@ -23,6 +23,7 @@ import numpy as np
 from pace import ops
 from pace.checkpoint import Checkpoint, read_json, resolve
 from pace.engine.loader import PackedSink
+from pace.engine.memory import default_block_size
 from pace.kvcache import make_tables
 from pace.models.decoder import lower
 from pace.models.plan import Batch, Plan
@@ -30,6 +31,7 @@ from pace.models.registry import parse_config
 from pace.models.weights import load_weights
 
 TYPES = ("slab", "paged", "contiguous")
+WARM_STEPS = 2  # they map what is left to map
 SOURCE_TOKENS = 512  # of the prompt that is computed; its blocks fill the rest
 
 
@@ -148,9 +150,10 @@ class Cache:
 
 def measure(model: Model, cell: Cell, kv_type: str, block_size: int, dtype: str, n_steps: int) -> Measured:
     """One type in one round."""
-    cache = Cache(model, cell, kv_type, block_size, dtype, n_steps + 1)
+    cache = Cache(model, cell, kv_type, block_size, dtype, WARM_STEPS + n_steps)
     cache.fill()
-    cache.decode()  # the first step maps what is left to map
+    for _ in range(WARM_STEPS):
+        cache.decode()
     return Measured(median(cache.decode() for _ in range(n_steps)), cache.n_bytes)
 
 
@@ -180,19 +183,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="decode steps per round")
     parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES))
-    parser.add_argument("--slab-block-size", type=int, default=256, help="of slab and contiguous")
-    parser.add_argument("--paged-block-size", type=int, default=16)
+    parser.add_argument("--block-size", type=int, help="of all types; default: what suits each")
     parser.add_argument("--kv-cache-dtype", choices=("bf16", "int8"), default="bf16")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args(argv)
     cells = [Cell(*map(int, name.split("x"))) for name in args.cells]
-    longest = max(cell.context for cell in cells) + args.steps + 1
+    longest = max(cell.context for cell in cells) + args.steps + WARM_STEPS
     model = load_model(args.model, longest, args.threads)
     results: dict[tuple[Cell, str], list[Measured]] = {(c, t): [] for c in cells for t in args.types}
+    n_types = len(args.types)
     for cell in cells:
         for i in range(args.rounds):
-            for kv_type in args.types:
-                size = args.paged_block_size if kv_type == "paged" else args.slab_block_size
+            # Each is first, and last, as often as the others.
+            for kv_type in [*args.types[i % n_types :], *args.types[: i % n_types]]:
+                size = args.block_size or default_block_size(
+                    kv_type, args.kv_cache_dtype, model.ir.head_dim, ops.cpu_info()["l2_bytes"], longest
+                )
                 found = measure(model, cell, kv_type, size, args.kv_cache_dtype, args.steps)
                 results[cell, kv_type].append(found)
                 print(f"{cell.name} round {i} {kv_type}: {found.step_s * 1e3:.3f} ms", flush=True)

@@ -17,11 +17,21 @@ import time
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 
 from pace import AsyncLLM, SamplingParams
 
 WARM_TOKENS = 8  # of each stream before its gaps count
+
+
+class Stream:
+    """When the outputs of one stream came, and whether there are enough to begin."""
+
+    def __init__(self, n_ready: int) -> None:
+        self.n_ready = n_ready
+        self.times: list[float] = []
+        self.ready = asyncio.Event()
 
 
 @dataclass(frozen=True)
@@ -52,33 +62,38 @@ class Load:
             pass
         return time.perf_counter() - start
 
-    async def stream(self, n_context: int, n_new: int, times: list[float], stop: asyncio.Event) -> None:
+    async def stream(self, n_context: int, n_new: int, found: Stream, stop: asyncio.Event) -> None:
         """Note when each output came, until it is told to stop."""
         params = SamplingParams(temperature=0, max_tokens=n_new, ignore_eos=True, detokenize=False)
-        async with aclosing(self.llm.generate(self.prompt(n_context), params)) as outputs:
-            async for _ in outputs:
-                times.append(time.perf_counter())
-                if stop.is_set():
-                    return
+        try:
+            async with aclosing(self.llm.generate(self.prompt(n_context), params)) as outputs:
+                async for _ in outputs:
+                    found.times.append(time.perf_counter())
+                    if len(found.times) == found.n_ready:
+                        found.ready.set()
+                    if stop.is_set():
+                        return
+        finally:
+            found.ready.set()  # whatever has happened, nobody waits for ever
 
     async def round(self, n_streams: int, n_context: int, n_plain: int, n_prompt: int, n_new: int) -> Round:
         """Streams alone for `n_plain` tokens, then beside a prompt."""
-        times: list[list[float]] = [[] for _ in range(n_streams)]
+        streams = [Stream(WARM_TOKENS + n_plain) for _ in range(n_streams)]
         stop = asyncio.Event()
-        streams = [asyncio.create_task(self.stream(n_context, n_new, found, stop)) for found in times]
-        while min(map(len, times)) < WARM_TOKENS + n_plain:
-            for task in streams:
-                if task.done():
-                    raise RuntimeError("a stream ended early") from task.exception()
-            await asyncio.sleep(0.001)
+        tasks = [asyncio.create_task(self.stream(n_context, n_new, found, stop)) for found in streams]
+        await asyncio.gather(*(found.ready.wait() for found in streams))
+        if any(len(found.times) < found.n_ready for found in streams):
+            stop.set()
+            await asyncio.gather(*tasks)  # raises what ended it
+            raise RuntimeError("a stream ended early")
         start = time.perf_counter()
         first_token_s = await self.first_token(n_prompt)
         end = start + first_token_s
         stop.set()
-        await asyncio.gather(*streams)
+        await asyncio.gather(*tasks)
         plain, busy = [], []
-        for found in times:
-            for before, after in zip(found[WARM_TOKENS:], found[WARM_TOKENS + 1 :], strict=False):
+        for found in streams:
+            for before, after in pairwise(found.times[WARM_TOKENS:]):
                 if after <= start:
                     plain.append(after - before)
                 elif before <= end:
@@ -137,7 +152,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
     parser.add_argument("--kv-cache-type", default="slab")
-    print(asyncio.run(measure(parser.parse_args(argv))))
+    args = parser.parse_args(argv)
+    if args.max_new <= WARM_TOKENS + args.plain:
+        parser.error(f"--max-new is {args.max_new}, expected more than {WARM_TOKENS + args.plain}")
+    print(asyncio.run(measure(args)))
 
 
 if __name__ == "__main__":

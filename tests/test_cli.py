@@ -87,6 +87,17 @@ def test_several_prompts_and_piped_stdin(
     assert run(capsys, "generate", "--model", model, *GREEDY)[1] == expected(model, "a", 8) + "\n"
 
 
+def test_several_completions(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["generate", "--model", model, "--prompt", "a", "--n", "2", "--threads", "1", "--no-stats"]
+    argv += ["--max-tokens", "4", "--seed", "1", "--ignore-eos"]
+    code, out, _ = run(capsys, *argv, "--json")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [(line["index"], line["completion"]) for line in lines] == [(0, 0), (0, 1)]
+    assert lines[0]["token_ids"] != lines[1]["token_ids"]
+    _, out, _ = run(capsys, *argv)
+    assert out == "".join(f"--- 0.{i}\n{line['text']}\n" for i, line in enumerate(lines))
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
