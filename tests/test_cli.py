@@ -14,6 +14,8 @@ import pytest
 from tiny_checkpoint import write_checkpoint
 
 from pace import cli
+from pace.config import EngineConfig
+from pace.errors import ConfigError
 from pace.llm import LLM
 from pace.params import SamplingParams
 
@@ -51,7 +53,9 @@ GREEDY = ("--temperature", "0", "--max-tokens", "8", "--threads", "1")
 def test_generate_prints_the_completion_and_its_speed(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "generate", "--model", model, "--prompt", "hello", *GREEDY)
     assert (code, out) == (0, expected(model, "hello", 8) + "\n")
-    assert "5 prompt tokens, 8 new tokens" in err and "tokens/s" in err
+    plan, speed = err.splitlines()
+    assert plan.startswith("[memory: weights ") and "blocks of" in plan
+    assert "5 prompt tokens, 8 new tokens" in speed and "tokens/s" in speed
     code, out, err = run(
         capsys, "generate", "--model", model, "--prompt", "hello", *GREEDY, "--no-stats", "--echo"
     )
@@ -83,6 +87,17 @@ def test_several_prompts_and_piped_stdin(
     assert run(capsys, "generate", "--model", model, *GREEDY)[1] == expected(model, "a", 8) + "\n"
 
 
+def test_several_completions(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["generate", "--model", model, "--prompt", "a", "--n", "2", "--threads", "1", "--no-stats"]
+    argv += ["--max-tokens", "4", "--seed", "1", "--ignore-eos"]
+    code, out, _ = run(capsys, *argv, "--json")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [(line["index"], line["completion"]) for line in lines] == [(0, 0), (0, 1)]
+    assert lines[0]["token_ids"] != lines[1]["token_ids"]
+    _, out, _ = run(capsys, *argv)
+    assert out == "".join(f"--- 0.{i}\n{line['text']}\n" for i, line in enumerate(lines))
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -92,6 +107,8 @@ def test_several_prompts_and_piped_stdin(
         (["--prompt", "a", "--kernels", "gemm"], "operator=kernel"),
         (["--prompt", "a", "--kernels", "gemm=sse"], "'sse'"),
         (["--prompt", "a", "--cpus", "x"], "CPU list"),
+        (["--prompt", "a", "--block-size", "24"], "block_size is 24"),
+        (["--prompt", "a", "--kv-cache-memory", "much"], "kv_cache_memory"),
         (["--prompt", "a", "--max-model-len", "100000"], "supports 512"),
         (["--prompt", "a", "--revision", "x"], "revision"),
         (["--prompt", ""], "empty"),
@@ -110,7 +127,8 @@ def test_user_errors_are_one_line(
     monkeypatch.setattr(sys, "stdin", Stdin("", tty=True))
     code, out, err = run(capsys, "generate", "--model", model, *argv)
     assert (code, out) == (2, "")
-    assert err.startswith("pace: error: ") and err.count("\n") == 1 and message in err
+    lines = [line for line in err.splitlines() if not line.startswith("[memory: ")]
+    assert len(lines) == 1 and lines[0].startswith("pace: error: ") and message in lines[0]
 
 
 def test_bad_stdin_and_models(
@@ -130,6 +148,8 @@ def test_bad_stdin_and_models(
         ["generate"],
         ["fly"],
         ["generate", "--model", "x", "--threads", "0"],
+        ["generate", "--model", "x", "--kv-cache-type", "heap"],
+        ["generate", "--model", "x", "--admission", "lottery"],
         ["bench"],
         ["chat", "--model"],
     ],
@@ -142,7 +162,11 @@ def test_wrong_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["generate", "--help"], ["chat", "--help"], ["bench", "latency", "--help"]]
+    "argv",
+    [
+        [*command, "--help"]
+        for command in ([], ["generate"], ["chat"], ["bench", "latency"], ["bench", "throughput"])
+    ],
 )
 def test_help_has_examples(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
@@ -157,7 +181,7 @@ def test_traceback_on_request_only(
     def crash(*_: Any, **__: Any) -> None:
         raise ValueError("two\nlines")
 
-    monkeypatch.setattr(LLM, "__init__", crash)
+    monkeypatch.setattr("pace.engine.loader.load", crash)
     argv = ("generate", "--model", model, "--prompt", "a")
     code, _, err = run(capsys, *argv)
     assert code == 1 and err.count("\n") == 1 and "internal error: ValueError: two lines" in err
@@ -235,6 +259,48 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0 and values["isa"] in out
 
 
+def test_engine_options_reach_the_configuration(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+
+    def load(config: EngineConfig, **_: Any) -> None:
+        seen.append(config)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("pace.engine.loader.load", load)
+    argv = [
+        "--max-model-len",
+        "100",
+        "--max-num-seqs",
+        "3",
+        "--max-num-batched-tokens",
+        "64",
+        "--threads",
+        "1",
+    ]
+    argv += ["--kv-cache-type", "paged", "--block-size", "32", "--kv-cache-memory", "4MiB"]
+    argv += ["--kv-cache-dtype", "int8", "--no-enable-prefix-caching", "--admission", "reserve"]
+    for command in ("generate", "chat"):
+        rest = ["--prompt", "a"] if command == "generate" else []
+        assert run(capsys, command, "--model", model, *argv, *rest)[0] == 2
+    run(capsys, "generate", "--model", model, "--prompt", "a")
+    expected = EngineConfig(
+        model,
+        max_model_len=100,
+        max_num_seqs=3,
+        max_num_batched_tokens=64,
+        kv_cache_type="paged",
+        block_size=32,
+        kv_cache_memory="4MiB",
+        kv_cache_dtype="int8",
+        enable_prefix_caching=False,
+        admission="reserve",
+        n_threads=1,
+    )
+    assert seen == [expected, expected, EngineConfig(model)]
+
+
 def test_bench_latency_json(
     model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,8 +316,84 @@ def test_bench_latency_json(
         assert row["tokens_per_s"] > 0 and 0 < row["python_s"] < row["step_s"]
         assert row["share_read"] > 0 and row["share_dot"] > 0
     assert values["n_threads"] == 2 and values["load_s"] > 0 and values["first_token_s"] > 0
-    code, out, _ = run(capsys, *argv, "--random-weights")
-    assert code == 0 and out.count("decode") == 2
+    assert values["profile"] == []
+    code, out, err = run(capsys, *argv, "--random-weights", "--profile")
+    assert code == 0 and out.count("\ndecode  ") == 2 and "[memory: " in err
+    assert "\ndecode 3 x 5: 6 steps of 3.0 sequences" in out and "\nprefill 1 x 40: 2 steps" in out
+    code, _, err = run(capsys, *argv, "--max-model-len", "20")
+    assert code == 2 and "max_model_len is 20, these measurements need 41" in err
+
+
+THROUGHPUT = ("bench", "throughput", "--threads", "2", "--model")
+
+
+def test_bench_throughput(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pace.benchmarks.throughput.READ_BYTES", 1 << 20)
+    monkeypatch.setattr("pace.benchmarks.roofline.READ_BYTES", 1 << 20)
+    argv = [*THROUGHPUT, model, "--num-prompts", "5", "--input-len", "12", "--output-len", "6"]
+    argv += ["--random-prefix-len", "8", "--max-num-seqs", "4", "--max-num-batched-tokens", "32"]
+    code, out, err = run(capsys, *argv, "--json", "--profile", "--output-json", str(tmp_path / "out.json"))
+    values = json.loads(out)
+    assert code == 0 and err.startswith("[memory: ") and err.count("\n") == 1
+    assert json.loads((tmp_path / "out.json").read_text()) == values
+    assert (values["num_requests"], values["total_num_tokens"]) == (5, 5 * (8 + 12 + 6))
+    assert values["requests_per_second"] == pytest.approx(5 / values["elapsed_time"])
+    assert values["output_tokens_per_second"] == pytest.approx(30 / values["elapsed_time"])
+    assert 0 < values["python_s"] + values["sampler_s"] < values["step_s"]
+    assert values["n_preemptions"] == 0 and 0 <= values["cached_share"] < 1
+    assert {profile["phase"] for profile in values["profile"]} == {"decode", "prefill"}
+    assert sum(profile["n_steps"] for profile in values["profile"]) == values["n_steps"]
+    code, out, _ = run(capsys, *argv, "--random-weights", "--warmup", "0")
+    assert code == 0 and "output tokens/s" in out and "prompt tokens cached" in out and "operator" not in out
+
+
+def test_bench_throughput_of_a_file(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "hello", "max_tokens": 3}\n\n{"prompt_token_ids": [1, 2], "output_len": 4}\n')
+    code, out, _ = run(capsys, *THROUGHPUT, model, "--dataset", str(data), "--json")
+    assert code == 0 and json.loads(out)["total_num_tokens"] == 5 + 3 + 2 + 4
+    code, out, _ = run(
+        capsys,
+        *THROUGHPUT,
+        model,
+        "--dataset",
+        str(data),
+        "--json",
+        "--num-prompts",
+        "1",
+        "--output-len",
+        "2",
+    )
+    assert code == 0 and json.loads(out)["total_num_tokens"] == 5 + 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--profile", "chart.svg"], "ends in .png"),
+        (["--profile", "/nowhere/chart.png"], "its folder does not exist"),
+        (["--output-json", "/nowhere/out.json"], "its folder does not exist"),
+        (["--dataset", "/nowhere"], "/nowhere: cannot be read"),
+        (["--dataset", "/nowhere", "--input-len", "5"], "brings its own prompts"),
+        (["--random-range-ratio", "1"], "random_range_ratio is 1.0"),
+        (["--random-prefix-len", "-1"], "random_prefix_len is -1"),
+    ],
+)
+def test_bench_throughput_refuses_before_loading(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(capsys, *THROUGHPUT, "/no/model", *argv)
+    assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+
+
+def test_a_chart_needs_matplotlib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    code, _, err = run(capsys, *THROUGHPUT, "/no/model", "--profile", str(tmp_path / "chart.png"))
+    assert code == 2 and "pip install 'pace[bench]'" in err and err.count("\n") == 1
 
 
 def test_bench_roofline(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,22 @@
-"""AMD PACE 1.3.0 in its own environment (it is called `pace` too), configured at its best. Arguments: directory."""
+"""AMD PACE 1.3.0, configured at its best: SLAB_POOL, JIT norms, every linear and the LM head TPP.
 
-import sys
+Its offline API takes one static batch: all prompts of a case go through one call. As its LM head runs on every row of
+a prompt, a batch of 32 x 1920 tokens would need 16 GB for logits alone, so that larger ones are cut into calls of at
+most MAX_ROWS rows, each run to its end.
 
+Install: pip install torch==2.13.0, then pip install amd-pace==1.3.0, in an environment of its own (it is called
+`pace` too).
+"""
+
+import common
 import torch
-from common import measure, report
 from pace.llm.attention.base import AttentionBackendType
 
 from pace.llm import KVCacheType, LLMBackendType, LLMModel, LLMOperatorType, OperatorConfig, SamplingConfig
 
+MAX_ROWS = 16384  # 4 GB of logits at a vocabulary of 128k
+
+args = common.arguments()
 tpp = LLMBackendType.TPP
 op = LLMOperatorType
 config = OperatorConfig(
@@ -21,7 +30,11 @@ config = OperatorConfig(
     }
 )
 model = LLMModel(
-    sys.argv[1], dtype=torch.bfloat16, kv_cache_type=KVCacheType.SLAB_POOL, opconfig=config, disable_tqdm=True
+    args.directory,
+    dtype=torch.bfloat16,
+    kv_cache_type=KVCacheType.SLAB_POOL,
+    opconfig=config,
+    disable_tqdm=True,
 )
 
 
@@ -29,7 +42,9 @@ def generate(prompts: list[list[int]], n_new: int) -> None:
     params = SamplingConfig(
         max_new_tokens=n_new, min_new_tokens=n_new, ignore_eos=True, do_sample=False, pad_token_id=0
     )
-    model.generate(torch.tensor(prompts), params)
+    n = max(1, MAX_ROWS // len(prompts[0]))
+    for i in range(0, len(prompts), n):
+        model.generate(torch.tensor(prompts[i : i + n]), params)
 
 
-report(measure(generate))
+common.run(generate, args)

@@ -1,12 +1,20 @@
-"""pace, through its public Python API. Arguments: checkpoint directory."""
+"""pace, through its public Python API.
 
-import sys
+Install: pip install . (or a wheel) in an environment of its own; AMD PACE takes the same module name.
+"""
 
-from common import measure, report
+import common
 
 from pace import LLM, SamplingParams
 
-llm = LLM(model=sys.argv[1], max_model_len=2048, skip_tokenizer_init=True)
+args = common.arguments()
+llm = LLM(
+    model=args.directory,
+    max_model_len=common.MAX_MODEL_LEN,
+    max_num_seqs=common.MAX_NUM_SEQS,
+    skip_tokenizer_init=True,
+    enable_prefix_caching=False,  # every prompt is asked for several times
+)
 
 
 def generate(prompts: list[list[int]], n_new: int) -> None:
@@ -14,4 +22,4 @@ def generate(prompts: list[list[int]], n_new: int) -> None:
     llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
 
 
-report(measure(generate))
+common.run(generate, args)

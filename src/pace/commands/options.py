@@ -1,0 +1,249 @@
+"""Arguments that several commands share, and what becomes of them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pace.config import (
+    ADMISSIONS,
+    KV_CACHE_DTYPES,
+    KV_CACHE_TYPES,
+    EngineConfig,
+    parse_cpus,
+    parse_kernels,
+)
+from pace.errors import RequestError
+
+if TYPE_CHECKING:
+    from pace.engine.memory import MemoryPlan
+    from pace.llm import LLM
+    from pace.outputs import RequestOutput
+    from pace.params import SamplingParams
+
+EXIT_OK, EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+MAX_PROMPT_BYTES = 256 << 20
+"""Of a file or stdin; the tokenizer's own limit is far lower and depends on the model."""
+
+ENGINE_FIELDS = (
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "kv_cache_type",
+    "block_size",
+    "kv_cache_memory",
+    "kv_cache_dtype",
+    "enable_prefix_caching",
+    "admission",
+)
+"""Options that go into `EngineConfig` under their own names."""
+
+SAMPLING_FIELDS = (
+    "max_tokens",
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "stop",
+    "ignore_eos",
+    "logprobs",
+    "n",
+)
+
+
+# ---- describing ------------------------------------------------------------------------------------------
+
+
+def add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str, example: str
+) -> Any:
+    """A sub-command with its help and an example; `run` carries it out and returns the exit code."""
+    parser = commands.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_engine_options(parser: argparse.ArgumentParser, *, tokenizer: bool = True) -> None:
+    """What an engine is built from; where nothing is given, the command or `EngineConfig` decides."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        required=True,
+        help="a checkpoint folder, a hub id org/name, or demo for the embedded model",
+    )
+    group.add_argument("--revision", help="branch, tag or commit of a hub id")
+    if tokenizer:
+        group.add_argument("--tokenizer", metavar="DIR", help="take the tokenizer from there")
+        group.add_argument("--trust-tokenizer", action="store_true", help="skip the tokenizer's allow-list")
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--max-model-len", type=positive, metavar="N", help="longest prompt and output, in tokens"
+    )
+    group.add_argument(
+        "--max-num-seqs",
+        type=positive,
+        metavar="N",
+        help="sequences that run together (default: 32, or what a benchmark needs)",
+    )
+    group.add_argument(
+        "--max-num-batched-tokens",
+        type=positive,
+        metavar="N",
+        help="tokens of one step (default: 2048, or what a benchmark needs)",
+    )
+    group.add_argument(
+        "--admission",
+        choices=ADMISSIONS,
+        help="start a request when its prompt fits, or when its longest output does (default: preempt)",
+    )
+    group.add_argument(
+        "--threads", type=positive, metavar="N", help="default: the physical cores that are ours"
+    )
+    group.add_argument("--cpus", metavar="LIST", help="pin the threads to these CPUs, such as 0-3,8")
+    group.add_argument(
+        "--kernels", metavar="LIST", help="force kernels, such as attention=reference,gemm=avx2"
+    )
+    group = parser.add_argument_group("KV cache")
+    group.add_argument("--kv-cache-type", choices=KV_CACHE_TYPES, help="default: slab")
+    group.add_argument("--block-size", type=positive, metavar="N", help="tokens of a block, a power of two")
+    group.add_argument(
+        "--kv-cache-memory", metavar="SIZE", help="such as 4GiB; auto takes what is left beside the weights"
+    )
+    group.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES, help="default: bf16")
+    group.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        help="keep computed prompts for requests with the same beginning (default: on)",
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+    group = parser.add_argument_group(
+        "sampling", "What is not given comes from the checkpoint's generation_config.json."
+    )
+    group.add_argument(
+        "--max-tokens", type=int, default=max_tokens, metavar="N", help=f"default: {max_tokens}"
+    )
+    group.add_argument("--min-tokens", type=int, metavar="N")
+    group.add_argument("--temperature", type=float, metavar="T", help="0 takes the most probable token")
+    group.add_argument("--top-p", type=float, metavar="P")
+    group.add_argument("--top-k", type=int, metavar="K")
+    group.add_argument("--min-p", type=float, metavar="P")
+    group.add_argument("--repetition-penalty", type=float, metavar="X")
+    group.add_argument("--presence-penalty", type=float, metavar="X")
+    group.add_argument("--frequency-penalty", type=float, metavar="X")
+    group.add_argument("--seed", type=int, metavar="S", help="makes the output repeatable")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="ends the output; may be repeated")
+    group.add_argument(
+        "--ignore-eos", action="store_true", default=None, help="don't stop where the model does"
+    )
+
+
+def positive(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 1 << 31):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+# ---- using -----------------------------------------------------------------------------------------------
+
+
+def engine_config(args: argparse.Namespace, **defaults: Any) -> EngineConfig:
+    """The configuration that the options describe; `defaults` are the command's own.
+
+    Raises:
+        ConfigError: an option is out of range.
+    """
+    given = {name: value for name in ENGINE_FIELDS if (value := getattr(args, name)) is not None}
+    return EngineConfig(
+        model=args.model,
+        revision=args.revision,
+        tokenizer=getattr(args, "tokenizer", None),
+        trust_tokenizer=getattr(args, "trust_tokenizer", False),
+        n_threads=args.threads,
+        cpus=None if args.cpus is None else parse_cpus(args.cpus),
+        kernels={} if args.kernels is None else parse_kernels(args.kernels),
+        **(defaults | given),
+    )
+
+
+def load_llm(args: argparse.Namespace) -> LLM:
+    """Load the model; says what memory it takes before it takes it, unless --no-stats."""
+    from pace.engine.loader import load  # brings numpy and the kernels; `pace --help` needs neither
+    from pace.llm import LLM
+
+    config = engine_config(args)
+    return LLM.from_loaded(config, load(config, on_plan=print_plan if args.stats else None))
+
+
+def print_plan(plan: MemoryPlan) -> None:
+    """What an engine is about to allocate, on stderr."""
+    print(f"[memory: {plan.describe()}]", file=sys.stderr, flush=True)
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """What was given of the sampling options; the rest stays with the checkpoint's defaults.
+
+    Raises:
+        RequestError: a value is out of range.
+    """
+    from pace.params import SamplingParams
+
+    given = {name: getattr(args, name, None) for name in SAMPLING_FIELDS}
+    return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+
+
+def read_file(name: str) -> str:
+    """The text of a file.
+
+    Raises:
+        RequestError: it can't be read, or is not UTF-8.
+    """
+    try:
+        with Path(name).open("rb") as file:
+            return decode(file.read(MAX_PROMPT_BYTES), name)
+    except OSError as error:
+        raise RequestError(f"{name}: cannot be read: {error.strerror or error}") from None
+
+
+def decode(data: bytes, where: str) -> str:
+    """Bytes from `where` as text.
+
+    Raises:
+        RequestError: they are not UTF-8.
+    """
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{where}: not UTF-8 at byte {error.start}") from None
+    return text[:-1] if text.endswith("\n") else text  # the one that editors and echo add
+
+
+def stats_line(outputs: list[RequestOutput], run_s: float, load_s: float | None = None) -> str:
+    """How many tokens came how fast."""
+    n_prompt = sum(output.metrics.n_prompt_tokens for output in outputs)
+    n_output = sum(output.metrics.n_output_tokens for output in outputs)
+    parts = [] if load_s is None else [f"loaded in {load_s:.2f} s"]
+    parts.append(f"{n_prompt} prompt tokens, {n_output} new tokens in {run_s:.2f} s")
+    if len(outputs) == 1:
+        first, rate = outputs[0].metrics.time_to_first_token_s, outputs[0].metrics.decode_tokens_per_s
+        parts += [] if first is None else [f"first token after {first:.3f} s"]
+        parts += [] if rate is None else [f"{rate:.1f} tokens/s"]
+    else:
+        parts.append(f"{n_output / run_s:.1f} tokens/s")
+    return f"[{'; '.join(parts)}]"
