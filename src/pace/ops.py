@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from pace.models import plan as ir
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 
-KVDtype = Literal["bf16", "int8"]
+KV_DTYPES = ("bf16", "int8")
 """Element types of the KV cache."""
 
 OPERATORS = ("embed", "norm", "gemm", "rope", "attention", "select")
@@ -207,10 +207,10 @@ class KVPool:
         head_dim: int,
         n_blocks: int,
         block_size: int,
-        dtype: KVDtype = "bf16",
+        dtype: str = "bf16",
         contiguous: bool = False,
     ) -> None:
-        if dtype not in get_args(KVDtype):
+        if dtype not in KV_DTYPES:
             raise ConfigError(f"KV cache dtype is {dtype!r}, expected bf16 or int8")
         try:
             self._pool = _kernels.KVPool(

@@ -112,7 +112,7 @@ def test_an_explicit_cache(plan: Plan) -> None:
     assert (everything.n_blocks, everything.max_model_len) == (50, 4096)
     with pytest.raises(CapacityError, match="lower max_model_len to at most 768"):
         sized(3 * BLOCK, max_model_len=1000)
-    with pytest.raises(CapacityError, match="kv_cache_memory is 1.00 GiB, but"):
+    with pytest.raises(CapacityError, match=r"kv_cache_memory is 1\.00 GiB, but"):
         sized(1 << 30)
     with pytest.raises(CapacityError, match="at most 0"):
         sized(BLOCK - 1)

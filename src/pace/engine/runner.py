@@ -82,7 +82,8 @@ class Runner:
     def _batch(self, step: Schedule) -> tuple[Batch, list[Sequence], list[int], list[tuple[Sequence, int]]]:
         n_seqs = len(step.seqs)
         token_ids = self._token_ids
-        q_start, kv_len, rows, logit_rows = [0], [], [], []
+        q_start, kv_len, rows = [0], [], []
+        logit_rows: list[int] = []
         sampled: list[Sequence] = []
         sampled_rows: list[int] = []  # which of the logits are theirs
         scored: list[tuple[Sequence, int]] = []
