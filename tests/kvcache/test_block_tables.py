@@ -294,6 +294,32 @@ def test_forget_leaves_what_others_have_added() -> None:
     assert tables.stats()["cached_blocks"] == 2
 
 
+def test_forget_covers_what_was_written_behind_a_cut_prefix() -> None:
+    tables = Tables()
+    tables.close(tables.run(3 * SIZE))
+    row = tables.open(0, tables.match(TOKENS, None, 3 * SIZE))
+    assert row is not None
+    tables.truncate(row, SIZE)
+    changed = np.concatenate([TOKENS[:SIZE], OTHERS])
+    assert tables.extend(row, 3 * SIZE)
+    tables.commit(row, changed, 3 * SIZE)
+    assert tables.found(3 * SIZE, changed) == 3 * SIZE
+    tables.close(row, forget=True)
+    assert tables.found(3 * SIZE, changed) == SIZE and tables.found(3 * SIZE) == 3 * SIZE
+
+
+def test_forget_leaves_blocks_that_were_released_and_taken_by_others() -> None:
+    tables = Tables(n_blocks=4, max_window=32)
+    row = tables.open(0)
+    assert row is not None and tables.extend(row, 2 * SIZE)
+    tables.release_before(row, 2 * SIZE)
+    released = tables.held(row, 1)
+    other = tables.run(SIZE, tokens=OTHERS)
+    assert tables.held(other, 1) == released
+    tables.close(row, forget=True)
+    assert tables.found(SIZE, OTHERS) == SIZE
+
+
 def test_windows_release_what_nobody_sees() -> None:
     tables = Tables(max_window=40)
     row = tables.run(5 * SIZE, reserve=5 * SIZE)
