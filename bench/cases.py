@@ -66,7 +66,7 @@ class AttentionCase:
     rows: int
     kv_len: int
     block_size: int = 64
-    dtype: ops.KVDtype = "bf16"
+    dtype: str = "bf16"
     contiguous: bool = False
 
 

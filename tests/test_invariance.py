@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -35,7 +34,7 @@ MODELS = (
 N_STREAMS = 3
 N_TOKENS = 300  # more than one attention piece of 256
 BLOCK_SIZES = (16, 32, 64, 128, 256)
-DTYPES = get_args(ops.KVDtype)
+DTYPES = ops.KV_DTYPES
 MAX_STEPS = 24  # small steps of one sequence in a quick example; the rest of it is one chunk
 
 
@@ -73,7 +72,7 @@ class KVCache:
     """How the cache is cut and kept."""
 
     block_size: int
-    dtype: ops.KVDtype = "bf16"
+    dtype: str = "bf16"
     contiguous: bool = False
 
     def blocks(self, n: int) -> int:
@@ -148,7 +147,7 @@ class Lab:
         rng = np.random.Generator(np.random.PCG64([tiny.seed_of(model), stream]))
         return [int(t) for t in rng.integers(0, tiny.VOCAB_SIZE, N_TOKENS)]
 
-    def truth(self, model: str, stream: int, dtype: ops.KVDtype = "bf16") -> np.ndarray:
+    def truth(self, model: str, stream: int, dtype: str = "bf16") -> np.ndarray:
         """Logits [N_TOKENS, vocab_size] of a stream alone: one step, one thread, blocks of 16 in order."""
         key = (ops.isa(), model, stream, dtype)
         if key not in self.truths:
@@ -249,7 +248,7 @@ def test_every_tier_long(lab: Lab, isa: str, case: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("model", MODELS)
-def test_token_by_token(lab: Lab, isa: str, model: str, dtype: ops.KVDtype) -> None:
+def test_token_by_token(lab: Lab, isa: str, model: str, dtype: str) -> None:
     """The plainest form: one prompt in one step, and the same prompt one token a step."""
     truth = lab.truth(model, 0, dtype)[:48]
     runner = lab.runner(model, 2, KVCache(16, dtype))
@@ -268,7 +267,7 @@ def test_threads_and_blocks(lab: Lab, isa: str, n_threads: int, block_size: int)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [2, 5, 13, 16])
-def test_rejected_drafts_leave_no_trace(lab: Lab, isa: str, k: int, dtype: ops.KVDtype) -> None:
+def test_rejected_drafts_leave_no_trace(lab: Lab, isa: str, k: int, dtype: str) -> None:
     """Verification: k wrong tokens are run, rejected and overwritten; what follows is as if they never
     were.
     """

@@ -170,7 +170,7 @@ class Packed:
         block_size: int = 16,
         max_tokens: int = 512,
         kernels: Mapping[str, str] | None = None,
-        kv_dtype: ops.KVDtype = "bf16",
+        kv_dtype: str = "bf16",
         contiguous: bool = False,
     ) -> ops.Plan:
         """The executor with a fresh KV pool."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ class Shape:
     head_dim: int = 64
     block_size: int = 32
     n_blocks: int = 48
-    dtype: ops.KVDtype = "bf16"
+    dtype: str = "bf16"
     contiguous: bool = False
 
     @property
@@ -256,14 +256,12 @@ HEADS += [(heads, kv_heads, 64) for heads, kv_heads in ((1, 1), (4, 4), (8, 2), 
 HEADS += [(4, 4, 16), (8, 1, 256), (8, 1, 80)]
 
 
-DTYPES = get_args(ops.KVDtype)
+DTYPES = ops.KV_DTYPES
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n_heads", "n_kv_heads", "head_dim"), HEADS)
-def test_heads(
-    kernel: str, team: ops.Team, n_heads: int, n_kv_heads: int, head_dim: int, dtype: ops.KVDtype
-) -> None:
+def test_heads(kernel: str, team: ops.Team, n_heads: int, n_kv_heads: int, head_dim: int, dtype: str) -> None:
     shape = Shape(n_heads, n_kv_heads, head_dim, n_blocks=8, dtype=dtype)
     check(kernel, team, shape, [(65, 1), (40, 13), (17, 17)])
 
@@ -274,14 +272,14 @@ LENGTHS = [1, 2, 15, 16, 17, 31, 32, 33, 255, 256, 257, 600]
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("block_size", [16, 32, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_lengths(kernel: str, team: ops.Team, length: int, block_size: int, dtype: ops.KVDtype) -> None:
+def test_lengths(kernel: str, team: ops.Team, length: int, block_size: int, dtype: str) -> None:
     shape = Shape(4, 2, 32, block_size, n_blocks=-(-600 // block_size) + 2, dtype=dtype)
     check(kernel, team, shape, [(length, 1)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [2, 3, 13, 16, 17, 33, 70, 300])
-def test_rows(kernel: str, team: ops.Team, rows: int, dtype: ops.KVDtype) -> None:
+def test_rows(kernel: str, team: ops.Team, rows: int, dtype: str) -> None:
     """Verification and prefill: tiles of 64 rows that end anywhere."""
     if kernel == "reference" and rows > 100:
         pytest.skip("the scalar kernel takes seconds here; shorter prefills cover it")
@@ -291,7 +289,7 @@ def test_rows(kernel: str, team: ops.Team, rows: int, dtype: ops.KVDtype) -> Non
 @pytest.mark.parametrize("window", [1, 2, 16, 31, 33, 255, 256, 257, 1000])
 @pytest.mark.parametrize("block_size", [16, 64])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_window(kernel: str, team: ops.Team, window: int, block_size: int, dtype: ops.KVDtype) -> None:
+def test_window(kernel: str, team: ops.Team, window: int, block_size: int, dtype: str) -> None:
     shape = Shape(4, 2, 32, block_size, n_blocks=960 // block_size, dtype=dtype)
     check(kernel, team, shape, [(530, 3), (40, 40), (257, 1)], window=window)
 
@@ -299,23 +297,21 @@ def test_window(kernel: str, team: ops.Team, window: int, block_size: int, dtype
 @pytest.mark.parametrize("sinks", [[0.0], [-5.0, 3.0], [60.0], [-1000.0], [4.0, 0.0, -3.0, 1.0]])
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sinks(
-    kernel: str, team: ops.Team, sinks: list[float], window: int | None, dtype: ops.KVDtype
-) -> None:
+def test_sinks(kernel: str, team: ops.Team, sinks: list[float], window: int | None, dtype: str) -> None:
     """A sink of 0 counts as well; a large one takes nearly all the weight, a very negative one none."""
     check(kernel, team, Shape(4, 2, 32, dtype=dtype), [(300, 2), (33, 33)], window=window, sinks=sinks)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [1.0, 30.0, 50.0])
-def test_softcap(kernel: str, team: ops.Team, softcap: float, dtype: ops.KVDtype) -> None:
+def test_softcap(kernel: str, team: ops.Team, softcap: float, dtype: str) -> None:
     shape = Shape(4, 2, 64, dtype=dtype)
     check(kernel, team, shape, [(300, 2), (33, 33)], softcap=softcap, scale=1.0)
     check(kernel, team, shape, [(64, 4)], softcap=softcap, scale=1.0, window=20, sinks=[0.5])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_large_scores(kernel: str, team: ops.Team, dtype: ops.KVDtype) -> None:
+def test_large_scores(kernel: str, team: ops.Team, dtype: str) -> None:
     """Scores of several hundred: only the best position counts, nothing overflows. The products reach
     2^-24 * 64 * 10^3, so the tolerance above still tells one position from another."""
     check(kernel, team, Shape(2, 1, 64, dtype=dtype), [(290, 5)], scale=4.0)
@@ -324,9 +320,7 @@ def test_large_scores(kernel: str, team: ops.Team, dtype: ops.KVDtype) -> None:
 @pytest.mark.parametrize("contiguous", [False, True])
 @pytest.mark.parametrize("block_size", [16, 64])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_batch_of_many(
-    kernel: str, team: ops.Team, dtype: ops.KVDtype, block_size: int, contiguous: bool
-) -> None:
+def test_batch_of_many(kernel: str, team: ops.Team, dtype: str, block_size: int, contiguous: bool) -> None:
     """Eight sequences of every kind in one step."""
     shape = Shape(8, 2, 32, block_size, n_blocks=1440 // block_size, dtype=dtype, contiguous=contiguous)
     check(kernel, team, shape, [(1, 1), (33, 1), (256, 1), (31, 31), (300, 13), (16, 16), (17, 2), (257, 64)])
@@ -360,7 +354,7 @@ def test_bits_do_not_depend_on_the_cut(
     head_dim: int,
     window: int | None,
     softcap: float | None,
-    dtype: ops.KVDtype,
+    dtype: str,
 ) -> None:
     """Chunks, single rows, block sizes, block tables and extents: the same bytes, over more than one piece of
     256.
@@ -382,7 +376,7 @@ def test_bits_do_not_depend_on_the_cut(
 
 @pytest.mark.parametrize("block_size", [16, 32, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_no_leak_from_reused_blocks(kernel: str, team: ops.Team, block_size: int, dtype: ops.KVDtype) -> None:
+def test_no_leak_from_reused_blocks(kernel: str, team: ops.Team, block_size: int, dtype: str) -> None:
     """The same sequence over a clean pool, over another's blocks, and over blocks of NaN and infinities, one
     token at a time: the same bytes."""
     shape = Shape(4, 2, 32, block_size, n_blocks=6, dtype=dtype)
@@ -410,7 +404,7 @@ def test_no_leak_from_reused_blocks(kernel: str, team: ops.Team, block_size: int
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_neighbour_with_nan_changes_nothing(kernel: str, team: ops.Team, dtype: ops.KVDtype) -> None:
+def test_a_neighbour_with_nan_changes_nothing(kernel: str, team: ops.Team, dtype: str) -> None:
     shape = Shape(4, 2, 32, 16, dtype=dtype)
     a, b = make_rows(shape, 40, "a"), make_rows(shape, 50, "b")
     op = ir.Attention("a", "q", "o", 0, 0.2)
@@ -425,7 +419,7 @@ def test_a_neighbour_with_nan_changes_nothing(kernel: str, team: ops.Team, dtype
 
 @pytest.mark.parametrize("where", ["key", "value"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_nan_is_seen(kernel: str, team: ops.Team, dtype: ops.KVDtype, where: str) -> None:
+def test_a_nan_is_seen(kernel: str, team: ops.Team, dtype: str, where: str) -> None:
     """One NaN in one key or value: every later row of its kv head has a NaN, and only those rows. In int8 an
     infinity is one too, for it leaves nothing of the head's other elements."""
     shape = Shape(4, 2, 32, 16, dtype=dtype)
@@ -451,7 +445,7 @@ def test_a_nan_is_seen(kernel: str, team: ops.Team, dtype: ops.KVDtype, where: s
 @pytest.mark.parametrize("n_tokens", [0, 1, 2, 15, 16, 17, 31, 32, 33, 64])
 @pytest.mark.parametrize("block_size", [16, 32, 64])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_copy(team: ops.Team, dtype: ops.KVDtype, block_size: int, n_tokens: int) -> None:
+def test_copy(team: ops.Team, dtype: str, block_size: int, n_tokens: int) -> None:
     """A full block of NaN takes over a prefix of a full block of another sequence, which then goes on with other
     tokens: the bytes of a sequence that never was anywhere else. The source keeps its own."""
     n_tokens = min(n_tokens, block_size)
@@ -599,9 +593,7 @@ def test_keys_are_appended_as_queries_are_kept(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block_size", [16, 32, 256])
-def test_values_are_appended_exactly(
-    kernel: str, team: ops.Team, block_size: int, dtype: ops.KVDtype
-) -> None:
+def test_values_are_appended_exactly(kernel: str, team: ops.Team, block_size: int, dtype: str) -> None:
     """A window of 1 returns the row's own value: bf16(v), bit for bit; in int8, where 1 times the value's scale is
     the weight, bf16(integer * bf16(scale))."""
     shape = Shape(3, 3, 48, block_size, n_blocks=20, dtype=dtype)
