@@ -221,12 +221,7 @@ def _build(
     tables = BlockTables(BlockPool(memory.n_blocks, memory.block_size), max_seqs, memory.max_model_len)
     engine = Engine(
         Runner(executor, tables.array, max_tokens, max_seqs),
-        Sampler(
-            functools.partial(ops.sample, team),
-            functools.partial(ops.logprobs, team),
-            ops.SAMPLE_DTYPE,
-            max_seqs,
-        ),
+        Sampler(executor.sample, functools.partial(ops.logprobs, team), ops.SAMPLE_DTYPE, max_seqs),
         Scheduler(tables, max_tokens),
         vocab_size=plan.vocab_size,
         max_model_len=memory.max_model_len,
