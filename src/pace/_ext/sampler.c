@@ -70,10 +70,19 @@ double pace_sample_uniform(uint64_t seed, uint64_t position, uint32_t sample_ind
 
 // The maximum of the row from those of its blocks; NAN if one holds a NaN.
 static float row_max(const float *block_max, int n) {
-    float best = -INFINITY;
-    bool nan = false;
-    for (int b = 0; b < n_blocks(n); b++) {
-        nan |= block_max[b] != block_max[b];
+    int b = 0, blocks = n_blocks(n);
+    __m128 best4 = _mm_set1_ps(-INFINITY), nans = _mm_setzero_ps();
+    for (; b + 4 <= blocks; b += 4) {
+        __m128 v = _mm_loadu_ps(block_max + b);
+        nans = _mm_or_ps(nans, _mm_cmpunord_ps(v, v));
+        best4 = _mm_max_ps(v, best4);
+    }
+    float lanes[4], best = -INFINITY;
+    bool nan = _mm_movemask_ps(nans);
+    _mm_storeu_ps(lanes, best4);
+    for (int i = 0; i < 4; i++) best = lanes[i] > best ? lanes[i] : best;
+    for (; b < blocks; b++) {
+        nan |= isnan(block_max[b]);
         best = block_max[b] > best ? block_max[b] : best;
     }
     return nan ? NAN : best;
