@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ext.kit import Packed, packed, rng
+from ext.kit import Packed, build, chosen, packed, put, rng, rows_batch
 from golden import tiny
 from golden.harness import batch_of, prefill
 
@@ -814,6 +814,61 @@ def test_every_tier_draws_alike(team: ops.Team, isa: str) -> None:
     with ops.using_isa(isa):
         for a, b in zip(best, ops.sample(team, x, params, [None] * 64), strict=True):
             assert a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("isa", [*ops.isas(), "reference"])
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_the_lm_head_notes_maxima(isa: str, n_threads: int) -> None:
+    """`Plan.sample` draws the same as `sample`, from any slice of the logits, NaN rows and odd widths included; that
+    it doesn't read the rows for it shows where the noted maxima are changed."""
+    own = ops.Team(n_threads)
+    tier = ops.isas()[0] if isa == "reference" else isa
+    with ops.using_isa(tier):
+        for vocab, rows in ((1, 3), (127, 5), (128, 2), (307, 70), (1600, 33), (5003, 300)):
+            r = rng("maxima", vocab)
+            slots = [ir.Slot("a", 32, "bf16", "tokens"), ir.Slot("c", vocab, "f32", "tokens")]
+            weights = {"w": packed(own, r.standard_normal((vocab, 32)))}
+            plan = build(own, [ir.Gemm("g", "a", "c", "w")], slots, weights, kernels=chosen(isa))
+            x = r.standard_normal((rows, 32))
+            x[1] = np.nan
+            put(plan, "a", x)
+            plan.step(rows_batch(rows))
+            logits = plan.slot("c")[:rows]
+            params = sample_params(rows, n_logprobs=1, temperature=np.arange(rows) % 3)
+            history: list[Any] = [None if i % 2 else constraints(banned=[i % vocab]) for i in range(rows)]
+            if vocab == 1:
+                history = [None] * rows
+            for part in (slice(rows), slice(1, rows), slice(1, 2), slice(rows, rows)):
+                want = ops.sample(own, logits[part].copy(), params[part], history[part])
+                got = plan.sample(logits[part], params[part], history[part])
+                assert [a.tobytes() for a in got] == [a.tobytes() for a in want], (vocab, part)
+                elsewhere = plan.sample(logits[part].copy(), params[part], history[part])
+                assert [a.tobytes() for a in elsewhere] == [a.tobytes() for a in want]
+            assert got.errors.tolist() == [] and plan.sample(logits, params, history).errors[1] == -1
+            assert (plan._maxima is None) == (isa == "reference")
+            if plan._maxima is not None:
+                plan._maxima[0] = np.nan
+                assert plan.sample(logits, params, history).errors[0] == -1
+    own.close()
+
+
+def test_the_logits_of_a_step_are_read_only(small: ops.Plan) -> None:
+    logits = small.step(batch())
+    with pytest.raises(ValueError, match="read-only"):
+        logits[0, 0] = 1.0
+    with pytest.raises(ValueError, match=r"maxima are \(1, 2\), expected \(2, 3\)"):
+        ops.sample(small._team, logits, sample_params(2), [None] * 2, np.zeros((1, 2), np.float32))
+
+
+def test_rows_may_have_padding_between_them(team: ops.Team) -> None:
+    """As a plan's have, where the vocabulary is no multiple of 16."""
+    wide = rng("padding").standard_normal((5, 320)).astype(np.float32)
+    wide[:, 307:] = 99.0
+    x, params = wide[:, :307], sample_params(5, n_logprobs=2)
+    want = ops.sample(team, x.copy(), params, [None] * 5)
+    assert [a.tobytes() for a in ops.sample(team, x, params, [None] * 5)] == [a.tobytes() for a in want]
+    scores = ops.logprobs(team, x, want.tokens, 2)
+    assert scores.logprobs.tobytes() == want.logprobs.tobytes()
 
 
 @pytest.mark.parametrize(("vocab", "n"), [(1, 1), (50, 0), (307, 20), (20_000, 5)])

@@ -284,6 +284,8 @@ class Plan:
             self._add(op)
             self._op_names.append(op.name)
         self._logits: F32 = self._plan.view(self._slots[plan.logits])
+        self._logits.flags.writeable = False  # the maxima would not follow
+        self._maxima = self._plan.note_maxima(self._slots[plan.logits])
 
     def _matrix(self, name: str) -> _kernels.Matrix:
         weight = self._weights[name]
@@ -373,7 +375,7 @@ class Plan:
         return self._plan.nbytes
 
     def step(self, batch: ir.Batch) -> F32:
-        """Run one step; f32 logits [R, vocab_size], a view that the next step overwrites.
+        """Run one step; f32 logits [R, vocab_size], a read-only view that the next step overwrites.
 
         Raises:
             ValueError: the batch contradicts itself or the plan's sizes; nothing ran.
@@ -386,6 +388,30 @@ class Plan:
         except _kernels.Forked as error:
             raise ForkError(str(error)) from None
         return self._logits[: len(batch.logit_rows)]
+
+    def sample(
+        self,
+        logits: F32,
+        params: npt.NDArray[Any],
+        history: Sequence[tuple[I32, I32, I32, I32, F32, I32] | None],
+    ) -> SampleResult:
+        """The function `sample` on the plan's team, which need not read those of the last step's logits again whose
+        block maxima the LM head has noted.
+
+        Args:
+            logits: f32 [R, V]; the result of `step` or a slice of its rows, else any.
+            params, history: as those of `sample`.
+        """
+        return sample(self._team, logits, params, history, self._maxima_of(logits))
+
+    def _maxima_of(self, logits: F32) -> F32 | None:
+        """The noted maxima of these rows; None where there are none, or the rows are not the plan's."""
+        every = self._logits
+        row, rest = divmod(logits.ctypes.data - every.ctypes.data, every.strides[0])
+        same = logits.shape[1] == every.shape[1] and logits.strides == every.strides and not rest
+        if self._maxima is None or not same or not 0 <= row <= len(every) - len(logits):
+            return None
+        return self._maxima[row : row + len(logits)]
 
     def slot(self, name: str) -> npt.NDArray[Any]:
         """All rows of an activation slot as the last step left them (f32, or uint16 holding bf16)."""
@@ -449,15 +475,18 @@ def sample(
     logits: F32,
     params: npt.NDArray[Any],
     history: Sequence[tuple[I32, I32, I32, I32, F32, I32] | None],
+    maxima: F32 | None = None,
 ) -> SampleResult:
     """Draw one token per row; rows are independent of each other and of how many there are.
 
     Args:
-        logits: f32 [R, V].
+        logits: f32 [R, V]; each row contiguous.
         params: [R] of SAMPLE_DTYPE.
         history: per row None, or (prompt ids, output ids, banned ids, bias ids, biases, allowed ids): the first
             two for penalties; biases are added to the logits of distinct bias ids; no allowed ids: all are.
             Ids outside the vocabulary are ignored.
+        maxima: f32 [R, blocks of 128 columns]: the largest logit of each block, NaN where it holds one; None: they
+            are computed.
     """
     n = len(logits)
     k = max(1, int(params["n_logprobs"].max(initial=0)))
@@ -469,7 +498,7 @@ def sample(
         np.zeros((n, k), np.float32),
         np.zeros(n, np.int32),
     )
-    team._team.sample(logits, params, history, *out)
+    team._team.sample(logits, maxima, params, history, *out)
     return out
 
 

@@ -153,7 +153,7 @@ class Lab:
                 n_logit_rows,
             ),
             Sampler(
-                functools.partial(ops.sample, team),
+                executor.sample,
                 functools.partial(ops.logprobs, team),
                 ops.SAMPLE_DTYPE,
                 max_num_seqs,

@@ -51,7 +51,7 @@ cdef extern from "threads.h" nogil:
 
 cdef extern from "kernels.h" nogil:
     ctypedef uint16_t bf16
-    int PACE_NR
+    int PACE_NR, PACE_LOGIT_BLOCK
     ctypedef struct pace_gemm:
         const bf16 *a
         const bf16 *w
@@ -104,6 +104,7 @@ cdef extern from "kernels.h" nogil:
         void (*unpack_row)(float *dst, const bf16 *w, long row, long k, long k_pad) noexcept nogil
         void (*softmax)(float *x, long n) noexcept nogil
         long (*argmax)(const float *x, long n) noexcept nogil
+        void (*block_max)(const float *x, long n, float *max) noexcept nogil
     const pace_kernels *pace_find_tier(const char *isa)
 
 
@@ -131,6 +132,7 @@ cdef extern from "plan.h" nogil:
     struct gemm_op:
         pace_gemm g
         long n_panels
+        float *block_max
     struct angles_op:
         const float *inv_freq
         float *cos
@@ -151,6 +153,7 @@ cdef extern from "plan.h" nogil:
         select_op select
     ctypedef struct pace_op:
         int kind, logits
+        const pace_kernels *kernels
         op_union u
     ctypedef struct pace_batch:
         const int32_t *token_ids
@@ -160,6 +163,7 @@ cdef extern from "plan.h" nogil:
         const int32_t *logit_rows
         long n_tokens, n_seqs, n_logits, table_stride
     ctypedef struct pace_plan:
+        pace_op *ops
         pace_team *team
         long n_ops, max_tokens, max_seqs, max_logits
         double *op_s
@@ -189,8 +193,8 @@ cdef extern from "sampler.h" nogil:
         int32_t *top_ids
         float *top_logprobs
     size_t pace_sample_scratch(int vocab)
-    int pace_sample_row(const pace_kernels *kernels, const float *logits, int vocab, const pace_sample_params *params,
-                        pace_sample_result *result, void *scratch)
+    int pace_sample_row(const pace_kernels *kernels, const float *logits, const float *block_max, int vocab,
+                        const pace_sample_params *params, pace_sample_result *result, void *scratch)
     int pace_logprobs_row(const pace_kernels *kernels, const float *logits, int vocab, int32_t token, int n_logprobs,
                           pace_sample_result *result, void *scratch)
 
@@ -205,7 +209,8 @@ cdef packed struct sample_record:  # ops.SAMPLE_DTYPE
 cdef struct sample_job:
     const pace_kernels *kernels
     const float *logits
-    long stride
+    const float *block_max  # [rows][blocks], or NULL
+    long stride, n_blocks
     int vocab, n_logprobs
     const int32_t *given  # tokens to score; NULL: draw them
     const pace_sample_params *params
@@ -225,8 +230,9 @@ cdef void sample_worker(void *arg, int tid, pace_team *team) noexcept nogil:
             j.errors[i] = pace_logprobs_row(j.kernels, j.logits + i * j.stride, j.vocab, j.given[i], j.n_logprobs,
                                             &j.results[i], scratch)
         else:
-            j.errors[i] = pace_sample_row(j.kernels, j.logits + i * j.stride, j.vocab, &j.params[i], &j.results[i],
-                                          scratch)
+            j.errors[i] = pace_sample_row(j.kernels, j.logits + i * j.stride,
+                                          j.block_max + i * j.n_blocks if j.block_max != NULL else NULL, j.vocab,
+                                          &j.params[i], &j.results[i], scratch)
 
 
 cdef int32_t point(const int32_t[::1] ids, const int32_t **start) except -1:
@@ -348,7 +354,7 @@ cdef class Team:
         cdef long i, n = logits.shape[0]
         cdef int e
         if logits.shape[1] > 1 and logits.strides[1] != 4:
-            raise ValueError("the logits of a row must lie side by side")
+            raise ValueError("the columns of the logits are not side by side")
         job.kernels = current
         job.logits, job.stride = &logits[0, 0], logits.strides[0] // 4
         job.scratch_stride = (pace_sample_scratch(job.vocab) + 63) // 64 * 64
@@ -366,11 +372,12 @@ cdef class Team:
         pace_work_destroy(&job.work)
         return check_run(e)
 
-    def sample(self, const float[:, :] logits, const sample_record[::1] params, history, int32_t[::1] tokens,
+    def sample(self, const float[:, :] logits, maxima, const sample_record[::1] params, history, int32_t[::1] tokens,
                float[::1] logprobs, int32_t[::1] ranks, int32_t[:, ::1] top_ids, float[:, ::1] top_logprobs,
                int32_t[::1] errors):
         cdef long i, n = logits.shape[0]
         cdef const float[::1] bias
+        cdef const float[:, ::1] block_max
         cdef pace_sample_params *p
         cdef sample_job job
         if self.team == NULL:
@@ -380,7 +387,12 @@ cdef class Team:
         if params.shape[0] != n or len(history) != n or tokens.shape[0] != n or errors.shape[0] != n:
             raise ValueError(f"{n} rows of logits, {params.shape[0]} of parameters, {len(history)} of history")
         memset(&job, 0, sizeof(job))
-        job.vocab = <int>logits.shape[1]
+        job.vocab, job.n_blocks = <int>logits.shape[1], (logits.shape[1] + PACE_LOGIT_BLOCK - 1) // PACE_LOGIT_BLOCK
+        if maxima is not None:
+            block_max = maxima
+            if block_max.shape[0] != n or block_max.shape[1] != job.n_blocks:
+                raise ValueError(f"maxima are {maxima.shape}, expected ({n}, {job.n_blocks})")
+            job.block_max = &block_max[0, 0]
         job.params = p = <pace_sample_params *>PyMem_Malloc(n * sizeof(pace_sample_params))
         job.results = <pace_sample_result *>PyMem_Malloc(n * sizeof(pace_sample_result))
         held = []  # the arrays that p points to, whatever another thread does to `history` meanwhile
@@ -657,6 +669,22 @@ cdef class Plan:
         op.u.gemm.g.n, op.u.gemm.g.k = d.width, w.w.k_pad
         op.u.gemm.g.scale, op.u.gemm.g.epilogue, op.u.gemm.g.act = scale, epilogue, act
         op.u.gemm.g.c_bf16 = d.is_bf16
+
+    def note_maxima(self, int logits):
+        """Let the last operator, a GEMM to this slot, note the maxima of the blocks of its rows: f32 [rows, blocks].
+
+        None where it is no such GEMM, or its kernels note none."""
+        cdef slot *d = self.at(logits)
+        cdef pace_op *op = &self.p.ops[self.p.n_ops - 1] if self.p.n_ops else NULL
+        if (op == NULL or op.kind != PACE_GEMM or op.u.gemm.g.c != <void *>d.data or d.is_bf16
+                or op.kernels.block_max == NULL):
+            return None
+        rows = self.p.max_logits if d.logits else self.p.max_tokens
+        maxima = np.zeros((rows, (d.width + PACE_LOGIT_BLOCK - 1) // PACE_LOGIT_BLOCK), np.float32)
+        cdef float[:, ::1] a = maxima
+        self.keep.append(maxima)
+        op.u.gemm.block_max = &a[0, 0]
+        return maxima
 
     def add_angles(self, tier, inv_freq, int cos, int sin, float factor):
         cdef pace_op *op = self.add(PACE_ANGLES, tier)

@@ -165,8 +165,10 @@ typedef struct {
     size_t attention_scratch;
     void (*softmax)(float *x, long n);       // in place, one row
     long (*argmax)(const float *x, long n);  // lowest index among equals; -1 when a NaN is met
-    // sum[b] = sum of exp((x - max) * inv_temperature) over block b of PACE_LOGIT_BLOCK logits, the last one shorter;
-    // max is the largest of x. Not in the reference table, which only runs plans.
+    // Passes of the sampler over n logits in blocks of PACE_LOGIT_BLOCK, the last one shorter. Not in the reference
+    // table, which only runs plans. max[b]: the largest of block b, NaN where it holds one.
+    void (*block_max)(const float *x, long n, float *max);
+    // sum[b]: of exp((x - max) * inv_temperature) over block b; max is the largest of x.
     void (*block_exp_sum)(const float *x, long n, float max, float inv_temperature, float *sum);
     pace_roofline roof;
 } pace_kernels;

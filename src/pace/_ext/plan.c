@@ -192,7 +192,7 @@ typedef struct {
 
 #define GEMM_FEW_ROWS 64  // up to here the weights' stream decides and rows are never split
 
-static cut cut_gemm(const pace_plan *p, long n_panels, long m) {
+static cut cut_gemm(const pace_plan *p, long n_panels, long m, long least) {
     cut c = {.row_blocks = 1, .rows_per_block = m};
     const long t = p->n_threads;
     if (m <= GEMM_FEW_ROWS) {
@@ -203,7 +203,7 @@ static cut cut_gemm(const pace_plan *p, long n_panels, long m) {
         c.grain = 8;
         // Too few panel groups for the team: cut rows as well (a multiple of 32 keeps register tiles full).
         while ((n_panels + c.grain - 1) / c.grain * c.row_blocks < 3 * t && m / c.row_blocks > 256) c.row_blocks++;
-        if ((n_panels + c.grain - 1) / c.grain * c.row_blocks < 3 * t) c.grain = 2;
+        if ((n_panels + c.grain - 1) / c.grain * c.row_blocks < 3 * t) c.grain = least;
         c.rows_per_block = ((m + c.row_blocks - 1) / c.row_blocks + 31) / 32 * 32;
         c.row_blocks = (m + c.rows_per_block - 1) / c.rows_per_block;
     }
@@ -231,7 +231,8 @@ static cut cut_op(const pace_plan *p, const pace_op *op) {
     const long m = op->logits ? p->batch.n_logits : p->batch.n_tokens;
     switch (op->kind) {
         case PACE_GEMM:
-            return cut_gemm(p, op->u.gemm.n_panels, m);
+            // Block maxima are noted by the item that has the whole block.
+            return cut_gemm(p, op->u.gemm.n_panels, m, op->u.gemm.block_max ? PACE_LOGIT_BLOCK / PACE_NR : 2);
         case PACE_ROPE_KV:
             return (cut){.n = p->n_rope_rows * p->n_kv_heads};
         case PACE_ATTENTION:
@@ -284,6 +285,17 @@ static pace_attention attention_of(const pace_plan *p, const pace_op *op) {
     return g;
 }
 
+// The sampler starts from the maxima of blocks. Here the logits are still in L2; after the step 32 rows of 128k are
+// 16 MB, which two threads read from memory in 300 us.
+static void note_maxima(const pace_op *op, long p0, long p1, long m0, long m1) {
+    const pace_gemm *g = &op->u.gemm.g;
+    const long n0 = p0 * PACE_NR, n1 = p1 * PACE_NR < g->n ? p1 * PACE_NR : g->n;
+    const long blocks = (g->n + PACE_LOGIT_BLOCK - 1) / PACE_LOGIT_BLOCK;
+    for (long r = m0; r < m1; r++)
+        op->kernels->block_max((const float *)g->c + r * g->ldc + n0, n1 - n0,
+                               op->u.gemm.block_max + r * blocks + n0 / PACE_LOGIT_BLOCK);
+}
+
 static void run_item(const pace_plan *p, const pace_op *op, const cut *c, long item, void *scratch) {
     const pace_batch *b = &p->batch;
     const long m = op->logits ? b->n_logits : b->n_tokens;
@@ -300,8 +312,10 @@ static void run_item(const pace_plan *p, const pace_op *op, const cut *c, long i
         case PACE_GEMM: {
             const long p0 = item / c->row_blocks * c->grain, n_panels = op->u.gemm.n_panels;
             const long m0 = item % c->row_blocks * c->rows_per_block;
-            op->kernels->gemm_bf16(&op->u.gemm.g, p0, p0 + c->grain < n_panels ? p0 + c->grain : n_panels, m0,
-                                   m0 + c->rows_per_block < m ? m0 + c->rows_per_block : m, scratch);
+            const long p1 = p0 + c->grain < n_panels ? p0 + c->grain : n_panels;
+            const long m1 = m0 + c->rows_per_block < m ? m0 + c->rows_per_block : m;
+            op->kernels->gemm_bf16(&op->u.gemm.g, p0, p1, m0, m1, scratch);
+            if (op->u.gemm.block_max) note_maxima(op, p0, p1, m0, m1);
             break;
         }
         case PACE_ANGLES:

@@ -64,6 +64,7 @@ typedef struct {
         struct {
             pace_gemm g;
             long n_panels;
+            float *block_max;  // the LM head's: [m][blocks of PACE_LOGIT_BLOCK columns] maxima of c (f32), or NULL
         } gemm;
         struct {  // cos and sin of every row's angles, once per step and table
             const float *inv_freq;

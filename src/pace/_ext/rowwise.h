@@ -280,6 +280,27 @@ static long argmax(const float *x, long n) {
     return -1;
 }
 
+static void block_max(const float *x, long n, float *max) {
+    for (long b = 0; b * PACE_LOGIT_BLOCK < n; b++) {
+        const float *p = x + b * PACE_LOGIT_BLOCK;
+        const long left = n - b * PACE_LOGIT_BLOCK, end = left < PACE_LOGIT_BLOCK ? left : PACE_LOGIT_BLOCK;
+        vf t0 = v_set(-__builtin_inff()), t1 = t0, nans = v_zero();
+        long i = 0;
+        for (; i + 2 * VL <= end; i += 2 * VL) {
+            const vf a0 = v_load(p + i), a1 = v_load(p + i + VL);
+            t0 = v_max(t0, a0);
+            t1 = v_max(t1, a1);
+            nans = v_fma(v_add(a0, a1), v_zero(), nans);  // NaN for a NaN (or an infinity), else 0
+        }
+        float top = v_hmax(v_max(t0, t1));
+        const int check = v_sum(nans) != 0.0f || i < end;
+        for (; i < end; i++) top = p[i] > top ? p[i] : top;
+        for (i = 0; check && i < end; i++)
+            if (p[i] != p[i]) top = p[i];
+        max[b] = top;
+    }
+}
+
 // 16 lanes on every tier, folded in one order, so that a draw does not depend on the tier: a sum is used only where
 // it is within rounding of u, but there it decides.
 static void block_exp_sum(const float *x, long n, float max, float inv_temperature, float *sum) {

@@ -53,9 +53,9 @@ struct pace_sample_result {
 // initial contents.
 size_t pace_sample_scratch(int vocab);
 
-// logits [vocab], read only, any alignment; of the kernels only block_exp_sum is used. Returns 0, or a PACE_SAMPLE_
-// code with result->token -1 and the rest of the result undefined.
-int pace_sample_row(const pace_kernels *kernels, const float *logits, int vocab,
+// logits [vocab], read only, any alignment; block_max: as the kernel of that name leaves it, NULL: not known. Returns
+// 0, or a PACE_SAMPLE_ code with result->token -1 and the rest of the result undefined.
+int pace_sample_row(const pace_kernels *kernels, const float *logits, const float *block_max, int vocab,
                     const struct pace_sample_params *params, struct pace_sample_result *result, void *scratch);
 
 // Fills logprob, rank and the n_logprobs best for a given token in [0, vocab): prompt

@@ -36,6 +36,7 @@ const pace_kernels PASTE(pace_kernels_, PACE_ISA) = {
     .attention_scratch = sizeof(attention_buf),
     .softmax = softmax,
     .argmax = argmax,
+    .block_max = block_max,
     .block_exp_sum = block_exp_sum,
     .roof = PACE_ROOFLINE_TABLE,
 };

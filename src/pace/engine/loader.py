@@ -265,7 +265,7 @@ def _build(
             executor, tables.array, 0 if contiguous else memory.block_size, max_tokens, max_seqs, n_logit_rows
         ),
         Sampler(
-            functools.partial(ops.sample, team),
+            executor.sample,
             functools.partial(ops.logprobs, team),
             ops.SAMPLE_DTYPE,
             max_seqs,
