@@ -106,6 +106,13 @@ def test_the_last_one_gives_way_and_comes_back() -> None:
     assert s.tables.n_free == 4 and s.n_waiting == 0
 
 
+def test_a_pool_that_just_suffices_is_filled() -> None:
+    s = scheduler(n_blocks=8, n_seqs=8, budget=128, reserve=False)
+    for i in range(8):
+        s.add(sequence(str(i), 10, 6))
+    assert len(run(s)) == 8
+
+
 def test_a_promise_is_never_taken_back() -> None:
     s = scheduler(n_blocks=4, reserve=True)
     s.add(sequence("first", 20, 40))

@@ -10,7 +10,7 @@ from operator import attrgetter
 
 from pace.engine.pacing import Pacer
 from pace.engine.sequence import NO_ROW, Sequence, Status
-from pace.kvcache import KVTables, Reuse
+from pace.kvcache import KVTables, Reuse, blocks_for
 
 __all__ = ["Schedule", "Scheduler"]
 
@@ -211,8 +211,7 @@ class Scheduler:
         row = None
         if self.reserve:
             row = tables.open(seq.max_cached, reuse, seq.cache_salt)
-        # A block to spare for each running sequence, or the next tokens would preempt this one again.
-        elif tables.fits(seq.n_tokens, min(len(self.running), tables.n_blocks // 8), reuse):
+        elif tables.fits(seq.n_tokens, self._headroom(), reuse):
             row = tables.open(0, reuse, seq.cache_salt)
         if row is None or not tables.extend(row, seq.n_tokens):
             if row is not None:
@@ -223,6 +222,14 @@ class Scheduler:
         self.n_waiting -= 1
         insort(self.running, seq, key=_key)
         return True
+
+    def _headroom(self) -> int:
+        """Blocks to spare when a sequence starts: one for each that may need another, or it would be preempted at once."""
+        size = self.tables.block_size
+        n_growing = sum(
+            blocks_for(seq.max_cached, size) > blocks_for(seq.n_tokens, size) for seq in self.running
+        )
+        return min(n_growing, self.tables.n_blocks // 8)
 
     def _find(self, seq: Sequence) -> Reuse | None:
         """What of a sequence is in the cache; its last token always runs, as somebody must make the logits."""
