@@ -1,9 +1,10 @@
 // gemm.h - C = epilogue(A W^T): A [m][k] bf16, W packed panels of 32 columns, f32 accumulation.
 //
 // Three ways through the same register tile, so all give the same bits:
-//   skinny   m <= one tile: 1, 2 or 4 panels at a time over the whole of k; weights stream from memory once.
-//   few      a handful of tiles (up to GEMM_FEW rows): panel by panel, and the first tile of a panel brings the
-//            next panel to L2 while it computes, so the stream from memory never waits for the other tiles.
+//   few      a handful of tiles (up to GEMM_FEW rows): panel by panel, so that weights stream from memory once and
+//            in one sequence; one tile fetches a little ahead of itself, of several tiles the first brings the next
+//            panel to L2 while it computes, so the stream from memory never waits for the other tiles.
+//   skinny   few rows on avx2 and amx: 1, 2 or 4 panels side by side.
 //   blocked  many rows: GEMM_GROUP panels x GEMM_MC rows x GEMM_KC of k; a group of panels stays in L2 over all
 //            rows, C tiles rest in f32 scratch between k chunks.
 // The tile goes to scratch (L1) and the epilogue works from there: 1 load and 1 store per 1000 dot products, and
@@ -24,7 +25,11 @@
 #define GEMM_KC 2048  // a panel chunk is 128 KB: L2; smaller chunks only add C traffic (vdpbf16ps is the limit)
 #define GEMM_FEW 64
 #define GEMM_FETCH_ROWS 0
-#define GEMM_AHEAD 4096  // bytes ahead of a single tile's stream; on amx 2 to 16 KB made no difference
+// Bytes ahead of a single tile's stream. A decode step of the 1B shape on Zen 4 (2 threads, read roof 60 GB/s), panels
+// side by side as on avx2 / 2 KB ahead / 4 KB ahead: 1 row 45 / 40 / 40 ms, 2 rows 48 / 39 / 39, 8 rows 58 / 85 / 58
+// (2 KB at 8 rows: the loads catch up with their own prefetch). 3 to 6 rows fetch to L1: 4 rows 52 (L2) / 46 ms (L1); 1
+// and 2 rows are faster with L2 (40 / 42), and so are 8 (58 / 61).
+#define GEMM_AHEAD 4096
 #endif
 #define GEMM_GROUP 8
 #define GEMM_MC 256
@@ -80,7 +85,7 @@ static void gemm_epilogue(const pace_gemm *g, long p, long m, long rows, const f
 #define GEMM_SKINNY_WIDTH(rows) ((rows) == 1 ? 8 : 4)
 #else
 #define GEMM_SKINNY mm
-#define GEMM_SKINNY_ROWS MM_ROWS_4
+#define GEMM_SKINNY_ROWS (MM_ROWS_2 >= 8 ? 0 : MM_ROWS_4)  // AVX-512: one stream is faster, see GEMM_AHEAD
 #define GEMM_SKINNY_WIDTH mm_width
 typedef int gemm_state;
 INLINE void gemm_begin(gemm_state *s) { (void)s; }

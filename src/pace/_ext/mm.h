@@ -82,11 +82,10 @@ INLINE void mm_tile(const int mr, const int nv, const int fetch, const mm_args *
 #pragma GCC unroll 8
         for (int j = 0; j < nv; j++) {
             mm_load(w[j], b + (j / 2) * bps + (j % 2) * 32);
-            if (nv > 2 && fetch) _mm_prefetch(b + (j / 2) * bps + (j % 2) * 32 + MM_PREFETCH_AHEAD / 2, _MM_HINT_T0);
         }
-        if (nv <= 2 && fetch) {
-            _mm_prefetch(pf, _MM_HINT_T1);
-            _mm_prefetch(pf + 64, _MM_HINT_T1);
+        if (fetch) {  // to which cache: measured, see GEMM_AHEAD
+            _mm_prefetch(pf, mr >= 3 && mr <= 6 ? _MM_HINT_T0 : _MM_HINT_T1);
+            _mm_prefetch(pf + 64, mr >= 3 && mr <= 6 ? _MM_HINT_T0 : _MM_HINT_T1);
             pf += 128;
         }
 #pragma GCC unroll 14
