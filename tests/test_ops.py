@@ -819,8 +819,8 @@ def test_every_tier_draws_alike(team: ops.Team, isa: str) -> None:
 @pytest.mark.parametrize("isa", [*ops.isas(), "reference"])
 @pytest.mark.parametrize("n_threads", [1, 3])
 def test_the_lm_head_notes_maxima(isa: str, n_threads: int) -> None:
-    """`Plan.sample` draws the same as `sample`, from any slice of the logits, NaN rows and odd widths included; that
-    it doesn't read the rows for it shows where the noted maxima are changed."""
+    """`Plan.sample` draws the same as `sample`, from the logits and any slice of them, NaN rows and odd widths included;
+    that it doesn't read the rows for it shows where the noted maxima are changed."""
     own = ops.Team(n_threads)
     tier = ops.isas()[0] if isa == "reference" else isa
     with ops.using_isa(tier):
@@ -832,8 +832,7 @@ def test_the_lm_head_notes_maxima(isa: str, n_threads: int) -> None:
             x = r.standard_normal((rows, 32))
             x[1] = np.nan
             put(plan, "a", x)
-            plan.step(rows_batch(rows))
-            logits = plan.slot("c")[:rows]
+            logits = plan.step(rows_batch(rows))
             params = sample_params(rows, n_logprobs=1, temperature=np.arange(rows) % 3)
             history: list[Any] = [None if i % 2 else constraints(banned=[i % vocab]) for i in range(rows)]
             if vocab == 1:

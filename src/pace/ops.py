@@ -285,6 +285,7 @@ class Plan:
             self._op_names.append(op.name)
         self._logits: F32 = self._plan.view(self._slots[plan.logits])
         self._logits.flags.writeable = False  # the maxima would not follow
+        self._stepped = self._logits[:0]  # what the last step returned: its rows' maxima are noted
         self._maxima = self._plan.note_maxima(self._slots[plan.logits])
 
     def _matrix(self, name: str) -> _kernels.Matrix:
@@ -387,7 +388,8 @@ class Plan:
             )
         except _kernels.Forked as error:
             raise ForkError(str(error)) from None
-        return self._logits[: len(batch.logit_rows)]
+        self._stepped = self._logits[: len(batch.logit_rows)]
+        return self._stepped
 
     def sample(
         self,
@@ -399,19 +401,11 @@ class Plan:
         block maxima the LM head has noted.
 
         Args:
-            logits: f32 [R, V]; the result of `step` or a slice of its rows, else any.
+            logits: f32 [R, V]; the very array that `step` returned, else any.
             params, history: as those of `sample`.
         """
-        return sample(self._team, logits, params, history, self._maxima_of(logits))
-
-    def _maxima_of(self, logits: F32) -> F32 | None:
-        """The noted maxima of these rows; None where there are none, or the rows are not the plan's."""
-        every = self._logits
-        row, rest = divmod(logits.ctypes.data - every.ctypes.data, every.strides[0])
-        same = logits.shape[1] == every.shape[1] and logits.strides == every.strides and not rest
-        if self._maxima is None or not same or not 0 <= row <= len(every) - len(logits):
-            return None
-        return self._maxima[row : row + len(logits)]
+        maxima = self._maxima if logits is self._stepped else None
+        return sample(self._team, logits, params, history, None if maxima is None else maxima[: len(logits)])
 
     def slot(self, name: str) -> npt.NDArray[Any]:
         """All rows of an activation slot as the last step left them (f32, or uint16 holding bf16)."""
@@ -489,7 +483,7 @@ def sample(
             are computed.
     """
     n = len(logits)
-    k = max(1, int(params["n_logprobs"].max(initial=0)))
+    k = team._team.most_logprobs(params)
     out = SampleResult(
         np.empty(n, np.int32),
         np.empty(n, np.float32),

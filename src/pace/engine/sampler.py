@@ -70,9 +70,9 @@ class Constraints:
         "_bias_ids",
         "_has_penalty",
         "_min_tokens",
-        "_none",
         "_phrases",
         "_stops",
+        "is_free",
     )
 
     def __init__(
@@ -99,7 +99,7 @@ class Constraints:
         self._bias_ids = _ids(bias)
         self._bias = np.fromiter(bias.values(), dtype=np.float32, count=len(bias)) if bias else NO_BIAS
         self._allowed = _ids(params.allowed_token_ids or ())
-        self._none = not (
+        self.is_free = not (
             self._has_penalty or self._min_tokens or bad_word_ids or bias or params.allowed_token_ids
         )
 
@@ -111,7 +111,7 @@ class Constraints:
             n_prompt: how many of them are the prompt.
             n_tokens: how many there are.
         """
-        if self._none:
+        if self.is_free:
             return None
         banned = self._banned if n_tokens - n_prompt >= self._min_tokens else self._stops
         if self._phrases and n_tokens > n_prompt:
@@ -259,6 +259,11 @@ class Sampler:
         self._sample = sample
         self._logprobs = logprobs
         self._rows = np.zeros(max_seqs, dtype=dtype)
+        # Of the last step: a batch that only decodes is the same for many, and gathering costs more than it looks, as
+        # a step leaves nothing of the interpreter in the caches.
+        self._gathered: list[int] = []
+        self._params = self._rows[:0]
+        self._free: list[History | None] | None = None  # a None for each, where nothing holds for any of them
 
     def open(self, seq: Sequence) -> None:
         """Write the parameters of a sequence that was just admitted."""
@@ -275,6 +280,7 @@ class Sampler:
         row["n_logprobs"] = -1 if params.logprobs is None else params.logprobs
         row["seed"] = seq.seed
         row["sample_index"] = seq.index
+        self._gathered = []
 
     def sample(self, logits: F32Array, seqs: list[Sequence]) -> SampleResult:
         """Draw the next token of every sequence.
@@ -286,10 +292,16 @@ class Sampler:
             logits: f32 [R, vocab_size].
             seqs: the R sequences.
         """
-        params = self._rows[[seq.row for seq in seqs]]
-        params["position"] = [seq.n_tokens for seq in seqs]
-        history = [seq.constraints.history(seq.tokens, seq.n_prompt, seq.n_tokens) for seq in seqs]
-        return self._sample(logits, params, history)
+        rows = [seq.row for seq in seqs]
+        if rows != self._gathered:
+            self._params = self._rows[rows]
+            self._free = [None] * len(seqs) if all(seq.constraints.is_free for seq in seqs) else None
+            self._gathered = rows
+        self._params["position"] = [seq.n_tokens for seq in seqs]
+        history = self._free
+        if history is None:
+            history = [seq.constraints.history(seq.tokens, seq.n_prompt, seq.n_tokens) for seq in seqs]
+        return self._sample(logits, self._params, history)
 
     def prompt_logprobs(self, logits: F32Array, tokens: I32Array, n: int) -> LogprobsResult:
         """Score prompt tokens under the distributions that predict them.
