@@ -135,12 +135,17 @@ def plan_memory(
             share = need  # one full sequence may take more than the default's share, if it was asked for
         n_blocks = min(share, need * max_num_seqs)
     if share < need:
+        if share == 0 and kv_cache_memory is not None:
+            raise CapacityError(
+                f"there are {gib(left if isinstance(kv_cache_memory, str) else kv_cache_memory)} for the KV cache, one "
+                f"block of {block_size} tokens takes {gib(block_bytes)}; raise kv_cache_memory"
+            )
         if max_model_len is not None or share == 0:
-            room = share * block_bytes
+            most = share if kv_cache_memory is not None else left // block_bytes
             raise CapacityError(
                 f"one sequence of {wanted_len} tokens needs {gib(need * block_bytes)} of KV cache, but there are "
-                f"{gib(room if kv_cache_memory is not None else left)}; lower max_model_len to at most "
-                f"{(share if kv_cache_memory is not None else left // block_bytes) * block_size}"
+                f"{gib(most * block_bytes if kv_cache_memory is not None else left)}; lower max_model_len to at most "
+                f"{most * block_size}"
             )
         wanted_len = share * block_size
     return MemoryPlan(
