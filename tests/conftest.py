@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,6 +12,10 @@ from golden import tiny
 from golden.harness import load
 
 from pace import ops
+
+# A background job of a shell is started with SIGINT ignored, Python then leaves it so, and the tests of Ctrl-C, here
+# and in the processes that they start, would wait for a KeyboardInterrupt that never comes.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(params=ops.isas())

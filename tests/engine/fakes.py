@@ -48,7 +48,8 @@ class FakePlan:
         self.max_tokens = max_tokens
         self.steps: list[tuple[int, ...]] = []  # rows of each sequence
         self.nan_token: int | None = None  # histories that hold it have NaN logits
-        self.crash: BaseException | None = None
+        self.crash: BaseException | None = None  # of the next step
+        self.crash_sizes: list[int] = []  # sequences of the steps that crashed
 
     def copy(self, src: int, dst: int, n_tokens: int) -> None:
         self.cache[dst, :n_tokens] = self.cache[src, :n_tokens]
@@ -57,6 +58,7 @@ class FakePlan:
     def step(self, batch: Batch) -> F32Array:
         if self.crash is not None:
             crash, self.crash = self.crash, None
+            self.crash_sizes.append(batch.n_seqs)
             raise crash
         block_size = self.cache.shape[1]
         assert 0 < batch.n_tokens <= self.max_tokens
