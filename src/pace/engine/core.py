@@ -14,7 +14,7 @@ import numpy as np
 
 from pace.engine.request import Request
 from pace.engine.runner import Runner, StepLogits
-from pace.engine.sampler import Sampler, SampleResult, bad_word_ids, derive_seed
+from pace.engine.sampler import LogprobsResult, Sampler, SampleResult, bad_word_ids, derive_seed
 from pace.engine.scheduler import Schedule, Scheduler
 from pace.engine.sequence import Sequence, Status
 from pace.errors import (
@@ -456,7 +456,7 @@ class Engine:
                 entries[top] = entry(top, top_logprob, top_rank)
         return entries
 
-    def _score(self, result: StepLogits) -> Any:
+    def _score(self, result: StepLogits) -> LogprobsResult:
         """Log probabilities of the prompt tokens that follow the scored rows."""
         tokens = np.concatenate(
             [seq.tokens[seq.n_scored + 1 : seq.n_scored + 1 + n_rows] for seq, n_rows in result.scored]
@@ -464,7 +464,7 @@ class Engine:
         n = max(seq.params.prompt_logprobs or 0 for seq, _ in result.scored)
         return self.sampler.prompt_logprobs(result.prompt_logits, tokens, n)
 
-    def _add_prompt_logprobs(self, scored: list[tuple[Sequence, int]], scores: Any) -> None:
+    def _add_prompt_logprobs(self, scored: list[tuple[Sequence, int]], scores: LogprobsResult) -> None:
         at = 0
         for seq, n_rows in scored:
             rows = range(at, at + n_rows)

@@ -162,17 +162,12 @@ def _ids(values: Iterable[int]) -> I32Array:
     return ids if len(ids) else NO_IDS
 
 
-class SampleResult(Protocol):
-    """One draw for each of R rows; see `ops.sample`."""
-
-    @property
-    def tokens(self) -> I32Array:
-        """i32 [R]: the drawn tokens."""
-        ...
+class LogprobsResult(Protocol):
+    """What the distributions of R rows say of one token each; see `ops.logprobs`."""
 
     @property
     def logprobs(self) -> F32Array:
-        """f32 [R]: their log probabilities under the unmodified distribution, where asked for."""
+        """f32 [R]: the tokens' log probabilities under the unmodified distribution, where asked for."""
         ...
 
     @property
@@ -192,36 +187,16 @@ class SampleResult(Protocol):
 
     @property
     def errors(self) -> I32Array:
-        """i32 [R]: not 0 where the row can't be sampled; see `Sampler.explain`."""
+        """i32 [R]: not 0 where the row has no distribution, or nothing to draw; see `Sampler.explain`."""
         ...
 
 
-class LogprobsResult(Protocol):
-    """What the distributions of R rows say of one given token each; see `ops.logprobs`."""
+class SampleResult(LogprobsResult, Protocol):
+    """One draw for each of R rows, and its log probability; see `ops.sample`."""
 
     @property
-    def logprobs(self) -> F32Array:
-        """f32 [R]: the tokens' log probabilities."""
-        ...
-
-    @property
-    def ranks(self) -> I32Array:
-        """i32 [R]: their ranks, 1 for the most probable token."""
-        ...
-
-    @property
-    def top_ids(self) -> I32Array:
-        """i32 [R, max(1, n)]: the n most probable tokens."""
-        ...
-
-    @property
-    def top_logprobs(self) -> F32Array:
-        """f32 [R, max(1, n)]: their log probabilities, descending."""
-        ...
-
-    @property
-    def errors(self) -> I32Array:
-        """i32 [R]: not 0 where the row has no distribution; see `Sampler.explain`."""
+    def tokens(self) -> I32Array:
+        """i32 [R]: the drawn tokens."""
         ...
 
 
