@@ -330,6 +330,14 @@ def test_the_trials_reach_what_they_claim_to(lab: Lab) -> None:
     assert engine.stats()["n_prompt_tokens"] == 400
 
 
+@pytest.mark.parametrize("caching", [False, True])
+def test_a_fork_from_a_row_whose_window_has_moved_on(lab: Lab, caching: bool) -> None:
+    """The second completion starts when the first is a group of keys ahead, and has freed what it would see."""
+    asks = [ask(n_prompt=0, n_output=40), ask(n_prompt=3, n=2, temperature=0.8, n_output=40)]
+    options = OPTIONS | {"cache": ("paged", 16), "max_num_seqs": 2, "prefix_caching": caching}
+    lab.check("mistral-window", asks, **options)
+
+
 def test_the_trials_can_fail(lab: Lab) -> None:
     """One bit of one logprob is noticed."""
     truth = lab.truth(ops.isa(), "qwen3", "bf16", 0, 2, False, 0.0, 1, False).outputs[0]

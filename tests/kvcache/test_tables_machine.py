@@ -274,8 +274,11 @@ class TablesMachine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 3), share=st.integers(0, 8), reserve=st.booleans())
     def fork(self, which: int, share: int, reserve: bool) -> None:
         number, row = self.pick(which)
-        n_tokens = max(len(row.tokens) * share // 8, row.released * self.size)
+        n_tokens = len(row.tokens) * share // 8
         reuse = self.tables.fork(number, n_tokens)
+        assert (reuse is None) == (row.released > self.unseen(n_tokens))
+        if reuse is None:
+            return
         assert reuse.n_tokens == n_tokens
         self.check_content(reuse, row.values)
         child = Row(row.salt, row.stream, row.tokens[:n_tokens], row.values[:n_tokens], 0, 0)

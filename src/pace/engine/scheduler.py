@@ -246,7 +246,7 @@ class Scheduler:
         if seq.index and (reuse is None or reuse.n_tokens < seq.n_prompt - 1):
             for other in self.running:  # another completion of the same prompt
                 if other.request_id == seq.request_id and other.n_computed >= seq.n_prompt - 1:
-                    return self.tables.fork(other.row, seq.n_prompt - 1)
+                    return self.tables.fork(other.row, seq.n_prompt - 1) or reuse
         return reuse
 
     def _is_computed_now(self, seq: Sequence, n_known: int) -> bool:

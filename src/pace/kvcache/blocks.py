@@ -210,13 +210,15 @@ class BlockTables(KVTables):
         digests = (root, *found.digests)
         return Reuse(n_tokens, tuple(found.blocks), tail, n_tail, 0, digests, self._epoch)
 
-    def fork(self, row: int, n_tokens: int) -> Reuse:
+    def fork(self, row: int, n_tokens: int) -> Reuse | None:
         """The first `n_tokens` of a live row; see `KVTables.fork`."""
         state = self._row(row)
-        if not state.n_released * self.block_size <= n_tokens <= self._capacity[row]:
+        if not 0 <= n_tokens <= self._capacity[row]:
             raise RuntimeError(
                 f"fork of row {row} at {n_tokens} tokens, which holds up to {self._capacity[row]}"
             )
+        if state.n_released > self._n_unseen(n_tokens) // self.block_size:
+            return None
         self._query = 0
         whole, n_tail = divmod(n_tokens, self.block_size)
         blocks: list[int] = self.array[row, : whole + 1].tolist()
@@ -229,14 +231,17 @@ class BlockTables(KVTables):
         if self._max_window is None:
             return
         state = self._row(row)
-        n_unseen = (position - self._max_window + 1) // GROUP * GROUP
-        end = min(n_unseen, self._capacity[row]) // self.block_size
+        end = min(self._n_unseen(position), self._capacity[row]) // self.block_size
         if end <= state.n_released:
             return
         self._epoch += 1
         self._release(state, row, state.n_released, end)
         state.n_released = end
         state.n_reused = max(state.n_reused, end)
+
+    def _n_unseen(self, position: int) -> int:
+        """Leading tokens that no query at `position` or later sees, in whole groups."""
+        return 0 if self._max_window is None else max(0, position - self._max_window + 1) // GROUP * GROUP
 
     def fits(self, n_tokens: int, headroom: int = 0, reuse: Reuse | None = None) -> bool:
         """Whether a row of `n_tokens` could be opened now; see `KVTables.fits`."""

@@ -158,9 +158,9 @@ class KVTables(ABC):
         """
 
     @abstractmethod
-    def fork(self, row: int, n_tokens: int) -> Reuse:
+    def fork(self, row: int, n_tokens: int) -> Reuse | None:
         """The first `n_tokens` of a live row, for `open`: whole blocks are shared and the tail is copied; contiguous copies
-        everything."""
+        everything. None where a window has already left behind what a query at `n_tokens` sees."""
 
     @abstractmethod
     def release_before(self, row: int, position: int) -> None:
