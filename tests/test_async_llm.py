@@ -343,8 +343,9 @@ def test_close_ends_what_runs(model: Path) -> None:
     llm = AsyncLLM(model, threads=2)
 
     async def main() -> None:
-        tasks = [asyncio.create_task(collect(llm, "x" * n, LONG)) for n in (1, 100, 500)]
-        await asyncio.sleep(0.005)
+        tasks = [asyncio.create_task(collect(llm, "x" * n, LONG)) for n in (1, 2, 3)]
+        while llm.stats()["n_running"] < 3:  # then they have hundreds of tokens to go
+            await asyncio.sleep(0.001)
         await asyncio.to_thread(llm.close)
         for result in await asyncio.gather(*tasks, return_exceptions=True):
             assert isinstance(result, PaceError) and "closed" in str(result)
