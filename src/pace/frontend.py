@@ -97,8 +97,7 @@ class Frontend:
             enable_prefix_caching=enable_prefix_caching,
             admission=admission,
             n_threads=threads,
-            # The config checks the type of whatever else comes here.
-            cpus=parse_cpus(cpus) if isinstance(cpus, str) else cpus,  # type: ignore[arg-type]
+            cpus=parse_cpus(cpus) if isinstance(cpus, str) else cpus,  # type: ignore[arg-type]  # the config checks
             kernels={} if kernels is None else kernels,
             seed=seed,
         )
