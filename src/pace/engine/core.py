@@ -381,6 +381,7 @@ class Engine:
         """Give every sequence its token, and end those that it ends."""
         now_s = time.monotonic()
         errors = drawn.errors.tolist()
+        n_sampled = 0
         for i, (seq, token) in enumerate(zip(seqs, drawn.tokens.tolist(), strict=True)):
             if seq.status is Status.FINISHED:
                 continue  # its prompt's log probabilities have failed
@@ -388,20 +389,23 @@ class Engine:
                 if errors[i]:
                     raise PaceError(self.sampler.explain(errors[i]))
                 seq.commit(token)
-                request = self._requests[seq.request_id]
-                if request.first_token_s is None:
-                    request.first_token_s = now_s
+                n_sampled += 1
+                n_output = seq.n_output
+                if n_output == 1 or seq.watched:
+                    request = self._requests[seq.request_id]
+                    if request.first_token_s is None:
+                        request.first_token_s = now_s
+                    if seq.watched:
+                        self._touch(request)
                 if seq.logprobs is not None:
                     self._add_logprobs(seq, drawn, i)
-                self._n_sampled += 1
-                if request.stream:
-                    self._touch(request)
-                if seq.watched or seq.has_stops or token in seq.stop_ids or seq.n_output >= seq.max_output:
+                if seq.watched or seq.has_stops or token in seq.stop_ids or n_output >= seq.max_output:
                     self._check_end(seq, token)
             except FATAL:
                 raise
             except BaseException as error:
                 self._fail(seq, error)
+        self._n_sampled += n_sampled
 
     def _check_end(self, seq: Sequence, token: int) -> None:
         """Extend the text where it is needed now, and end the sequence where its last token ends it."""

@@ -59,6 +59,7 @@ class Runner:
         self._block_tables = block_tables
         self._block_size = block_size
         self._token_ids = np.zeros(max_tokens, dtype=np.int32)
+        self._counting = np.arange(max_seqs + 1, dtype=np.int32)  # q_start and logit_rows of one row per sequence
         self._q_start = np.zeros(max_seqs + 1, dtype=np.int32)
         self._kv_len = np.zeros(max_seqs, dtype=np.int32)
         self._batch_tables = np.zeros(max_seqs * block_tables.shape[1], dtype=np.int32)
@@ -80,6 +81,8 @@ class Runner:
         )
 
     def _batch(self, step: Schedule) -> tuple[Batch, list[Sequence], list[int], list[tuple[Sequence, int]]]:
+        if step.n_decode == len(step.seqs):
+            return self._decode_batch(step.seqs), step.seqs, [], []
         n_seqs = len(step.seqs)
         token_ids = self._token_ids
         q_start, kv_len, rows = [0], [], []
@@ -115,16 +118,34 @@ class Runner:
         self._q_start[: n_seqs + 1] = q_start
         self._kv_len[:n_seqs] = kv_len
         self._logit_rows[: len(logit_rows)] = logit_rows
-        # Only the columns in use: those of 16-token blocks up to a context of 128k would be a megabyte per step.
-        n_columns = blocks_for(max(kv_len), self._block_size) if self._block_size else 1
-        tables = self._batch_tables[: n_seqs * n_columns].reshape(n_seqs, n_columns)
-        # mode: the default checks bounds through a temporary copy; the rows are ours.
-        np.take(self._block_tables[:, :n_columns], rows, axis=0, out=tables, mode="clip")
         batch = Batch(
             token_ids=token_ids[:at],
             q_start=self._q_start[: n_seqs + 1],
             kv_len=self._kv_len[:n_seqs],
-            block_tables=tables,
+            block_tables=self._gather_tables(rows, kv_len),
             logit_rows=self._logit_rows[: len(logit_rows)],
         )
         return batch, sampled, sampled_rows, scored
+
+    def _decode_batch(self, seqs: list[Sequence]) -> Batch:
+        """One row for each sequence, its last token: most steps, in a third of the time of the general way."""
+        n = len(seqs)
+        kv_len = [seq.n_tokens for seq in seqs]
+        self._token_ids[:n] = [seq.last_token for seq in seqs]
+        self._kv_len[:n] = kv_len
+        return Batch(
+            token_ids=self._token_ids[:n],
+            q_start=self._counting[: n + 1],
+            kv_len=self._kv_len[:n],
+            block_tables=self._gather_tables([seq.row for seq in seqs], kv_len),
+            logit_rows=self._counting[:n],
+        )
+
+    def _gather_tables(self, rows: list[int], kv_len: list[int]) -> I32Array:
+        """The block tables of the sequences, i32 [n_seqs, columns]."""
+        # Only the columns in use: those of 16-token blocks up to a context of 128k would be a megabyte per step.
+        n_columns = blocks_for(max(kv_len), self._block_size) if self._block_size else 1
+        tables = self._batch_tables[: len(rows) * n_columns].reshape(len(rows), n_columns)
+        # mode: the default checks bounds through a temporary copy; the rows are ours.
+        self._block_tables[:, :n_columns].take(rows, 0, tables, "clip")
+        return tables

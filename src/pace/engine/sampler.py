@@ -238,6 +238,7 @@ class Sampler:
         # a step leaves nothing of the interpreter in the caches.
         self._gathered: list[int] = []
         self._params = self._rows[:0]
+        self._position = self._params["position"]
         self._free: list[History | None] | None = None  # a None for each, where nothing holds for any of them
 
     def open(self, seq: Sequence) -> None:
@@ -261,7 +262,7 @@ class Sampler:
         """Draw the next token of every sequence.
 
         A draw depends on the request's seed, the completion's index and the token's position only, so that it
-        does not matter in which step or beside whom it happens.
+        does not matter in which step or beside whom it happens. The result is valid until the next call.
 
         Args:
             logits: f32 [R, vocab_size].
@@ -270,9 +271,10 @@ class Sampler:
         rows = [seq.row for seq in seqs]
         if rows != self._gathered:
             self._params = self._rows[rows]
+            self._position = self._params["position"]
             self._free = [None] * len(seqs) if all(seq.constraints.is_free for seq in seqs) else None
             self._gathered = rows
-        self._params["position"] = [seq.n_tokens for seq in seqs]
+        self._position[:] = [seq.n_tokens for seq in seqs]
         history = self._free
         if history is None:
             history = [seq.constraints.history(seq.tokens, seq.n_prompt, seq.n_tokens) for seq in seqs]

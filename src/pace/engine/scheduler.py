@@ -29,7 +29,7 @@ class Schedule:
         seqs: in the order of the batch.
         n_new: tokens of each, >= 1.
         n_tokens: sum of n_new.
-        n_decode: leading sequences that run one token each.
+        n_decode: leading sequences that run their only pending token.
         admitted: those of seqs that start with this step.
     """
 
@@ -47,8 +47,10 @@ class Schedule:
 
     def split(self) -> Iterator[Schedule]:
         """The same step as one step per sequence."""
-        for seq, n_new in zip(self.seqs, self.n_new, strict=True):
-            yield Schedule([seq], [n_new], n_new, int(n_new == 1), [seq] if seq in self.admitted else [])
+        for i, (seq, n_new) in enumerate(zip(self.seqs, self.n_new, strict=True)):
+            yield Schedule(
+                [seq], [n_new], n_new, int(i < self.n_decode), [seq] if seq in self.admitted else []
+            )
 
 
 class Scheduler:
@@ -254,12 +256,15 @@ class Scheduler:
         if not seq.is_scored:
             return False
         most = seq.n_tokens - 1
+        last = n_known + HOLD_TOKENS - 1  # of the tokens that must be shared; mostly the look at one tells
+        if last >= most:
+            return False
+        token = seq.tokens[last]
         for other in self.running:
-            if other.n_tokens - other.n_computed > 1 and most - n_known >= HOLD_TOKENS:
+            if other.n_tokens - other.n_computed > 1 and other.n_tokens > last and other.tokens[last] == token:
                 same = other.request_id == seq.request_id
                 if same or (self.prefix_caching and other.cache_salt == seq.cache_salt):
-                    n_shared = _common_prefix(seq, other)
-                    if min(n_shared, most) - n_known >= HOLD_TOKENS:
+                    if _common_prefix(seq, other) > last:
                         return True
         return False
 

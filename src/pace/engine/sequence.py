@@ -56,6 +56,7 @@ class Sequence:
         "has_stops",
         "index",
         "key",
+        "last_token",
         "logprobs",
         "max_output",
         "n_cached",
@@ -112,6 +113,7 @@ class Sequence:
         self.status = Status.WAITING
         self.tokens = prompt_ids  # the prompt alone until `start`, then with room for the output
         self.n_prompt = self.n_tokens = len(prompt_ids)
+        self.last_token = int(prompt_ids[-1])  # = tokens[n_tokens - 1]; reading an element of an array costs more
         self.n_computed = 0
         self.n_cached: int | None = (
             None  # prompt tokens found in the prefix cache; None before the first start
@@ -175,18 +177,22 @@ class Sequence:
 
     def commit(self, token_id: int) -> None:
         """All pending tokens have run and `token_id` was drawn: it becomes the pending one."""
-        self.tokens[self.n_tokens] = token_id
+        self.tokens[self.n_tokens] = self.last_token = token_id
         self.output_ids.append(token_id)
         self.n_computed = self.n_tokens
         self.n_tokens += 1
 
     def extend_text(self, n_output: int) -> None:
         """Let the text cover the first `n_output` tokens."""
-        if self.text is not None:
+        if self.text is None or n_output <= self.n_text:
+            return
+        if self.has_stops:
             for i in range(self.n_text, n_output):
                 # As vLLM: a stop string must be completed by a token behind the first min_tokens.
                 self.text.push(self.output_ids[i], check_stop=i >= self.params.min_tokens)
-            self.n_text = max(self.n_text, n_output)
+        else:
+            self.text.extend(self.output_ids[self.n_text : n_output])
+        self.n_text = n_output
 
     def finish(self, reason: str, stop_reason: int | str | None) -> None:
         """End the sequence; its row and blocks are the scheduler's to free."""

@@ -166,8 +166,12 @@ class PrefixIndex:
         best, n_best = -1, MIN_TAIL - 1
         if len(data) > n_best * TOKEN_BYTES:
             wanted = np.frombuffer(data, dtype=np.int32)
+            head = data[: MIN_TAIL * TOKEN_BYTES]
             for child in self._children.get(parent, ()):
-                held = np.frombuffer(self._entries[child].data, dtype=np.int32)[: len(wanted)]
+                entry = self._entries[child]
+                if not entry.data.startswith(head):
+                    continue
+                held = np.frombuffer(entry.data, dtype=np.int32)[: len(wanted)]
                 differs = np.flatnonzero(held != wanted[: len(held)])
                 n_same = int(differs[0]) if len(differs) else len(held)
                 if n_same > n_best:
