@@ -69,6 +69,7 @@ typedef struct {
 // scale NaN, so that its scores and its share of the output are NaN and the engine's check of the logits sees it.
 typedef struct {
     char *kv;                            // block 0, 64-byte aligned
+    long block_stride;                   // bytes from a block to the next
     long block;                          // tokens in a block: a power of two >= 16
     long n_heads, n_kv_heads, head_dim;  // head_dim: a multiple of 16 up to PACE_MAX_HEAD_DIM
     int int8;                            // element type: 0 bf16, 1 int8 with scales
@@ -84,7 +85,7 @@ static inline long pace_kv_head_bytes(const pace_kv *kv) {
 }
 
 static inline char *pace_kv_head(const pace_kv *kv, long block, long kv_head) {
-    return kv->kv + (block * kv->n_kv_heads + kv_head) * pace_kv_head_bytes(kv);
+    return kv->kv + block * kv->block_stride + kv_head * pace_kv_head_bytes(kv);
 }
 
 // K, V and scales of one kv head in the block that holds position pos of a sequence.

@@ -70,7 +70,8 @@ int pace_pool_init(pace_pool *pool, long n_layers, long n_blocks, const pace_kv 
     *pool = (pace_pool){.n_layers = n_layers, .n_blocks = n_blocks, .kv = *shape};
     const double most = (double)n_layers * (double)n_blocks * (double)shape->n_kv_heads * (double)shape->block;
     if (most * 4 * PACE_MAX_HEAD_DIM > 0x1p62) return ENOMEM;  // and nothing below overflows
-    pool->bytes = (size_t)(n_layers * n_blocks * shape->n_kv_heads * pace_kv_head_bytes(shape));
+    pool->kv.block_stride = n_layers * shape->n_kv_heads * pace_kv_head_bytes(shape);
+    pool->bytes = (size_t)(n_blocks * pool->kv.block_stride);
     pool->kv.kv = pace_alloc_huge(pool->bytes);
     return pool->kv.kv ? 0 : ENOMEM;
 }
@@ -82,7 +83,7 @@ void pace_pool_free(pace_pool *pool) {
 
 pace_kv pace_pool_layer(const pace_pool *pool, long layer) {
     pace_kv kv = pool->kv;
-    kv.kv = pace_kv_head(&kv, layer * pool->n_blocks, 0);
+    kv.kv += layer * kv.n_kv_heads * pace_kv_head_bytes(&kv);
     return kv;
 }
 

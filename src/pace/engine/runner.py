@@ -59,7 +59,9 @@ class Runner:
         self._block_tables = block_tables
         self._block_size = block_size
         self._token_ids = np.zeros(max_tokens, dtype=np.int32)
-        self._counting = np.arange(max_seqs + 1, dtype=np.int32)  # q_start and logit_rows of one row per sequence
+        self._counting = np.arange(
+            max_seqs + 1, dtype=np.int32
+        )  # q_start and logit_rows of one row per sequence
         self._q_start = np.zeros(max_seqs + 1, dtype=np.int32)
         self._kv_len = np.zeros(max_seqs, dtype=np.int32)
         self._batch_tables = np.zeros(max_seqs * block_tables.shape[1], dtype=np.int32)

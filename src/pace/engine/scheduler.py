@@ -256,17 +256,21 @@ class Scheduler:
         if not seq.is_scored:
             return False
         most = seq.n_tokens - 1
-        last = n_known + HOLD_TOKENS - 1  # of the tokens that must be shared; mostly the look at one tells
+        last = n_known + HOLD_TOKENS - 1  # of the tokens that must be shared; a look at one mostly tells
         if last >= most:
             return False
         token = seq.tokens[last]
-        for other in self.running:
-            if other.n_tokens - other.n_computed > 1 and other.n_tokens > last and other.tokens[last] == token:
-                same = other.request_id == seq.request_id
-                if same or (self.prefix_caching and other.cache_salt == seq.cache_salt):
-                    if _common_prefix(seq, other) > last:
-                        return True
-        return False
+        return any(
+            other.n_tokens - other.n_computed > 1
+            and other.n_tokens > last
+            and other.tokens[last] == token
+            and (
+                other.request_id == seq.request_id
+                or (self.prefix_caching and other.cache_salt == seq.cache_salt)
+            )
+            and _common_prefix(seq, other) > last
+            for other in self.running
+        )
 
 
 def _common_prefix(a: Sequence, b: Sequence) -> int:

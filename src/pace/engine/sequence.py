@@ -113,7 +113,9 @@ class Sequence:
         self.status = Status.WAITING
         self.tokens = prompt_ids  # the prompt alone until `start`, then with room for the output
         self.n_prompt = self.n_tokens = len(prompt_ids)
-        self.last_token = int(prompt_ids[-1])  # = tokens[n_tokens - 1]; reading an element of an array costs more
+        self.last_token = int(
+            prompt_ids[-1]
+        )  # = tokens[n_tokens - 1]; reading an element of an array costs more
         self.n_computed = 0
         self.n_cached: int | None = (
             None  # prompt tokens found in the prefix cache; None before the first start
