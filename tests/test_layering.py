@@ -179,6 +179,6 @@ def test_families_hold_no_mathematics() -> None:
 
 def test_no_unfinished_code() -> None:
     marks = re.compile(r"\b(TODO|FIXME|XXX|HACK|NotImplementedError)\b")
-    for path in [*sources(), *(PACE / "_ext").glob("*.[ch]"), *(PACE / "_ext").glob("*.pyx")]:
+    for path in [*sources(), *(PACE / "_ext").glob("*.[ch]"), *(PACE / "_ext").glob("*.p[yx]*")]:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             assert not marks.search(line), where(path, number)

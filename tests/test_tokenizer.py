@@ -281,6 +281,23 @@ def test_byte_level_stream_equals_the_whole(gpt: Tokenizer, skip: bool) -> None:
             assert stream(detokenizer, ids) == gpt.decode(ids, skip_special_tokens=skip)
 
 
+@pytest.mark.parametrize("skip", [True, False])
+def test_tokens_may_come_in_any_runs(gpt: Tokenizer, llama: Tokenizer, skip: bool) -> None:
+    rng = random.Random(3)
+    for tokenizer in (gpt, llama):
+        n_tokens = tokenizer._rust.get_vocab_size()
+        for length in (1, 7, 60):
+            ids = [rng.randrange(n_tokens) for _ in range(length)]
+            alone = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip)
+            runs = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip)
+            text, at = "", 0
+            while at < length:
+                end = at + rng.randrange(9)
+                text += runs.extend(ids[at:end])
+                at = end
+            assert text + runs.finish() == stream(alone, ids)
+
+
 def test_characters_are_never_split(gpt: Tokenizer) -> None:
     for text in CORPUS:
         detokenizer = IncrementalDetokenizer(gpt)
@@ -426,6 +443,9 @@ def test_text_stream(gpt: Tokenizer) -> None:
     texts = TextStream(gpt, stop=["fox"], include_stop_str_in_output=True)
     shown = "".join(map(texts.push, ids))
     assert shown == texts.text == "The quick brown fox"
+
+    texts = TextStream(gpt)
+    assert texts.extend(ids) + texts.finish() == texts.text == "The quick brown fox jumps"
 
     texts = TextStream(gpt, stop=["jumpsuit"])
     assert "".join(map(texts.push, ids)) + texts.finish() == "The quick brown fox jumps"

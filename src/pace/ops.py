@@ -491,7 +491,7 @@ def sample(
             in the caches, and six new arrays cost 40 us then.
     """
     n = len(logits)
-    k = team._team.most_logprobs(params)
+    k = _kernels.most_logprobs(params)
     if out is None or out.top_ids.shape != (n, k):
         out = SampleResult(
             np.empty(n, np.int32),
@@ -501,7 +501,7 @@ def sample(
             np.zeros((n, k), np.float32),
             np.zeros(n, np.int32),
         )
-    team._team.sample(logits, maxima, params, history, *out)
+    _kernels.sample(team._team, logits, maxima, params, history, *out)
     return out
 
 
@@ -534,7 +534,7 @@ def logprobs(team: Team, logits: F32, tokens: I32, n: int) -> LogprobsResult:
         np.zeros((rows, k), np.float32),
         np.zeros(rows, np.int32),
     )
-    team._team.logprobs(logits, tokens, n, *out)
+    _kernels.logprobs(team._team, logits, tokens, n, *out)
     return out
 
 

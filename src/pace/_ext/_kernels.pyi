@@ -20,31 +20,6 @@ class Team:
     def close(self) -> None: ...
     def roof_read(self, memory: Memory, repeat: int) -> float: ...
     def roof_dot(self, kind: str, tier: str | None, iterations: int) -> float: ...
-    def most_logprobs(self, params: npt.NDArray[Any]) -> int: ...
-    def sample(
-        self,
-        logits: F32,
-        maxima: F32 | None,
-        params: npt.NDArray[Any],
-        history: Sequence[tuple[I32, I32, I32, I32, F32, I32] | None],
-        tokens: I32,
-        logprobs: F32,
-        ranks: I32,
-        top_ids: I32,
-        top_logprobs: F32,
-        errors: I32,
-    ) -> None: ...
-    def logprobs(
-        self,
-        logits: F32,
-        tokens: I32,
-        n_logprobs: int,
-        logprobs: F32,
-        ranks: I32,
-        top_ids: I32,
-        top_logprobs: F32,
-        errors: I32,
-    ) -> None: ...
 
 class Matrix:
     n: int
@@ -153,3 +128,28 @@ def isa() -> str | None: ...
 def cpu() -> dict[str, Any]: ...
 def softmax(x: F32) -> None: ...
 def argmax(x: F32) -> int: ...
+def most_logprobs(params: npt.NDArray[Any]) -> int: ...
+def sample(
+    team: Team,
+    logits: F32,
+    maxima: F32 | None,
+    params: npt.NDArray[Any],
+    history: Sequence[tuple[I32, I32, I32, I32, F32, I32] | None],
+    tokens: I32,
+    logprobs: F32,
+    ranks: I32,
+    top_ids: I32,
+    top_logprobs: F32,
+    errors: I32,
+) -> None: ...
+def logprobs(
+    team: Team,
+    logits: F32,
+    tokens: I32,
+    n_logprobs: int,
+    logprobs: F32,
+    ranks: I32,
+    top_ids: I32,
+    top_logprobs: F32,
+    errors: I32,
+) -> None: ...

@@ -18,12 +18,16 @@
 #define GEMM_TILE_ROWS 32
 #define GEMM_KC 512  // 32 columns x 512 k of B = 32 KB, and 32 rows of A the same: both near L1
 #define GEMM_FEW 64
-#define GEMM_FETCH_ROWS 1  // 32 rows on 32 pages: more streams than the hardware follows
-#define GEMM_AHEAD 4096    // bytes ahead of a single tile's stream; on amx 2 to 16 KB made no difference
+#define GEMM_FEW_KC g->k
+#define GEMM_SPREAD(tiles) 1  // how many tiles share the fetching of the next chunk: a step of 32 k is long enough
+#define GEMM_FETCH_ROWS 1     // 32 rows on 32 pages: more streams than the hardware follows
+#define GEMM_AHEAD 4096       // bytes ahead of a single tile's stream; on amx 2 to 16 KB made no difference
 #else
 #define GEMM_TILE_ROWS (MM_ROWS_2 > 4 ? MM_ROWS_2 : 12)
 #define GEMM_KC 2048  // a panel chunk is 128 KB: L2; smaller chunks only add C traffic (vdpbf16ps is the limit)
 #define GEMM_FEW 64
+#define GEMM_FEW_KC 2048
+#define GEMM_SPREAD(tiles) (tiles)
 #define GEMM_FETCH_ROWS 0
 // Bytes ahead of a single tile's stream. A decode step of the 1B shape on Zen 4 (2 threads, read roof 60 GB/s), panels
 // side by side as on avx2 / 2 KB ahead / 4 KB ahead: 1 row 45 / 40 / 40 ms, 2 rows 48 / 39 / 39, 8 rows 58 / 85 / 58
@@ -116,7 +120,8 @@ static void gemm_bf16(const pace_gemm *g, long p0, long p1, long m0, long m1, vo
     float *c = scratch;
     gemm_state state;
     gemm_begin(&state);
-    mm_args a = {.a = g->a + m0 * g->lda, .lda = g->lda, .ldb = 2 * PACE_NR, .bps = panel, .kp = g->k / 2};
+    mm_args a = {
+        .a = g->a + m0 * g->lda, .lda = g->lda, .ldb = 2 * PACE_NR, .bps = panel, .kp = g->k / 2, .prefetch_step = 128};
     if (rows <= GEMM_SKINNY_ROWS) {  // several panels side by side
         const long most = GEMM_SKINNY_WIDTH(rows) / 2;
         for (long p = p0, np; p < p1; p += np) {
@@ -133,19 +138,27 @@ static void gemm_bf16(const pace_gemm *g, long p0, long p1, long m0, long m1, vo
     }
     a.ldc = PACE_NR;
     if (rows <= GEMM_FEW) {
-        const long tiles = (rows + GEMM_TILE_ROWS - 1) / GEMM_TILE_ROWS;
+        const long tiles = (rows + GEMM_TILE_ROWS - 1) / GEMM_TILE_ROWS, most = tiles == 1 ? g->k : GEMM_FEW_KC;
+        a.prefetch_step = (128 + GEMM_SPREAD(tiles) - 1) / GEMM_SPREAD(tiles);
         for (long p = p0; p < p1; p++) {
-            for (long t = 0, done = 0, mr; t < tiles; t++, done += mr) {
-                mr = gemm_rows_of(rows - done, tiles - t);
-                a.a = g->a + (m0 + done) * g->lda;
-                a.b = g->w + p * panel;
-                a.c = c;
-                // one tile: read a little ahead of itself; several: the first fetches the whole next panel
-                a.prefetch = tiles == 1             ? (const char *)a.b + GEMM_AHEAD
-                             : t == 0 && p + 1 < p1 ? (const char *)(a.b + panel)
-                                                    : NULL;
-                gemm_tile(&state, (int)mr, &a);
-                gemm_epilogue(g, p, m0 + done, mr, c, PACE_NR);
+            for (long k0 = 0, kc; k0 < g->k; k0 += kc) {
+                kc = g->k - k0 < most ? g->k - k0 : most;
+                a.kp = kc / 2;
+                a.b = g->w + p * panel + k0 * PACE_NR;
+                a.accumulate = k0 > 0;
+                for (long t = 0, done = 0, mr; t < tiles; t++, done += mr) {
+                    mr = gemm_rows_of(rows - done, tiles - t);
+                    a.a = g->a + (m0 + done) * g->lda + k0;
+                    a.c = c + done * PACE_NR;
+                    // One tile reads a little ahead of itself. Several share the fetching of what follows: the next
+                    // chunk of this panel or the first of the next, which mostly is this worker's too.
+                    a.prefetch = tiles == 1 ? (const char *)a.b + GEMM_AHEAD
+                                 : t < GEMM_SPREAD(tiles)
+                                     ? (const char *)(a.b + kc * PACE_NR) + t * a.kp * a.prefetch_step
+                                     : NULL;
+                    gemm_tile(&state, (int)mr, &a);
+                    if (k0 + kc == g->k) gemm_epilogue(g, p, m0 + done, mr, a.c, PACE_NR);
+                }
             }
         }
         gemm_end(&state);
