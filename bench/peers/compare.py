@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from common import CELL_TOKENS, CELLS, cell, split
+from common import CELL_TOKENS, CELLS, SUITES, cell, split
 
 HERE = Path(__file__).parent
 OURS, RIVAL = "pace", "amd_pace"
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("directory")
     parser.add_argument("--engine", action="append", required=True, metavar="NAME=PYTHON")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--suite", choices=("latency", "throughput"), default="latency")
+    parser.add_argument("--suite", choices=SUITES, default="latency")
     parser.add_argument("--cells", nargs="+", type=cell, default=list(CELLS), metavar="SEQUENCESxPROMPT")
     parser.add_argument("--vllm-compiled", action="store_true", help="let vLLM use torch.compile")
     args = parser.parse_args()
