@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from pace.engine.pacing import Pacer
 from pace.engine.sequence import NO_ROW, Status
 from pace.errors import CapacityError, QueueFullError
 from pace.outputs import RequestOutput
@@ -47,6 +48,13 @@ def truth(
         if history[-1] == EOS and not ignore_eos:
             break
     return tuple(history[len(prompt) :]), tuple(logprobs)
+
+
+class ModelPacer(Pacer):
+    """Steps cost what a formula says: hypothesis must find the same schedule when it runs the same rules again."""
+
+    def observe(self, n_decode: int, n_prompt: int, seconds: float) -> None:
+        super().observe(n_decode, n_prompt, max(0.04, 0.005 * (n_decode + n_prompt)))
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -82,6 +90,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_num_waiting=12,
             eos=frozenset({EOS}),
         )
+        self.engine.scheduler.pacer = ModelPacer()
         self.asked: dict[str, dict[str, Any]] = {}  # requests in flight
         self.got: dict[str, list[list[int]]] = {}  # tokens of their completions, deltas joined
         self.count = 0
