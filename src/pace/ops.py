@@ -225,8 +225,14 @@ class KVPool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes reserved; pages are touched only when tokens are stored."""
+        """Bytes reserved; pages are touched only when tokens are stored, or soon will be: see `n_mapped`."""
         return self._pool.nbytes
+
+    @property
+    def n_mapped(self) -> int:
+        """Leading blocks that steps have used or prepared: each step maps the pages of one more block than it uses, while
+        there are fewer than one ahead per sequence."""
+        return self._pool.n_mapped
 
     def copy(self, src: int, dst: int, n_tokens: int) -> None:
         """Make the first `n_tokens` tokens of block `src` those of block `dst`, in every layer; appending goes on

@@ -16,9 +16,12 @@ weight is rounded once more when it takes the value's scale, 2^-8 A, and a score
 
 from __future__ import annotations
 
+import mmap
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -632,3 +635,32 @@ def test_pool_size() -> None:
     assert ops.KVPool(3, 2, 48, 5, 32, "int8").nbytes == 3 * 2 * 5 * 32 * (2 * 48 + 8)
     with pytest.raises(MemoryError):
         ops.KVPool(1 << 20, 1 << 20, 256, 1 << 20, 1 << 20)
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_pool_maps_ahead(team: ops.Team, contiguous: bool) -> None:
+    """One more block per step than is used, up to one per sequence, never beyond the pool; their memory is there."""
+    block = 16
+    pool = ops.KVPool(256, 1, 128, 6, block, contiguous=contiguous)  # 2 MiB a block
+    shape = Shape(1, 1, 128, block, n_blocks=6, contiguous=contiguous)
+    plan = plan_of(team, shape, pool, "", ir.Attention("a", "q", "o", 0, 0.2))
+    rows = make_rows(shape, 40, "ahead")
+
+    def after(*tables: list[int], n: int = 1) -> int:
+        step(plan, [(rows[:n], 0, table[:1] if contiguous else table) for table in tables])
+        return pool.n_mapped
+
+    assert pool.n_mapped == 0
+    before = resident_bytes()
+    assert after([0], [1]) == 3
+    assert after([0], [1]) == 4
+    if tuple(map(int, platform.release().split(".")[:2])) >= (5, 14):
+        assert resident_bytes() - before > 3 << 20  # of blocks 2 and 3, which nobody has used
+    assert after([0], [1]) == 4
+    assert after([2, 3, 4], n=40) == 6
+    assert after([5]) == 6
+
+
+def resident_bytes() -> int:
+    """What the process holds in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE

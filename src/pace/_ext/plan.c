@@ -115,6 +115,12 @@ void pace_pool_copy(const pace_pool *pool, long src, long dst, long n_tokens) {
     }
 }
 
+void pace_pool_map_ahead(pace_pool *pool, long reached, long n_seqs) {
+    if (pool->n_mapped < reached) pool->n_mapped = reached;
+    if (pool->n_mapped >= pool->n_blocks || pool->n_mapped >= reached + n_seqs) return;
+    pace_map_huge(pool->kv.kv + pool->n_mapped++ * pool->kv.block_stride, (size_t)pool->kv.block_stride);
+}
+
 // ---- building ---------------------------------------------------------------------------------------------
 
 // Room for split attention's partial results; touched only when used. 32 MB hold 4000 pieces (a million tokens) of 32

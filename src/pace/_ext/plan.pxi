@@ -11,10 +11,12 @@ cdef extern from "plan.h" nogil:
                          long ld, long rows, long at, int mode)
     ctypedef struct pace_pool:
         size_t bytes
+        long n_mapped
     int pace_pool_init(pace_pool *pool, long n_layers, long n_blocks, const pace_kv *shape)
     void pace_pool_free(pace_pool *pool)
     pace_kv pace_pool_layer(const pace_pool *pool, long layer)
     void pace_pool_copy(const pace_pool *pool, long src, long dst, long n_tokens)
+    void pace_pool_map_ahead(pace_pool *pool, long reached, long n_seqs)
     int PACE_EMBED, PACE_NORM, PACE_GEMM, PACE_ANGLES, PACE_ROPE_KV, PACE_ATTENTION, PACE_SELECT
     struct embed_op:
         const pace_matrix *table
@@ -137,6 +139,10 @@ cdef class KVPool:
     @property
     def nbytes(self):
         return self.pool.bytes
+
+    @property
+    def n_mapped(self):
+        return self.pool.n_mapped
 
     def copy(self, long src, long dst, long n_tokens):
         if not 0 <= src < self.n_blocks or not 0 <= dst < self.n_blocks or src == dst:
@@ -355,7 +361,7 @@ cdef class Plan:
     def step(self, const int32_t[::1] token_ids, const int32_t[::1] q_start, const int32_t[::1] kv_len,
              const int32_t[:, ::1] block_tables, const int32_t[::1] logit_rows):
         cdef pace_batch b
-        cdef long s, i, n_seqs = kv_len.shape[0], n = token_ids.shape[0], last = -1, q_len, need
+        cdef long s, i, n_seqs = kv_len.shape[0], n = token_ids.shape[0], last = -1, q_len, need, reached = 0
         if not 1 <= n <= self.p.max_tokens or not 1 <= n_seqs <= self.p.max_seqs or logit_rows.shape[0] > self.p.max_logits:
             raise ValueError(f"step of {n} tokens, {n_seqs} sequences, {logit_rows.shape[0]} logit rows; the plan holds "
                              f"{self.p.max_tokens}, {self.p.max_seqs}, {self.p.max_logits}")
@@ -371,12 +377,14 @@ cdef class Plan:
                     raise ValueError(f"a contiguous pool wants tables of 1 column, the first block, got {block_tables.shape[1]}")
                 if not 0 <= block_tables[s, 0] <= self.pool.n_blocks - need:
                     raise ValueError(f"sequence {s} needs {need} blocks from {block_tables[s, 0]} on, there are {self.pool.n_blocks}")
+                reached = max(reached, block_tables[s, 0] + need)
                 continue
             if need > block_tables.shape[1]:
                 raise ValueError(f"sequence {s} of length {kv_len[s]} needs {need} blocks, its table has {block_tables.shape[1]}")
             for i in range(need):
                 if not 0 <= block_tables[s, i] < self.pool.n_blocks:
                     raise ValueError(f"sequence {s} names block {block_tables[s, i]} of {self.pool.n_blocks}")
+                reached = max(reached, block_tables[s, i] + 1)
         for i in range(n):
             if not 0 <= token_ids[i] < self.vocab_size:
                 raise ValueError(f"token id {token_ids[i]} at row {i}, the vocabulary has {self.vocab_size}")
@@ -392,6 +400,7 @@ cdef class Plan:
         if self.team.team == NULL:
             raise RuntimeError("the thread team is closed")
         with nogil:
+            pace_pool_map_ahead(&self.pool.pool, reached, n_seqs)
             e = pace_plan_step(&self.p, &b)
         check_run(e)
 

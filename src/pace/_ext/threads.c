@@ -591,6 +591,15 @@ void *pace_alloc_huge(size_t bytes) {
     return p + head;
 }
 
+void pace_map_huge(void *p, size_t bytes) {
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+    const uintptr_t begin = (uintptr_t)p / SMALL_PAGE * SMALL_PAGE;
+    // Refused before Linux 5.14: then pages come when they are touched.
+    madvise((void *)begin, round_up((uintptr_t)p + bytes - begin, SMALL_PAGE), MADV_POPULATE_WRITE);
+}
+
 void pace_free_huge(void *p, size_t bytes) {
     if (p) munmap(p, round_up(bytes ? bytes : 1, SMALL_PAGE));
 }

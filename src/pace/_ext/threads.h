@@ -110,6 +110,7 @@ void pace_thp_mode(char *mode, size_t mode_bytes);
 // Zeroed memory. From 2 MiB on it is 2 MiB-aligned and asks for huge pages; below, it is
 // page-aligned. Pages are placed where they are first touched. NULL if there is none.
 void *pace_alloc_huge(size_t bytes);
+void pace_map_huge(void *p, size_t bytes);   // touch the pages of a part of it now, where the system can
 void pace_free_huge(void *p, size_t bytes);  // bytes as allocated; p may be NULL
 
 #endif
