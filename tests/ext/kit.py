@@ -152,6 +152,15 @@ def assert_close(got: Array, want: Array, tolerance: Array | float) -> None:
         )
 
 
+def sample_params(n: int, **fields: Any) -> np.ndarray:
+    """n rows of parameters with everything off: temperature 1, no filters, no penalties, no logprobs."""
+    rows = np.zeros(n, ops.SAMPLE_DTYPE)
+    defaults = {"temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0, "n_logprobs": -1}
+    for name, value in {**defaults, **fields}.items():
+        rows[name] = value
+    return rows
+
+
 # ---- golden models on the compiled executor ---------------------------------------------------------------
 
 

@@ -1,0 +1,518 @@
+"""The sampler against numpy: draws, filters, constraints, log probabilities, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from ext.kit import build, chosen, packed, put, rng, rows_batch, sample_params
+
+from pace import ops
+from pace.models import plan as ir
+
+
+def test_sampling_reads_rows_with_gaps(team: ops.Team) -> None:
+    """As the plan's logits have where no vector divides the vocabulary."""
+    wide = np.random.default_rng(3).standard_normal((5, 320)).astype(np.float32)
+    logits = wide[:, :307]
+    wide[:, 307:] = np.inf
+    got = ops.sample(team, logits, sample_params(5, temperature=0.0, n_logprobs=0), [None] * 5)
+    assert got.tokens.tolist() == logits.argmax(axis=1).tolist() and not got.errors.any()
+    again = ops.logprobs(team, logits, got.tokens, 0)
+    assert again.logprobs.tobytes() == got.logprobs.tobytes()
+    with pytest.raises(ValueError, match="side by side"):
+        ops.sample(team, wide.T[:5], sample_params(5), [None] * 5)
+
+
+def philox(seed: int, position: int, index: int = 0) -> float:
+    """Philox4x32-10 (Salmon et al., SC 2011), as sampler.h specifies it: a double in [0, 1)."""
+    mask = 0xFFFFFFFF
+    c = [position & mask, position >> 32, index, 0]
+    key = [seed & mask, seed >> 32]
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(p1 >> 32) ^ c[1] ^ key[0], p1 & mask, (p0 >> 32) ^ c[3] ^ key[1], p0 & mask]
+        key = [(key[0] + 0x9E3779B9) & mask, (key[1] + 0xBB67AE85) & mask]
+    return ((c[0] >> 5) * 67108864 + (c[1] >> 6)) / 9007199254740992
+
+
+NO_IDS = np.empty(0, np.int32)
+NO_BIAS = np.empty(0, np.float32)
+Row = tuple[np.ndarray, ...]
+
+
+def constraints(
+    prompt: Any = NO_IDS,
+    output: Any = NO_IDS,
+    banned: Any = NO_IDS,
+    bias_ids: Any = NO_IDS,
+    bias: Any = NO_BIAS,
+    allowed: Any = NO_IDS,
+) -> Any:
+    """One row's history; what is not given concerns nothing."""
+    ids = [np.asarray(part, np.int32) for part in (prompt, output, banned, bias_ids, allowed)]
+    return (*ids[:4], np.asarray(bias, np.float32), ids[4])
+
+
+def edited(x: np.ndarray, row: np.void, history: Row | None) -> np.ndarray:
+    """Logits after masks, bias and penalties, in float64."""
+    x = x.astype(np.float64)
+    if history is None:
+        return x
+    prompt, output, banned, bias_ids, bias, allowed = history
+    n = len(x)
+    if len(allowed):
+        masked = np.ones(n, bool)
+        masked[allowed[allowed < n]] = False
+        x[masked] = -np.inf
+    x[banned[banned < n]] = -np.inf
+    x[bias_ids[bias_ids < n]] += bias[bias_ids < n]
+    seen = np.union1d(prompt, output).astype(int)
+    r = float(row["repetition_penalty"])
+    x[seen] = np.where(x[seen] > 0, x[seen] / r, x[seen] * r)
+    ids, counts = np.unique(output, return_counts=True)
+    x[ids] -= float(row["frequency_penalty"]) * counts + float(row["presence_penalty"])
+    return x
+
+
+def candidates(x: np.ndarray, row: np.void) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids in the order in which the draw walks them, and their weights, after all filters."""
+    w = np.exp((x - x.max()) / float(row["temperature"]))
+    order = np.lexsort((np.arange(len(x)), -x))
+    order = order[w[order] >= float(row["min_p"])]
+    if 0 < row["top_k"] < len(x):
+        order = order[: row["top_k"]]
+    if row["top_p"] < 1:
+        before = np.cumsum(w[order]) - w[order]
+        order = order[before < float(row["top_p"]) * w[order].sum()]
+    if not 0 < row["top_k"] < len(x) and row["top_p"] >= 1:
+        order = np.sort(order)
+    return order, w[order]
+
+
+def assert_drawn(token: int, x: np.ndarray, row: np.void) -> None:
+    """The token whose share of the cumulated weight holds u; f32 weights may move an edge by 1e-5."""
+    order, w = candidates(x, row)
+    at = np.nonzero(order == token)[0]
+    assert len(at), f"token {token} was filtered out"
+    ends = np.cumsum(w) / w.sum()
+    u = philox(int(row["seed"]), int(row["position"]), int(row["sample_index"]))
+    assert ends[at[0]] - w[at[0]] / w.sum() - 1e-5 <= u <= ends[at[0]] + 1e-5
+
+
+FILTERS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.3},
+    {"temperature": 2.5, "min_p": 0.05},
+    {"top_k": 1},
+    {"top_k": 5},
+    {"top_k": 300, "temperature": 1.7},
+    {"top_p": 0.1},
+    {"top_p": 0.9, "temperature": 0.7},
+    {"top_k": 40, "top_p": 0.8, "min_p": 0.02},
+    {"top_p": 1e-6},
+    {"min_p": 1.0},
+    {"min_p": 1e-4, "temperature": 1.5},
+    {"min_p": 0.05, "top_p": 0.7, "temperature": 2.0},
+    {"top_p": 0.99999994},
+    {"temperature": 0.01, "top_p": 0.9},
+    {"temperature": 50.0, "top_p": 0.5},
+]
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+@pytest.mark.parametrize("vocab", [1, 5, 307, 1000, 20_001])
+def test_draws_match_numpy(team: ops.Team, vocab: int, filters: dict[str, Any]) -> None:
+    """64 seeded draws from one row: each is the token that numpy finds, from the same generator."""
+    logits = np.repeat((3 * rng("draw", vocab).standard_normal((1, vocab))).astype(np.float32), 64, axis=0)
+    params = sample_params(64, **filters)
+    params["seed"] = np.arange(64, dtype=np.uint64) * np.uint64(0x123456789ABCDEF)
+    params["position"] = np.arange(64) // 3
+    params["sample_index"] = np.arange(64) % 3
+    got = ops.sample(team, logits, params, [None] * 64)
+    assert not got.errors.any()
+    for token, row in zip(got.tokens, params, strict=True):
+        assert_drawn(int(token), logits[0].astype(np.float64), row)
+
+
+def test_draws_have_the_right_frequencies(team: ops.Team) -> None:
+    """20,000 draws: each token within 5 standard deviations of its probability."""
+    n = 20_000
+    x = np.array([2.0, 1.0, 0.0, -1.0, -1.0, 0.5], np.float32)
+    params = sample_params(n, seed=7)
+    params["position"] = np.arange(n)
+    counts = np.bincount(
+        ops.sample(team, np.repeat(x[None], n, axis=0), params, [None] * n).tokens, minlength=6
+    )
+    p = np.exp(x.astype(np.float64)) / np.exp(x.astype(np.float64)).sum()
+    assert (np.abs(counts / n - p) < 5 * np.sqrt(p * (1 - p) / n)).all()
+
+
+def test_filters_keep_exactly_their_support(team: ops.Team) -> None:
+    """Flat-ish logits and many draws: every kept token appears, no other does."""
+    x = np.log(np.array([0.02, 0.3, 0.08, 0.25, 0.05, 0.2, 0.1], np.float32))
+    want = {
+        ("top_k", 3): {1, 3, 5},
+        ("top_p", 0.5): {1, 3},
+        ("top_p", 0.56): {1, 3, 5},
+        ("min_p", 0.3): {1, 3, 5, 6},
+        ("top_k", 7): set(range(7)),
+        ("top_k", 0): set(range(7)),
+        ("top_k", -1): set(range(7)),
+    }
+    for (name, value), support in want.items():
+        params = sample_params(2000, seed=3, **{name: value})
+        params["position"] = np.arange(2000)
+        got = ops.sample(team, np.repeat(x[None], 2000, axis=0), params, [None] * 2000)
+        assert set(got.tokens.tolist()) == support, (name, value)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize(
+    "penalties",
+    [
+        {"repetition_penalty": 1.5},
+        {"repetition_penalty": 0.6},
+        {"presence_penalty": 2.0},
+        {"frequency_penalty": 0.9},
+        {"frequency_penalty": -0.5, "presence_penalty": -1.0, "repetition_penalty": 1.2},
+        {},
+    ],
+    ids=str,
+)
+def test_penalties(team: ops.Team, temperature: float, penalties: dict[str, float]) -> None:
+    vocab, n = 60, 40
+    r = rng("penalties")
+    logits = (2 * r.standard_normal((n, vocab))).astype(np.float32)
+    params = sample_params(n, temperature=temperature, **penalties)
+    params["seed"] = np.arange(n)
+    history = [
+        constraints(
+            r.integers(0, vocab, 12),
+            r.integers(0, vocab // 2, r.integers(0, 30)),
+            r.choice(vocab, 5, replace=False),
+        )
+        for _ in range(n)
+    ]
+    kept = logits.copy()
+    got = ops.sample(team, logits, params, history)
+    assert np.array_equal(kept, logits), "the logits are the plan's memory"
+    for i, token in enumerate(got.tokens):
+        x = edited(logits[i], params[i], history[i])
+        if temperature == 0:
+            assert x[token] >= x.max() - 1e-5
+        else:
+            assert_drawn(int(token), x, params[i])
+        assert token not in history[i][2]
+
+
+@pytest.mark.parametrize("vocab", [7, 300, 3001])
+@pytest.mark.parametrize(
+    "filters", [{"temperature": 0.0}, {}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.1}], ids=str
+)
+def test_mixed_constraints_match_numpy(team: ops.Team, vocab: int, filters: dict[str, float]) -> None:
+    """Allowed tokens, bans, bias and penalties in every mixture, ids outside the vocabulary among them."""
+    n = 64
+    r = rng("mixed", vocab)
+    logits = (3 * r.standard_normal((n, vocab))).astype(np.float32)
+    params = sample_params(n, **filters, seed=11, n_logprobs=2)
+    params["position"] = np.arange(n)
+    params["repetition_penalty"] = r.choice([1.0, 1.3], n)
+    params["frequency_penalty"] = r.choice([0.0, 0.7], n)
+    history: list[Any] = []
+    for i in range(n):
+        allowed = r.choice(vocab + 5, vocab // 2 + 1, replace=False) if i & 1 else NO_IDS
+        banned = r.choice(vocab + 5, vocab // 4, replace=False) if i & 2 else NO_IDS
+        bias_ids = r.choice(vocab + 5, vocab // 3, replace=False) if i & 4 else NO_IDS
+        bias = r.uniform(-8, 8, len(bias_ids))
+        output = r.integers(0, vocab, 20) if i & 8 else NO_IDS
+        history.append(constraints(output[:5], output, banned, bias_ids, bias, allowed))
+    got = ops.sample(team, logits, params, history)
+    for i, token in enumerate(got.tokens):
+        x = edited(logits[i], params[i], history[i])
+        if x.max() == -np.inf:
+            assert (token, got.errors[i]) == (-1, -2)
+            continue
+        assert got.errors[i] == 0 and x[token] > -np.inf
+        best = np.sort(x)[-2:]
+        if filters.get("temperature") != 0.0:
+            assert_drawn(int(token), x, params[i])
+        elif len(best) < 2 or best[1] - best[0] > 1e-4:
+            assert token == x.argmax()
+        raw = logits[i].astype(np.float64)
+        raw -= raw.max()
+        assert abs(got.logprobs[i] - (raw[token] - np.log(np.exp(raw).sum()))) < 1e-5, "of the raw logits"
+        assert got.top_ids[i].tolist() == np.lexsort((np.arange(vocab), -raw))[:2].tolist()
+
+
+def test_a_bias_forces_and_forbids(team: ops.Team) -> None:
+    x = rng("bias").standard_normal((4, 500)).astype(np.float32)
+    x[2, 7] = -9.0
+    history = [
+        constraints(bias_ids=[123], bias=[100.0]),
+        constraints(bias_ids=[int(x[1].argmax())], bias=[-100.0]),
+        constraints(bias_ids=[7], bias=[100.0], banned=[7]),
+        constraints(bias_ids=[7, 9], bias=[100.0, 1.0], allowed=[9, 10]),
+    ]
+    got = ops.sample(team, x, sample_params(4, temperature=0.0), history).tokens
+    assert got[0] == 123 and got[1] == np.argsort(x[1])[-2] and got[2] == x[2].argmax()
+    assert got[3] == (9 if x[3, 9] + 1 >= x[3, 10] else 10)
+
+
+def test_samples_of_one_prompt_are_independent(team: ops.Team) -> None:
+    """sample_index: the same frequencies, other numbers, and each repeats itself."""
+    n, vocab = 4000, 8
+    x = np.repeat(rng("n").standard_normal((1, vocab)).astype(np.float32), n, axis=0)
+    params = sample_params(n, seed=5)
+    params["position"] = np.arange(n)
+    drawn = []
+    for index in range(3):
+        params["sample_index"] = index
+        drawn.append(ops.sample(team, x, params, [None] * n).tokens)
+        assert drawn[-1].tobytes() == ops.sample(team, x, params, [None] * n).tokens.tobytes()
+    p = np.exp(x[0].astype(np.float64))
+    p /= p.sum()
+    agree = (p**2).sum()
+    for i in range(3):
+        counts = np.bincount(drawn[i], minlength=vocab) / n
+        assert (np.abs(counts - p) < 5 * np.sqrt(p * (1 - p) / n)).all()
+        same = (drawn[i] == drawn[i - 1]).mean()
+        assert abs(same - agree) < 5 * np.sqrt(agree * (1 - agree) / n), "as two independent draws agree"
+
+
+def test_greedy_takes_the_lowest_of_equals(team: ops.Team) -> None:
+    x = np.zeros((3, 300), np.float32)
+    x[0, [250, 17, 140]] = 2.0
+    x[1, 299] = 1e-30
+    got = ops.sample(team, x, sample_params(3, temperature=0.0, top_k=5, top_p=0.1), [None] * 3)
+    assert got.tokens.tolist() == [17, 299, 0]
+
+
+def test_logprobs(team: ops.Team) -> None:
+    """Of the raw logits, whatever the temperature and penalties; ranks and the n best."""
+    vocab, n = 307, 12
+    r = rng("logprobs")
+    logits = (4 * r.standard_normal((n, vocab))).astype(np.float32)
+    wanted = [-1, 0, 1, 5, 20, 307, 3, 0, -1, 2, 7, 1]
+    params = sample_params(n, temperature=1.3, frequency_penalty=1.0, n_logprobs=np.array(wanted), seed=5)
+    history = [constraints(np.arange(9), np.arange(30))] * n
+    got = ops.sample(team, logits, params, history)
+    x = logits.astype(np.float64)
+    logp = x - x.max(-1, keepdims=True)
+    logp -= np.log(np.exp(logp).sum(-1, keepdims=True))
+    assert got.top_ids.shape == got.top_logprobs.shape == (n, vocab)
+    for i, k in enumerate(wanted):
+        token = got.tokens[i]
+        if k < 0:
+            assert got.logprobs[i] == 0 and (got.top_ids[i] == -1).all()
+            continue
+        assert abs(got.logprobs[i] - logp[i, token]) < 1e-5
+        assert got.ranks[i] == (logits[i] >= logits[i, token]).sum()
+        best = np.lexsort((np.arange(vocab), -logits[i]))[:k]
+        assert got.top_ids[i, :k].tolist() == best.tolist()
+        assert np.abs(got.top_logprobs[i, :k] - logp[i, best]).max(initial=0) < 1e-5
+        assert (got.top_ids[i, k:] == -1).all()
+
+
+def test_a_draw_depends_on_its_row_only(team: ops.Team) -> None:
+    """Seed, position and index decide: alone, in any company, in any order, on any number of threads."""
+    n, vocab = 33, 500
+    r = rng("rows")
+    logits = (2 * r.standard_normal((n, vocab))).astype(np.float32)
+    params = sample_params(n, temperature=0.9, top_p=0.95, n_logprobs=3)
+    params["seed"], params["position"] = r.integers(0, 2**63, n), r.integers(0, 5000, n)
+    params["top_k"], params["sample_index"] = r.choice([0, 1, 20, 100], n), r.integers(0, 128, n)
+    history: list[Any] = [
+        None
+        if i % 3 == 0
+        else constraints(
+            *(r.integers(0, vocab, 9) for _ in range(3)),
+            np.arange(i),
+            r.uniform(-2, 2, i),
+            np.arange(i, vocab),
+        )
+        for i in range(n)
+    ]
+    whole = ops.sample(team, logits, params, history)
+    order = r.permutation(n)
+    shuffled = ops.sample(team, logits[order], params[order], [history[i] for i in order])
+    for a, b in zip(whole, shuffled, strict=True):
+        assert a[order].tobytes() == b.tobytes()
+    single = ops.Team(1)
+    for i in range(n):
+        alone = ops.sample(single, logits[i : i + 1], params[i : i + 1], [history[i]])
+        assert [a.tobytes() for a in alone] == [a[i : i + 1].tobytes() for a in whole]
+    single.close()
+
+
+def test_bad_rows_are_reported_one_by_one(team: ops.Team) -> None:
+    """NaN, +inf, nothing left: an error for the row, and the others are drawn as ever."""
+    x = rng("bad").standard_normal((6, 200)).astype(np.float32)
+    clean = ops.sample(team, x, sample_params(6, seed=1), [None] * 6)
+    x[1, 199] = np.nan
+    x[2, 3] = np.inf
+    x[3] = -np.inf
+    history: list[Any] = [None] * 6
+    history[4] = constraints(banned=np.arange(200))
+    got = ops.sample(team, x, sample_params(6, seed=1), history)
+    assert got.errors.tolist() == [0, -1, -1, -2, -2, 0]
+    assert got.tokens[1:5].tolist() == [-1] * 4
+    history[4] = constraints(allowed=[200, 5000, -1])
+    assert ops.sample(team, x, sample_params(6, seed=1), history).errors[4] == -2, (
+        "no allowed id is in the vocabulary"
+    )
+    assert got.tokens[[0, 5]].tolist() == clean.tokens[[0, 5]].tolist()
+
+
+def test_masked_logits_are_never_drawn(team: ops.Team) -> None:
+    x = np.full((200, 50), -np.inf, np.float32)
+    x[:, [3, 40]] = [0.0, 1.0]
+    params = sample_params(200, seed=9, temperature=5.0)
+    params["position"] = np.arange(200)
+    for filters in ({}, {"top_k": 10}, {"top_p": 0.999}):
+        for name, value in filters.items():
+            params[name] = value
+        got = ops.sample(team, x, params, [None] * 200)
+        assert set(got.tokens.tolist()) == {3, 40}, filters
+
+
+@pytest.mark.parametrize("isa", ops.isas())
+def test_every_tier_draws_alike(team: ops.Team, isa: str) -> None:
+    """The one pass that tiers differ in has the same lanes everywhere: bytes equal those of the best tier."""
+    x = (3 * rng("tiers").standard_normal((64, 5003))).astype(np.float32)
+    params = sample_params(64, temperature=1.2, n_logprobs=4, seed=np.arange(64))
+    params["top_p"][::2] = 0.9
+    best = ops.sample(team, x, params, [None] * 64)
+    with ops.using_isa(isa):
+        for a, b in zip(best, ops.sample(team, x, params, [None] * 64), strict=True):
+            assert a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("isa", [*ops.isas(), "reference"])
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_the_lm_head_notes_maxima(isa: str, n_threads: int) -> None:
+    """`Plan.sample` draws the same as `sample`, from the logits and any slice of them, NaN rows and odd widths included;
+    that it doesn't read the rows for it shows where the noted maxima are changed."""
+    own = ops.Team(n_threads)
+    tier = ops.isas()[0] if isa == "reference" else isa
+    with ops.using_isa(tier):
+        for vocab, rows in ((1, 3), (127, 5), (128, 2), (307, 70), (1600, 33), (5003, 300)):
+            r = rng("maxima", vocab)
+            slots = [ir.Slot("a", 32, "bf16", "tokens"), ir.Slot("c", vocab, "f32", "tokens")]
+            weights = {"w": packed(own, r.standard_normal((vocab, 32)))}
+            plan = build(own, [ir.Gemm("g", "a", "c", "w")], slots, weights, kernels=chosen(isa))
+            x = r.standard_normal((rows, 32))
+            x[1] = np.nan
+            put(plan, "a", x)
+            logits = plan.step(rows_batch(rows))
+            params = sample_params(rows, n_logprobs=1, temperature=np.arange(rows) % 3)
+            history: list[Any] = [None if i % 2 else constraints(banned=[i % vocab]) for i in range(rows)]
+            if vocab == 1:
+                history = [None] * rows
+            for part in (slice(rows), slice(1, rows), slice(1, 2), slice(rows, rows)):
+                want = ops.sample(own, logits[part].copy(), params[part], history[part])
+                got = plan.sample(logits[part], params[part], history[part])
+                assert [a.tobytes() for a in got] == [a.tobytes() for a in want], (vocab, part)
+                elsewhere = plan.sample(logits[part].copy(), params[part], history[part])
+                assert [a.tobytes() for a in elsewhere] == [a.tobytes() for a in want]
+            assert got.errors.tolist() == [] and plan.sample(logits, params, history).errors[1] == -1
+            assert (plan._maxima is None) == (isa == "reference")
+            if plan._maxima is not None:
+                plan._maxima[0] = np.nan
+                assert plan.sample(logits, params, history).errors[0] == -1
+    own.close()
+
+
+def test_rows_may_have_padding_between_them(team: ops.Team) -> None:
+    """As a plan's have, where the vocabulary is no multiple of 16."""
+    wide = rng("padding").standard_normal((5, 320)).astype(np.float32)
+    wide[:, 307:] = 99.0
+    x, params = wide[:, :307], sample_params(5, n_logprobs=2)
+    want = ops.sample(team, x.copy(), params, [None] * 5)
+    assert [a.tobytes() for a in ops.sample(team, x, params, [None] * 5)] == [a.tobytes() for a in want]
+    scores = ops.logprobs(team, x, want.tokens, 2)
+    assert scores.logprobs.tobytes() == want.logprobs.tobytes()
+
+
+@pytest.mark.parametrize(("vocab", "n"), [(1, 1), (50, 0), (307, 20), (20_000, 5)])
+def test_logprobs_of_given_tokens(team: ops.Team, vocab: int, n: int) -> None:
+    """log_softmax, ranks and the n best, on any number of threads; bad rows are reported one by one."""
+    r = rng("given", vocab)
+    logits = (4 * r.standard_normal((9, vocab))).astype(np.float32)
+    tokens = r.integers(0, vocab, 9).astype(np.int32)
+    got = ops.logprobs(team, logits, tokens, n)
+    single = ops.Team(1)
+    for a, b in zip(got, ops.logprobs(single, logits, tokens, n), strict=True):
+        assert a.tobytes() == b.tobytes()
+    single.close()
+    x = logits.astype(np.float64)
+    logp = x - x.max(-1, keepdims=True)
+    logp -= np.log(np.exp(logp).sum(-1, keepdims=True))
+    assert got.top_ids.shape == got.top_logprobs.shape == (9, max(1, n)) and not got.errors.any()
+    for i, token in enumerate(tokens):
+        assert abs(got.logprobs[i] - logp[i, token]) < 1e-5
+        assert got.ranks[i] == (logits[i] >= logits[i, token]).sum()
+        best = np.lexsort((np.arange(vocab), -logits[i]))[:n]
+        assert got.top_ids[i, :n].tolist() == best.tolist()
+        assert np.abs(got.top_logprobs[i, :n] - logp[i, best]).max(initial=0) < 1e-5
+        same = got.top_logprobs[i, :n][got.top_ids[i, :n] == token]
+        assert (same == got.logprobs[i]).all(), "a client may compare the two floats"
+    logits[3, vocab - 1], logits[5] = np.nan, -np.inf
+    bad = ops.logprobs(team, logits, tokens, n)
+    assert bad.errors.tolist() == [0, 0, 0, -1, 0, -2, 0, 0, 0]
+    good = bad.errors == 0
+    assert all(a[good].tobytes() == b[good].tobytes() for a, b in zip(got, bad, strict=True))
+
+
+def test_logprobs_refuses(team: ops.Team) -> None:
+    logits, tokens = np.zeros((2, 8), np.float32), np.zeros(2, np.int32)
+    assert len(ops.logprobs(team, logits[:0], tokens[:0], 3).ranks) == 0
+    for wrong, n in (
+        (tokens[:1], 0),
+        (np.array([0, 8], np.int32), 0),
+        (np.array([-1, 0], np.int32), 0),
+        (tokens, 9),
+    ):
+        with pytest.raises(ValueError):
+            ops.logprobs(team, logits, wrong, n)
+    with pytest.raises(ValueError):
+        ops.logprobs(team, logits, tokens, -1)
+
+
+def test_sample_of_no_rows(team: ops.Team) -> None:
+    got = ops.sample(team, np.empty((0, 10), np.float32), sample_params(0), [])
+    assert len(got.tokens) == 0
+
+
+@pytest.mark.parametrize(
+    ("logits", "n_params", "history"),
+    [
+        (np.zeros((2, 8), np.float32), 1, [None, None]),
+        (np.zeros((2, 8), np.float32), 2, [None]),
+        (np.zeros((2, 8), np.float64), 2, [None, None]),
+        (np.zeros((2, 16), np.float32)[:, ::2], 2, [None, None]),
+    ],
+)
+def test_sample_refuses(team: ops.Team, logits: np.ndarray, n_params: int, history: list[None]) -> None:
+    with pytest.raises(ValueError):
+        ops.sample(team, logits, sample_params(n_params), history)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        (NO_IDS, NO_IDS, NO_IDS),
+        constraints(bias_ids=[1, 2], bias=[1.0]),
+        (*constraints()[:5], NO_IDS.astype(np.int64)),
+        (*constraints()[:4], NO_IDS, NO_IDS),
+    ],
+)
+def test_sample_refuses_a_malformed_history(team: ops.Team, row: Any) -> None:
+    with pytest.raises(ValueError):
+        ops.sample(team, np.zeros((1, 8), np.float32), sample_params(1), [row])
+
+
+def test_too_many_logprobs(team: ops.Team) -> None:
+    with pytest.raises(ValueError, match="9 logprobs"):
+        ops.sample(team, np.zeros((1, 8), np.float32), sample_params(1, n_logprobs=9), [None])
