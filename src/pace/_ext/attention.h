@@ -11,10 +11,10 @@
 // to the same pairs and the same kernels multiply them; a K scale multiplies its column of S, a V scale its column of P
 // after the row sum and before the product, rounded to bf16 once more.
 //
-// Short contexts wait for memory and compute in turn: 32 sequences of 128 tokens, 16 layers of 8 heads of 64, take 8.1
-// ms on two Zen 4 cores, 3.3 from a warm cache, 3.9 at the read roof. Tried: prefetching V during the scores: no
+// Short contexts wait for memory and compute in turn: 32 sequences of 128 tokens, 16 layers of 8 heads of 64, take 7.8
+// to 9.0 ms on two Zen 4 cores, 3.3 from a warm cache, 3.9 at the read roof. Tried: prefetching V during the scores: no
 // change; all of the next tile in one burst, 7.9 to 8.5 (perhaps for want of L1 miss registers); blocks of 64 tokens,
-// whose K has no gaps, 7.1 to 7.3, but more than 10 % slower for 8 sequences of 250.
+// whose K has fewer gaps, 7.1 to 7.3, but a sixth slower for 8 sequences of 250.
 #ifndef PACE_ATTENTION_H
 #define PACE_ATTENTION_H
 
