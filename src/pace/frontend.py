@@ -13,7 +13,7 @@ from pace.config import EngineConfig, parse_cpus
 from pace.driver import Driver
 from pace.engine.loader import Loaded, load
 from pace.inputs import Inputs
-from pace.tokenizer import Tokenizer
+from pace.text.tokenizer import Tokenizer
 
 __all__ = ["Frontend"]
 

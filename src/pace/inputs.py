@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from pace.chat import ChatTemplate
 from pace.engine.loader import Loaded
 from pace.engine.request import Request
 from pace.errors import PaceError, RequestError, show
 from pace.params import SamplingParams
-from pace.tokenizer import Tokenizer
+from pace.text.chat import ChatTemplate
+from pace.text.tokenizer import Tokenizer
 
 __all__ = ["Encoded", "Inputs", "Messages", "Prompt", "deadline", "n_chars"]
 

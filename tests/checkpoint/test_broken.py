@@ -17,7 +17,7 @@ from tokenizers import models
 
 from pace.checkpoint import Checkpoint, load_generation_defaults, read_json
 from pace.errors import PaceError, TokenizerError
-from pace.tokenizer import Tokenizer
+from pace.text.tokenizer import Tokenizer
 
 Break = Callable[[Path], object]
 

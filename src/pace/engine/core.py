@@ -30,7 +30,8 @@ from pace.log import logger
 from pace.models.plan import I32Array
 from pace.outputs import Logprob, RequestOutput
 from pace.params import RequestOutputKind, SamplingParams
-from pace.tokenizer import TextStream, Tokenizer
+from pace.text.stream import TextStream
+from pace.text.tokenizer import Tokenizer
 
 __all__ = ["Engine"]
 

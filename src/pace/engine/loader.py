@@ -30,7 +30,7 @@ from pace.models.plan import Attention, F32Array, Plan
 from pace.models.registry import parse_config
 from pace.models.spec import DecoderSpec
 from pace.models.weights import Progress, SourcePart, WeightMap, load_weights
-from pace.tokenizer import Tokenizer
+from pace.text.tokenizer import Tokenizer
 
 __all__ = ["Loaded", "PackedSink", "load", "make_team"]
 

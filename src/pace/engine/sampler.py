@@ -15,7 +15,7 @@ from pace.params import SamplingParams
 
 if TYPE_CHECKING:
     from pace.engine.sequence import Sequence
-    from pace.tokenizer import Tokenizer
+    from pace.text.tokenizer import Tokenizer
 
 __all__ = [
     "Constraints",

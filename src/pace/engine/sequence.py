@@ -10,7 +10,7 @@ from pace.engine.sampler import Constraints
 from pace.models.plan import I32Array
 from pace.outputs import CompletionOutput, Logprob
 from pace.params import SamplingParams
-from pace.tokenizer import TextStream
+from pace.text.stream import TextStream
 
 __all__ = ["NO_ROW", "Sequence", "Status"]
 

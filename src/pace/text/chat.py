@@ -14,7 +14,7 @@ from pace.errors import ChatTemplateError, RequestError, show
 if TYPE_CHECKING:
     import jinja2
 
-    from pace.tokenizer import Tokenizer
+    from pace.text.tokenizer import Tokenizer
 
 __all__ = ["ROLES", "ChatTemplate", "check_messages"]
 
@@ -113,7 +113,7 @@ class ChatTemplate:
             ChatTemplateError: the template is malformed, failed, or exceeded its budget.
         """
         # Not at the top: it imports jinja2, 50 ms.
-        from pace.chat_sandbox import Budget, render
+        from pace.text.sandbox import Budget, render
 
         plain = check_messages(messages)
         plain_tools = (
@@ -139,13 +139,13 @@ class ChatTemplate:
 
     @cached_property
     def _template(self) -> jinja2.Template:
-        from pace.chat_sandbox import compile_template
+        from pace.text.sandbox import compile_template
 
         return compile_template(self.source)
 
     @cached_property
     def _tool_template(self) -> jinja2.Template:
-        from pace.chat_sandbox import compile_template
+        from pace.text.sandbox import compile_template
 
         return compile_template(self.tool_source or self.source)
 

@@ -17,7 +17,10 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from pace.errors import RequestError, TokenizerError
-from pace.tokenizer import IncrementalDetokenizer, StopChecker, TextStream, Tokenizer
+from pace.text.detokenizer import IncrementalDetokenizer
+from pace.text.stop import StopChecker
+from pace.text.stream import TextStream
+from pace.text.tokenizer import Tokenizer
 
 CORPUS = [
     "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)\n",
@@ -100,7 +103,7 @@ def stream(detokenizer: IncrementalDetokenizer, ids: list[int]) -> str:
 def test_libraries_are_imported_when_needed() -> None:
     """`import pace` and its façade stay quick: these three together take longer than everything else."""
     code = (
-        "import sys, pace.tokenizer, pace.chat, pace.checkpoint, pace.params\n"
+        "import sys, pace.text.tokenizer, pace.text.chat, pace.checkpoint, pace.params\n"
         "print([name for name in ('tokenizers', 'jinja2', 'huggingface_hub') if name in sys.modules])"
     )
     env = {"PYTHONPATH": ":".join(filter(None, sys.path))}

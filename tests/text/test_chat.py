@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from pace.chat import ChatTemplate, check_messages
 from pace.errors import ChatTemplateError, PaceError, RequestError
+from pace.text.chat import ChatTemplate, check_messages
 
 USER = [{"role": "user", "content": "hi"}]
 CHAT = [

@@ -1,0 +1,1 @@
+"""All that knows text: tokens to text and back, stop strings, chat templates and their sandbox."""
