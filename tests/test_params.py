@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 import multiprocessing
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -172,11 +175,44 @@ FULL: dict[str, Any] = {
 
 def test_copies_are_equal_and_keep_explicit() -> None:
     params = SamplingParams(**FULL)
-    for twin in (copy.copy(params), copy.deepcopy(params), pickle.loads(pickle.dumps(params))):
+    pickled = [
+        pickle.loads(pickle.dumps(params, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)
+    ]
+    for twin in (
+        copy.copy(params),
+        copy.deepcopy(params),
+        params.clone(),
+        dataclasses.replace(params),
+        *pickled,
+    ):
         assert twin == params and hash(twin) == hash(params) and twin.explicit == set(FULL)
         assert vars(twin) == vars(params)
     assert params != SamplingParams(**{**FULL, "logit_bias": {4: 1.0}})
     assert len({params, SamplingParams(**FULL), SamplingParams()}) == 2
+
+
+@pytest.mark.parametrize("change", [SamplingParams.clone, dataclasses.replace], ids=["clone", "replace"])
+def test_a_changed_copy_leaves_unset_fields_to_the_checkpoint(change: Callable[..., SamplingParams]) -> None:
+    defaults = {"temperature": 0.6, "top_p": 0.9, "max_tokens": 99}
+    params = change(SamplingParams(top_k=5), top_p=1.0)
+    assert params.explicit == {"top_k", "top_p"}
+    merged = params.merged_with(defaults)
+    assert (merged.temperature, merged.top_p, merged.top_k, merged.max_tokens) == (0.6, 1.0, 5, 99)
+    again = change(merged, max_tokens=None)  # also of one that has a checkpoint's values
+    assert again.explicit == {"top_k", "top_p", "max_tokens"}
+    assert again.merged_with({"temperature": 0.3}).temperature == 0.3
+    with pytest.raises(RequestError, match="top_p is 2"):
+        change(params, top_p=2)
+
+
+def test_an_unset_number_is_a_number() -> None:
+    params = SamplingParams()
+    assert repr(params.temperature) == "1.0" and repr(params.max_tokens) == "16"
+    assert json.dumps({"t": params.temperature, "m": params.max_tokens}) == '{"t": 1.0, "m": 16}'
+    assert (
+        SamplingParams(temperature=params.temperature).explicit == frozenset()
+    )  # handed on, still nobody's choice
+    assert pickle.loads(pickle.dumps(params, 0)).explicit == frozenset()
 
 
 def _describe(params: SamplingParams, output: RequestOutput) -> tuple[SamplingParams, RequestOutput]:

@@ -39,6 +39,24 @@ class RequestOutputKind(Enum):
     """One output, when all completions have ended."""
 
 
+class Unset:
+    """Marks a number as one that nobody gave: the field's default, until a checkpoint has a better one."""
+
+    __slots__ = ()
+
+
+class UnsetFloat(Unset, float):
+    """An unset float; otherwise a float like any other."""
+
+    __slots__ = ()
+
+
+class UnsetInt(Unset, int):
+    """An unset int; otherwise an int like any other."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to sample one request. All fields are checked on construction; an instance never changes.
@@ -73,25 +91,28 @@ class SamplingParams:
         skip_special_tokens: leave special tokens out of the text.
         include_stop_str_in_output: keep the stop string, or the stop token's text, at the end of the text.
         output_kind: what the outputs of a streamed request hold.
-        explicit: names of the fields that the caller gave; the others may take the checkpoint's defaults.
+
+    A checkpoint may have defaults of its own for the fields whose default is an `Unset`; they apply where the caller gave
+    no value, and `explicit` says where he did. Copies of every kind keep the difference: `clone`, `copy`, `pickle` and
+    `dataclasses.replace`.
 
     Raises:
         RequestError: a field has the wrong type or is out of range; the message names it.
     """
 
     n: int = 1
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    temperature: float = UnsetFloat(1.0)
+    top_k: int = UnsetInt(0)
+    top_p: float = UnsetFloat(1.0)
+    min_p: float = UnsetFloat(0.0)
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = UnsetFloat(1.0)
     seed: int | None = None
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
-    max_tokens: int | None = 16
+    max_tokens: int | None = UnsetInt(16)
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -102,20 +123,12 @@ class SamplingParams:
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
-    explicit: frozenset[str] = field(default=frozenset(), init=False, repr=False, compare=False)
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
-        # The generated __init__ can't tell a default from the same value given; here the difference is still
-        # visible.
-        self = super().__new__(cls)
-        object.__setattr__(self, "_given", frozenset(kwargs))
-        return self
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
-            object.__setattr__(self, name, value)
+            mark: Any = type(getattr(self, name))
+            object.__setattr__(self, name, mark(value) if issubclass(mark, Unset) else value)
 
-        put("explicit", self.__dict__.pop("_given"))
         put("n", _int("n", self.n, 1, MAX_N))
         put("temperature", _float("temperature", self.temperature, 0.0, 100.0))
         put("top_k", max(0, _int("top_k", self.top_k, -1, MAX_INT32)))
@@ -171,15 +184,31 @@ class SamplingParams:
                 "drawn before; allow another id"
             )
 
-    def __getstate__(self) -> dict[str, Any]:
-        bias = self.logit_bias
-        return {**self.__dict__, "logit_bias": None if bias is None else dict(bias)}
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By the constructor: the mapping proxy, which keeps an instance from being changed, can't be pickled itself.
+        return _rebuild, (self._values(),)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # A mapping proxy, which keeps the instance from being changed, can't be pickled or copied itself.
-        bias = state["logit_bias"]
-        self.__dict__.pop("_given")
-        self.__dict__.update(state, logit_bias=None if bias is None else MappingProxyType(bias))
+    def _values(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return values | {"logit_bias": None if self.logit_bias is None else dict(self.logit_bias)}
+
+    def clone(self, **changes: Any) -> SamplingParams:
+        """A copy with some fields changed; the others stay as they are, unset ones unset.
+
+        Raises:
+            RequestError: an invalid value or combination.
+        """
+        return SamplingParams(**self._values() | changes)
+
+    @property
+    def explicit(self) -> frozenset[str]:
+        """Names of the fields that differ from their defaults or were given; the others may take the checkpoint's."""
+        return frozenset(
+            f.name
+            for f in fields(self)
+            if not isinstance(value := getattr(self, f.name), Unset)
+            and (isinstance(f.default, Unset) or value != _EMPTY.get(f.name, f.default))
+        )
 
     @property
     def greedy(self) -> bool:
@@ -200,14 +229,10 @@ class SamplingParams:
         Raises:
             RequestError: an unknown name in `defaults`, or a combination that is invalid.
         """
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        unknown = sorted(set(defaults) - set(values))
+        unknown = sorted(set(defaults) - {f.name for f in fields(self)})
         if unknown:
             raise RequestError(f"{show(unknown[0])} is not a sampling parameter")
-        values.update((name, value) for name, value in defaults.items() if name not in self.explicit)
-        merged = SamplingParams(**values)
-        object.__setattr__(merged, "explicit", self.explicit)
-        return merged
+        return self.clone(**{name: _unset(defaults[name]) for name in set(defaults) - self.explicit})
 
     def check_vocab(self, vocab_size: int) -> None:
         """Check every token id of the request against the width of the logits.
@@ -219,6 +244,27 @@ class SamplingParams:
             largest = max(getattr(self, name) or (0,))
             if largest >= vocab_size:
                 raise RequestError(f"{name} has {largest}, expected ids below the vocabulary's {vocab_size}")
+
+
+_EMPTY: Mapping[str, object] = {"stop": (), "stop_token_ids": (), "bad_words": ()}
+"""What None becomes."""
+
+
+def _unset(value: object) -> object:
+    """A checkpoint's value, which the caller has not given either."""
+    if isinstance(value, bool):
+        return value
+    return (
+        UnsetInt(value)
+        if isinstance(value, int)
+        else UnsetFloat(value)
+        if isinstance(value, float)
+        else value
+    )
+
+
+def _rebuild(values: Mapping[str, Any]) -> SamplingParams:
+    return SamplingParams(**values)
 
 
 def _float(name: str, value: object, low: float, high: float) -> float:
