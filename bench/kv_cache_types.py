@@ -22,8 +22,8 @@ import numpy as np
 
 from pace import ops
 from pace.checkpoint import Checkpoint, read_json, resolve
-from pace.engine.loader import PackedSink
 from pace.engine.memory import default_block_size
+from pace.engine.packing import PackedSink
 from pace.kvcache import make_tables
 from pace.models.decoder import lower
 from pace.models.plan import Batch, Plan

@@ -266,7 +266,7 @@ class _Bench:
         params = SamplingParams(temperature=0.0, max_tokens=n_output, ignore_eos=True, detokenize=False)
         ids = [str(self.n_requests + i) for i in range(n_seqs)]
         for request_id in ids:
-            prompt = self.rng.integers(0, self.engine.vocab_size, n_tokens, dtype=np.int32)
+            prompt = self.rng.integers(0, self.engine.preparer.vocab_size, n_tokens, dtype=np.int32)
             self.engine.submit(self.engine.prepare(request_id, prompt, params))
         self.n_requests += n_seqs
         return ids

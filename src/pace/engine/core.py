@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from pace.engine.logprobs import LogprobRecorder
+from pace.engine.prepare import Preparer
 from pace.engine.request import Request
 from pace.engine.runner import Runner, StepLogits
-from pace.engine.sampler import LogprobsResult, Sampler, SampleResult, bad_word_ids, derive_seed
+from pace.engine.sampler import LogprobsResult, Sampler, SampleResult, derive_seed
 from pace.engine.scheduler import Schedule, Scheduler
 from pace.engine.sequence import Sequence, Status
 from pace.errors import (
-    CapacityError,
     ForkError,
     PaceError,
     QueueFullError,
@@ -28,9 +29,8 @@ from pace.errors import (
 )
 from pace.log import logger
 from pace.models.plan import I32Array
-from pace.outputs import Logprob, RequestOutput
-from pace.params import RequestOutputKind, SamplingParams
-from pace.text.stream import TextStream
+from pace.outputs import RequestOutput
+from pace.params import SamplingParams
 from pace.text.tokenizer import Tokenizer
 
 __all__ = ["Engine"]
@@ -38,8 +38,6 @@ __all__ = ["Engine"]
 # What must end the loop and not just one request. Everything else that a request provokes ends that
 # request: also the panics of Rust extensions, which derive from BaseException.
 FATAL = (KeyboardInterrupt, SystemExit, GeneratorExit, ForkError)
-
-MAX_SALT = 1024  # characters
 
 
 class Engine:
@@ -76,12 +74,17 @@ class Engine:
         self.runner = runner
         self.sampler = sampler
         self.scheduler = scheduler
-        self.vocab_size = vocab_size
-        self.max_model_len = max_model_len
+        self.preparer = Preparer(
+            vocab_size=vocab_size,
+            max_model_len=max_model_len,
+            max_cached=scheduler.tables.n_blocks * scheduler.tables.block_size,
+            eos_token_ids=eos_token_ids,
+            tokenizer=tokenizer,
+        )
         self.max_num_waiting = max_num_waiting
         self.eos_token_ids = eos_token_ids
-        self.tokenizer = tokenizer
         self.seed = seed
+        self._logprobs = LogprobRecorder(tokenizer)
         self._requests: dict[str, Request] = {}  # accepted and not finished
         self._arrived: deque[Sequence] = deque()
         self._aborted: deque[str] = deque()
@@ -98,85 +101,10 @@ class Engine:
     # ---- requests -----------------------------------------------------------------------------------------
 
     def prepare(
-        self,
-        request_id: str,
-        prompt_ids: Seq[int] | I32Array,
-        params: SamplingParams,
-        *,
-        prompt: str | None = None,
-        stream: bool = False,
-        priority: int = 0,
-        deadline_s: float | None = None,
-        cache_salt: str | None = None,
+        self, request_id: str, prompt_ids: Seq[int] | I32Array, params: SamplingParams, **options: Any
     ) -> Request:
-        """Check a request without accepting it, so that a caller can check many before any of them runs.
-
-        Args:
-            request_id: unique among the requests in flight.
-            prompt_ids: i32 [n], ids below vocab_size, 1 <= n < max_model_len.
-            params: complete (the checkpoint's defaults merged in).
-            prompt: the prompt's text, to be handed back.
-            stream: `step` returns an output after every token, not only the last.
-            priority: lower runs first; equals run in order of arrival.
-            deadline_s: `time.monotonic()` at which it ends at the latest, with finish_reason "abort" and
-                stop_reason "deadline".
-            cache_salt: share cached prompts only with requests of the same salt.
-
-        Raises:
-            RequestError: an invalid prompt or parameter.
-            CapacityError: the KV cache can never hold the request.
-        """
-        ids = self.check_prompt(prompt_ids)
-        params.check_vocab(self.vocab_size)
-        if isinstance(priority, bool) or not isinstance(priority, int):
-            raise RequestError(f"priority is {show(priority)}, expected an integer; lower runs first")
-        if cache_salt is not None and not (isinstance(cache_salt, str) and 0 < len(cache_salt) <= MAX_SALT):
-            raise RequestError(
-                f"cache_salt is {show(cache_salt)}, expected a string of 1 to {MAX_SALT} characters"
-            )
-        room = self.max_model_len - len(ids)
-        max_output = room if params.max_tokens is None else min(params.max_tokens, room)
-        tables = self.scheduler.tables
-        if len(ids) + max_output - 1 > tables.n_blocks * tables.block_size:
-            raise CapacityError(
-                f"the request may grow to {len(ids) + max_output} tokens, the KV cache holds "
-                f"{tables.n_blocks * tables.block_size}; lower max_tokens or shorten the prompt"
-            )
-        stop_ids = frozenset(params.stop_token_ids or ())
-        if not params.ignore_eos:
-            stop_ids |= self.eos_token_ids
-        bad_words: tuple[tuple[int, ...], ...] = ()
-        if params.bad_words:
-            if self.tokenizer is None:
-                raise RequestError("bad_words need a tokenizer, but there is none; use logit_bias")
-            bad_words = bad_word_ids(self.tokenizer, params.bad_words)
-        watched = stream and params.output_kind is not RequestOutputKind.FINAL_ONLY
-        seqs = [
-            Sequence(
-                request_id,
-                ids,
-                params,
-                max_output=max_output,
-                index=index,
-                priority=priority,
-                stop_ids=stop_ids,
-                bad_word_ids=bad_words,
-                text=self._text_stream(ids, params),
-                watched=watched,
-                cache_salt=cache_salt,
-            )
-            for index in range(params.n)
-        ]
-        return Request(
-            request_id,
-            ids,
-            params,
-            seqs,
-            prompt=prompt,
-            stream=stream,
-            deadline_s=deadline_s,
-            arrival_s=time.monotonic(),
-        )
+        """Check a request without accepting it; see `Preparer.prepare`."""
+        return self.preparer.prepare(request_id, prompt_ids, params, **options)
 
     def submit(self, request: Request) -> None:
         """Accept a prepared request; it starts to run in one of the next steps.
@@ -215,46 +143,6 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """End a request before the next step runs; an unknown or finished one is ignored."""
         self._aborted.append(request_id)
-
-    def _text_stream(self, ids: I32Array, params: SamplingParams) -> TextStream | None:
-        if self.tokenizer is not None and params.detokenize:
-            return TextStream(
-                self.tokenizer,
-                ids[-64:].tolist(),  # its end tells whether a leading space is real
-                stop=params.stop_strings,
-                include_stop_str_in_output=params.include_stop_str_in_output,
-                skip_special_tokens=params.skip_special_tokens,
-            )
-        if params.stop:
-            raise RequestError("stop strings need text, but there is no tokenizer; use stop_token_ids")
-        return None
-
-    def check_prompt(self, prompt_ids: Seq[int] | I32Array) -> I32Array:
-        """The prompt as i32 [n].
-
-        Raises:
-            RequestError: it is empty, too long, or has an id outside the vocabulary.
-        """
-        try:
-            ids = np.asarray(prompt_ids)
-        except (ValueError, TypeError, OverflowError):
-            ids = np.empty((0, 0))
-        if ids.ndim == 1 and ids.size == 0:
-            raise RequestError("the prompt is empty; expected at least one token")
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise RequestError(f"the prompt is {show(prompt_ids)}, expected a flat list of token ids")
-        if len(ids) >= self.max_model_len:
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens, expected at most {self.max_model_len - 1}: max_model_len "
-                f"is {self.max_model_len} and the output needs one; shorten it or raise max_model_len"
-            )
-        wrong = (ids < 0) | (ids >= self.vocab_size)
-        if wrong.any():
-            at = int(wrong.argmax())
-            raise RequestError(
-                f"the prompt has token id {ids[at]} at index {at}, expected 0 to {self.vocab_size - 1}"
-            )
-        return np.ascontiguousarray(ids, dtype=np.int32)
 
     @property
     def n_waiting(self) -> int:
@@ -399,7 +287,7 @@ class Engine:
                     if seq.watched:
                         self._touch(request)
                 if seq.logprobs is not None:
-                    self._add_logprobs(seq, drawn, i)
+                    self._logprobs.add_sampled(seq, drawn, i)
                 if seq.watched or seq.has_stops or token in seq.stop_ids or n_output >= seq.max_output:
                     self._check_end(seq, token)
             except FATAL:
@@ -430,36 +318,7 @@ class Engine:
         if reason is not None:
             self._finish(seq, reason, stop_reason)
 
-    # ---- log probabilities --------------------------------------------------------------------------------
-
-    def _add_logprobs(self, seq: Sequence, drawn: SampleResult, i: int) -> None:
-        """Record {token: Logprob} of the drawn token and of the most probable ones, as vLLM orders them."""
-        token, logprob = int(drawn.tokens[i]), float(drawn.logprobs[i])
-        n = seq.params.logprobs or 0
-        entries = self._entries(
-            seq,
-            (token, logprob, int(drawn.ranks[i])),
-            drawn.top_ids[i, :n].tolist(),
-            drawn.top_logprobs[i, :n].tolist(),
-        )
-        if seq.logprobs is not None and seq.cumulative_logprob is not None:
-            seq.logprobs.append(entries)
-            seq.cumulative_logprob += logprob
-
-    def _entries(
-        self, seq: Sequence, chosen: tuple[int, float, int], top_ids: list[int], top_logprobs: list[float]
-    ) -> dict[int, Logprob]:
-        tokenizer = self.tokenizer if seq.params.detokenize else None
-
-        def entry(token: int, logprob: float, rank: int) -> Logprob:
-            return Logprob(logprob, rank, None if tokenizer is None else tokenizer.decode_token(token))
-
-        token, logprob, rank = chosen
-        entries = {token: entry(token, logprob, rank)}
-        for top_rank, (top, top_logprob) in enumerate(zip(top_ids, top_logprobs, strict=True), 1):
-            if top not in entries:
-                entries[top] = entry(top, top_logprob, top_rank)
-        return entries
+    # ---- log probabilities of prompts -----------------------------------------------------------------------
 
     def _score(self, result: StepLogits) -> LogprobsResult:
         """Log probabilities of the prompt tokens that follow the scored rows."""
@@ -476,19 +335,10 @@ class Engine:
             at += n_rows
             try:
                 request = self._requests[seq.request_id]
-                n = seq.params.prompt_logprobs or 0
                 for i in rows:
                     if scores.errors[i]:
                         raise PaceError(self.sampler.explain(int(scores.errors[i])))
-                    chosen = (
-                        int(seq.tokens[seq.n_scored + 1]),
-                        float(scores.logprobs[i]),
-                        int(scores.ranks[i]),
-                    )
-                    tops = scores.top_ids[i, :n].tolist(), scores.top_logprobs[i, :n].tolist()
-                    if request.prompt_logprobs is not None:
-                        request.prompt_logprobs.append(self._entries(seq, chosen, *tops))
-                    seq.n_scored += 1
+                    self._logprobs.add_scored(request, seq, scores, i)
             except FATAL:
                 raise
             except BaseException as error:

@@ -1,0 +1,108 @@
+"""The parts of an engine, put together: team, KV pool, compiled plan, scheduler, sampler."""
+
+from __future__ import annotations
+
+import functools
+
+from pace import ops
+from pace.checkpoint import GenerationDefaults
+from pace.config import PACE_CPUS, PACE_THREADS, EngineConfig
+from pace.engine.core import Engine
+from pace.engine.memory import MemoryPlan
+from pace.engine.packing import PackedSink
+from pace.engine.runner import Runner
+from pace.engine.sampler import Sampler
+from pace.engine.scheduler import Scheduler
+from pace.errors import ConfigError
+from pace.kvcache import make_tables
+from pace.models.plan import Attention, Plan
+from pace.text.tokenizer import Tokenizer
+
+__all__ = ["SCORED_ROWS", "build_engine", "make_team"]
+
+SCORED_ROWS = 64
+"""Prompt rows of one step whose log probabilities may be asked for; beside them every sequence has a row of its own."""
+
+
+def make_team(config: EngineConfig) -> ops.Team:
+    """The thread team that the options, else the environment, else the machine ask for."""
+    cpus = config.cpus if config.cpus is not None else PACE_CPUS.get()
+    n_threads = config.n_threads if config.n_threads is not None else PACE_THREADS.get()
+    if n_threads is None:
+        n_threads = ops.default_threads()[0] if cpus is None else len(cpus)
+    if cpus is not None and n_threads > len(cpus):
+        raise ConfigError(f"{n_threads} threads on {len(cpus)} CPUs; name as many CPUs, or lower the threads")
+    return ops.Team(n_threads, None if cpus is None else cpus[:n_threads])
+
+
+def build_engine(
+    config: EngineConfig,
+    plan: Plan,
+    sink: PackedSink,
+    team: ops.Team,
+    memory: MemoryPlan,
+    defaults: GenerationDefaults,
+    tokenizer: Tokenizer | None,
+) -> tuple[Engine, ops.Plan]:
+    """The engine of a lowered plan and its weights, and the compiled plan that it runs.
+
+    Raises:
+        ConfigError: the plan has an operator that no kernel runs.
+    """
+    max_seqs, max_tokens = config.max_num_seqs, config.max_num_batched_tokens
+    n_logit_rows = max_seqs + SCORED_ROWS
+    contiguous = config.kv_cache_type == "contiguous"
+    kv_pool = ops.KVPool(
+        plan.n_layers,
+        plan.n_kv_heads,
+        plan.head_dim,
+        memory.n_blocks,
+        memory.block_size,
+        dtype=config.kv_cache_dtype,
+        contiguous=contiguous,
+    )
+    executor = ops.Plan(team, plan, sink.weights, kv_pool, max_tokens, max_seqs, n_logit_rows, config.kernels)
+    max_window = _max_window(plan)
+    tables = make_tables(
+        config.kv_cache_type,
+        memory.n_blocks,
+        memory.block_size,
+        max_seqs,
+        memory.max_model_len,
+        copy=kv_pool.copy,
+        prefix_caching=config.enable_prefix_caching,
+        max_window=max_window,
+    )
+    scheduler = Scheduler(
+        tables,
+        max_tokens,
+        reserve=config.admission == "reserve",
+        prefix_caching=config.enable_prefix_caching and not contiguous,
+        max_scored_rows=SCORED_ROWS,
+        windowed=max_window is not None,
+    )
+    engine = Engine(
+        Runner(
+            executor, tables.array, 0 if contiguous else memory.block_size, max_tokens, max_seqs, n_logit_rows
+        ),
+        Sampler(
+            executor.sample,
+            functools.partial(ops.logprobs, team),
+            ops.SAMPLE_DTYPE,
+            max_seqs,
+        ),
+        scheduler,
+        vocab_size=plan.vocab_size,
+        max_model_len=memory.max_model_len,
+        max_num_waiting=config.max_num_waiting,
+        eos_token_ids=defaults.eos_token_ids,
+        tokenizer=tokenizer,
+        seed=config.seed,
+    )
+    return engine, executor
+
+
+def _max_window(plan: Plan) -> int | None:
+    """The longest window of all layers; None where a layer sees everything."""
+    windows = [op.window for op in plan.ops if isinstance(op, Attention)]
+    return max(w for w in windows if w is not None) if windows and None not in windows else None

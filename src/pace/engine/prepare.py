@@ -1,0 +1,168 @@
+"""From a prompt and its parameters to a checked `Request`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Seq
+
+import numpy as np
+
+from pace.engine.request import Request
+from pace.engine.sampler import bad_word_ids
+from pace.engine.sequence import Sequence
+from pace.errors import CapacityError, RequestError, show
+from pace.models.plan import I32Array
+from pace.params import RequestOutputKind, SamplingParams
+from pace.text.stream import TextStream
+from pace.text.tokenizer import Tokenizer
+
+__all__ = ["Preparer"]
+
+MAX_SALT = 1024  # characters
+
+
+class Preparer:
+    """Checks requests for one engine; it has no state that changes, so any thread may call it.
+
+    Args:
+        vocab_size: token ids must be below it.
+        max_model_len: longest prompt and output together, in tokens.
+        max_cached: tokens that the whole KV cache holds.
+        eos_token_ids: ids that end an output.
+        tokenizer: makes text of tokens; None: outputs have token ids only.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        max_cached: int,
+        eos_token_ids: frozenset[int] = frozenset(),
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.max_model_len = max_model_len
+        self.max_cached = max_cached
+        self.eos_token_ids = eos_token_ids
+        self.tokenizer = tokenizer
+
+    def prepare(
+        self,
+        request_id: str,
+        prompt_ids: Seq[int] | I32Array,
+        params: SamplingParams,
+        *,
+        prompt: str | None = None,
+        stream: bool = False,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        cache_salt: str | None = None,
+    ) -> Request:
+        """Check a request without accepting it, so that a caller can check many before any of them runs.
+
+        Args:
+            request_id: unique among the requests in flight.
+            prompt_ids: i32 [n], ids below vocab_size, 1 <= n < max_model_len.
+            params: complete (the checkpoint's defaults merged in).
+            prompt: the prompt's text, to be handed back.
+            stream: `step` returns an output after every token, not only the last.
+            priority: lower runs first; equals run in order of arrival.
+            deadline_s: `time.monotonic()` at which it ends at the latest, with finish_reason "abort" and
+                stop_reason "deadline".
+            cache_salt: share cached prompts only with requests of the same salt.
+
+        Raises:
+            RequestError: an invalid prompt or parameter.
+            CapacityError: the KV cache can never hold the request.
+        """
+        ids = self.check_prompt(prompt_ids)
+        params.check_vocab(self.vocab_size)
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise RequestError(f"priority is {show(priority)}, expected an integer; lower runs first")
+        if cache_salt is not None and not (isinstance(cache_salt, str) and 0 < len(cache_salt) <= MAX_SALT):
+            raise RequestError(
+                f"cache_salt is {show(cache_salt)}, expected a string of 1 to {MAX_SALT} characters"
+            )
+        room = self.max_model_len - len(ids)
+        max_output = room if params.max_tokens is None else min(params.max_tokens, room)
+        if len(ids) + max_output - 1 > self.max_cached:
+            raise CapacityError(
+                f"the request may grow to {len(ids) + max_output} tokens, the KV cache holds "
+                f"{self.max_cached}; lower max_tokens or shorten the prompt"
+            )
+        stop_ids = frozenset(params.stop_token_ids or ())
+        if not params.ignore_eos:
+            stop_ids |= self.eos_token_ids
+        bad_words: tuple[tuple[int, ...], ...] = ()
+        if params.bad_words:
+            if self.tokenizer is None:
+                raise RequestError("bad_words need a tokenizer, but there is none; use logit_bias")
+            bad_words = bad_word_ids(self.tokenizer, params.bad_words)
+        watched = stream and params.output_kind is not RequestOutputKind.FINAL_ONLY
+        seqs = [
+            Sequence(
+                request_id,
+                ids,
+                params,
+                max_output=max_output,
+                index=index,
+                priority=priority,
+                stop_ids=stop_ids,
+                bad_word_ids=bad_words,
+                text=self._text_stream(ids, params),
+                watched=watched,
+                cache_salt=cache_salt,
+            )
+            for index in range(params.n)
+        ]
+        return Request(
+            request_id,
+            ids,
+            params,
+            seqs,
+            prompt=prompt,
+            stream=stream,
+            deadline_s=deadline_s,
+            arrival_s=time.monotonic(),
+        )
+
+    def check_prompt(self, prompt_ids: Seq[int] | I32Array) -> I32Array:
+        """The prompt as i32 [n].
+
+        Raises:
+            RequestError: it is empty, too long, or has an id outside the vocabulary.
+        """
+        try:
+            ids = np.asarray(prompt_ids)
+        except (ValueError, TypeError, OverflowError):
+            ids = np.empty((0, 0))
+        if ids.ndim == 1 and ids.size == 0:
+            raise RequestError("the prompt is empty; expected at least one token")
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise RequestError(f"the prompt is {show(prompt_ids)}, expected a flat list of token ids")
+        if len(ids) >= self.max_model_len:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens, expected at most {self.max_model_len - 1}: max_model_len "
+                f"is {self.max_model_len} and the output needs one; shorten it or raise max_model_len"
+            )
+        wrong = (ids < 0) | (ids >= self.vocab_size)
+        if wrong.any():
+            at = int(wrong.argmax())
+            raise RequestError(
+                f"the prompt has token id {ids[at]} at index {at}, expected 0 to {self.vocab_size - 1}"
+            )
+        return np.ascontiguousarray(ids, dtype=np.int32)
+
+    def _text_stream(self, ids: I32Array, params: SamplingParams) -> TextStream | None:
+        if self.tokenizer is not None and params.detokenize:
+            return TextStream(
+                self.tokenizer,
+                ids[-64:].tolist(),  # its end tells whether a leading space is real
+                stop=params.stop_strings,
+                include_stop_str_in_output=params.include_stop_str_in_output,
+                skip_special_tokens=params.skip_special_tokens,
+            )
+        if params.stop:
+            raise RequestError("stop strings need text, but there is no tokenizer; use stop_token_ids")
+        return None
