@@ -28,7 +28,7 @@ from pace.kvcache import make_tables
 from pace.models.decoder import lower
 from pace.models.plan import Batch, Plan
 from pace.models.registry import parse_config
-from pace.models.weights import load_weights
+from pace.models.weights import Tensors, load_weights
 
 TYPES = ("slab", "paged", "contiguous")
 WARM_STEPS = 2  # they map what is left to map
@@ -72,7 +72,7 @@ def load_model(name: str, max_len: int, n_threads: int | None) -> Model:
     team = ops.Team(n_threads or ops.default_threads()[0])
     sink = PackedSink(team)
     with Checkpoint(directory) as checkpoint:
-        load_weights(ir, weight_map, checkpoint, sink)
+        load_weights(ir, Tensors(checkpoint, weight_map, ir.n_layers), sink)
     return Model(team, ir, sink)
 
 

@@ -53,21 +53,6 @@ def link(folder: Path, target: str, name: str = "model.safetensors") -> None:
     (folder / name).symlink_to(target)
 
 
-def outside(folder: Path) -> None:
-    other = folder.parent / f"{folder.name}-other"
-    other.mkdir()
-    write(other, {"a": F32})
-    link(folder, str(other / "model.safetensors"))
-
-
-def shard_outside(folder: Path) -> None:
-    other = folder.parent / f"{folder.name}-other"
-    other.mkdir()
-    write(other, {"a": F32}, name="x.safetensors")
-    link(folder, str(other / "x.safetensors"), "model-1.safetensors")
-    index(folder, {"a": "model-1.safetensors"}, shards=False)
-
-
 def many_tensors(folder: Path) -> None:
     header = ",".join(f'"t{i}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(150_000))
     write(folder, b"{" + header.encode() + b"}", b"")
@@ -93,8 +78,6 @@ WEIGHTS: dict[str, Break] = {
     "header nested": lambda d: write(d, b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}"),
     "tensor twice": lambda d: write(d, b'{"a":%s,"a":%s}' % ((json.dumps(F32).encode(),) * 2)),
     "shape twice": lambda d: write(d, b'{"a":{"dtype":"F32","shape":[2],"shape":[2],"data_offsets":[0,8]}}'),
-    "metadata not text": lambda d: write(d, {"__metadata__": {"x": 1}, "a": F32}),
-    "metadata not an object": lambda d: write(d, {"__metadata__": [], "a": F32}),
     "entry not an object": lambda d: write(d, {"a": [1]}),
     "entry lacks a key": lambda d: write(d, {"a": {"dtype": "F32", "shape": [2]}}),
     "entry with another key": lambda d: write(d, entry(order="F")),
@@ -128,7 +111,6 @@ WEIGHTS: dict[str, Break] = {
     "a dangling link": lambda d: link(d, "nowhere.safetensors"),
     "a link to itself": lambda d: link(d, "model.safetensors"),
     "a link to a device": lambda d: link(d, "/dev/zero"),
-    "a link out of the folder": outside,
     "index empty": lambda d: index(d, ""),
     "index not JSON": lambda d: index(d, "{"),
     "index without a map": lambda d: index(d, "{}"),
@@ -145,10 +127,7 @@ WEIGHTS: dict[str, Break] = {
     "index lists a tensor twice": lambda d: index(d, '{"weight_map": {"a": "x.safetensors", "a": "x"}}'),
     "index lacks a tensor of a shard": lambda d: index(d, dict.fromkeys("ab", "model-2.safetensors")),
     "shard lacks a listed tensor": lambda d: index(d, {**GOOD_MAP, "c": "model-1.safetensors"}),
-    "shards swapped": lambda d: index(d, {"a": "model-2.safetensors", "b": "model-1.safetensors"}),
-    "shard by a link out of the folder": shard_outside,
-    "total_size wrong": lambda d: index(d, GOOD_MAP, total_size=17),
-    "total_size text": lambda d: index(d, GOOD_MAP, total_size="16"),
+    "a tensor in two shards": lambda d: (index(d, GOOD_MAP), write(d, {"a": F32}, name="model-2.safetensors")),
     "index of 17 MB": lambda d: index(d, '{"weight_map": {}}' + " " * (17 << 20)),
     "index of 400000 tensors": lambda d: index(
         d, '{"weight_map": {' + ",".join(f'"{i}":"m.safetensors"' for i in range(400_000)) + "}}"
@@ -297,15 +276,6 @@ def test_broken_tokenizer(tmp_path: Path, name: str) -> None:
 def test_the_tokenizer_that_is_broken_is_good(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(tokenizer_json())
     assert Tokenizer(tmp_path, vocab_size=3, max_model_len=64).encode("abba") == [2, 1, 0]
-
-
-def test_tokenizer_link_out_of_the_folder(tmp_path: Path) -> None:
-    model, other = tmp_path / "model", tmp_path / "other"
-    model.mkdir()
-    other.mkdir()
-    (other / "tokenizer.json").write_text(tokenizer_json())
-    link(model, str(other / "tokenizer.json"), "tokenizer.json")
-    refused(lambda: Tokenizer(model, vocab_size=50, max_model_len=64), model)
 
 
 def test_tokenizer_errors_are_tokenizer_errors(tmp_path: Path) -> None:

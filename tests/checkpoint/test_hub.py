@@ -72,6 +72,24 @@ def test_revision_needs_a_hub_id(tmp_path: Path) -> None:
         resolve(tmp_path, "main")
 
 
+def test_a_folder_of_the_hub_cache_leads_to_its_snapshot(tmp_path: Path) -> None:
+    repo = tmp_path / "models--org--name"
+    first, second = (repo / "snapshots" / commit for commit in ("aaa", "bbb"))
+    first.mkdir(parents=True)
+    assert resolve(repo) == first  # the only one
+    second.mkdir()
+    with pytest.raises(CheckpointError, match="no snapshot of revision 'main'; there are aaa, bbb"):
+        resolve(repo)
+    (repo / "refs" / "pr").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("bbb\n")
+    (repo / "refs" / "pr" / "1").write_text("aaa")
+    assert (resolve(repo), resolve(repo, "pr/1"), resolve(repo, "aaa")) == (second, first, first)
+    (tmp_path / "secret").write_text("aaa")
+    for wrong in ("../../secret", "v2", "/etc/passwd", "a\0b"):
+        with pytest.raises(CheckpointError, match="no snapshot of revision"):
+            resolve(repo, wrong)
+
+
 def test_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     huggingface_hub = pytest.importorskip("huggingface_hub")
     calls = []

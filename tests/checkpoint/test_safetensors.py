@@ -87,27 +87,108 @@ def test_shards(tmp_path: Path, changes: dict[str, Any]) -> None:
             assert checkpoint.tensor(name).tobytes() == array.tobytes()
 
 
-def test_hub_cache_layout(tmp_path: Path) -> None:
-    """Files of a snapshot are links to blobs beside it; anything else that leaves the folder is refused."""
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
-    blobs.mkdir()
-    snapshot.mkdir(parents=True)
-    safetensors.numpy.save_file(arrays(), blobs / "123")
-    (snapshot / "model.safetensors").symlink_to("../../blobs/123")
-    assert Checkpoint(snapshot).tensor("f32").tobytes() == arrays()["f32"].tobytes()
-    (tmp_path / "link").symlink_to(snapshot)
+def snapshot(repo: Path) -> Path:
+    """A model's folder in the hub cache: its snapshot's file is a link to a blob."""
+    folder = repo / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    (repo / "blobs").mkdir(exist_ok=True)
+    safetensors.numpy.save_file(arrays(), repo / "blobs" / "123")
+    (folder / "model.safetensors").symlink_to("../../blobs/123")
+    return folder
+
+
+def test_hub_snapshot_is_links_into_the_cache(tmp_path: Path) -> None:
+    folder = snapshot(tmp_path / "models--a--b")
+    assert len(Checkpoint(folder)) == len(arrays())
+    (tmp_path / "link").symlink_to(folder)
     assert len(Checkpoint(tmp_path / "link")) == len(arrays())
-    (snapshot / "model.safetensors").unlink()
-    (tmp_path / "secret").write_bytes((blobs / "123").read_bytes())
-    (snapshot / "model.safetensors").symlink_to("../../secret")
-    with pytest.raises(CheckpointError, match="leaves the checkpoint's folder"):
-        Checkpoint(snapshot)
 
 
-def test_links_inside_the_folder(tmp_path: Path) -> None:
-    safetensors.numpy.save_file(arrays(), tmp_path / "weights")
-    (tmp_path / "model.safetensors").symlink_to("weights")
-    assert len(Checkpoint(tmp_path)) == len(arrays())
+def test_hub_snapshot_may_have_its_blobs_on_another_disk(tmp_path: Path) -> None:
+    repo, disk = tmp_path / "hub" / "models--a--b", tmp_path / "disk"
+    disk.mkdir()
+    repo.mkdir(parents=True)
+    (repo / "blobs").symlink_to(disk)
+    assert len(Checkpoint(snapshot(repo))) == len(arrays())
+
+
+def test_hub_snapshot_may_share_another_models_blobs(tmp_path: Path) -> None:
+    folder = snapshot(tmp_path / "models--a--b")
+    snapshot(tmp_path / "models--c--d")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("../../../models--c--d/blobs/123")
+    assert len(Checkpoint(folder)) == len(arrays())
+
+
+@pytest.mark.parametrize("repo", ["hub/models--a--b", "hub/other"])
+def test_hub_snapshot_must_not_leave_the_cache(tmp_path: Path, repo: str) -> None:
+    folder = snapshot(tmp_path / repo)
+    (tmp_path / "secret").write_bytes((tmp_path / repo / "blobs" / "123").read_bytes())
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="leaves the hub cache"):
+        Checkpoint(folder)
+
+
+def test_local_folder_may_be_made_of_links(tmp_path: Path) -> None:
+    """What `hf download --local-dir` once left, and own configs beside linked weights."""
+    blob = snapshot(tmp_path / "models--a--b") / "model.safetensors"
+    local = tmp_path / "mine"
+    local.mkdir()
+    (local / "model.safetensors").symlink_to(blob)  # a link to a link
+    assert len(Checkpoint(local)) == len(arrays())
+    (local / "model.safetensors").unlink()
+    (local / "model.safetensors").symlink_to("weights")
+    safetensors.numpy.save_file(arrays(), local / "weights")
+    assert len(Checkpoint(local)) == len(arrays())
+
+
+def write_shards(folder: Path, weight_map: dict[str, str], **index: Any) -> None:
+    for number, names in enumerate((("x", "y"), ("z",)), 1):
+        safetensors.numpy.save_file(
+            {n: np.full(3, ord(n), np.float32) for n in names}, folder / f"m{number}.safetensors"
+        )
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map, **index}))
+
+
+MAP = {"x": "m1.safetensors", "y": "m1.safetensors", "z": "m2.safetensors"}
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{"total_size": size} for size in (0, 17, 1e9, "36", None, [], -1)] + [None, {}, [], "x"],
+    ids=repr,
+)
+def test_a_stale_total_size_changes_nothing(tmp_path: Path, metadata: Any) -> None:
+    write_shards(tmp_path, MAP, metadata=metadata)
+    assert set(Checkpoint(tmp_path)) == {"x", "y", "z"}
+
+
+@pytest.mark.parametrize(
+    "weight_map",
+    [
+        {"x": "m1.safetensors", "z": "m2.safetensors"},  # y is not listed
+        {"x": "m2.safetensors", "y": "m1.safetensors", "z": "m1.safetensors"},  # swapped
+    ],
+)
+def test_the_shards_say_what_they_hold_whatever_the_index_says(
+    tmp_path: Path, weight_map: dict[str, str]
+) -> None:
+    write_shards(tmp_path, weight_map)
+    checkpoint = Checkpoint(tmp_path)
+    assert {name: chr(int(checkpoint.tensor(name)[0])) for name in checkpoint} == {
+        "x": "x",
+        "y": "y",
+        "z": "z",
+    }
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"format": 1}, [], 5, {"a": {"b": None}}], ids=repr)
+def test_metadata_of_a_file_changes_nothing(tmp_path: Path, metadata: Any) -> None:
+    header = {"__metadata__": metadata, "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+    raw = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + b"\0" * 8)
+    assert Checkpoint(tmp_path).names() == ("a",)
 
 
 def resident_kib() -> int:
@@ -147,10 +228,10 @@ def test_no_descriptor_is_left(tmp_path: Path) -> None:
     fds = Path("/proc/self/fd")
     shard(tmp_path)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    index["metadata"]["total_size"] += 1
+    index["weight_map"]["missing"] = next(iter(index["weight_map"].values()))
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     before = len(list(fds.iterdir()))
     for _ in range(5):
-        with pytest.raises(CheckpointError, match="total_size"):
+        with pytest.raises(CheckpointError, match="missing"):
             Checkpoint(tmp_path)
     assert len(list(fds.iterdir())) == before

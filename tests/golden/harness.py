@@ -16,7 +16,7 @@ from pace.models.decoder import lower
 from pace.models.plan import Batch, Plan, Runner
 from pace.models.registry import parse_config
 from pace.models.spec import DecoderSpec
-from pace.models.weights import DenseSink, WeightMap, load_weights
+from pace.models.weights import DenseSink, Tensors, WeightMap, load_weights
 from pace.reference import Reference
 
 Array = npt.NDArray[Any]
@@ -62,7 +62,7 @@ def load(directory: Path, max_model_len: int) -> Model:
     plan = lower(spec, max_model_len)
     sink = DenseSink()
     with Checkpoint(directory) as checkpoint:
-        load_weights(plan, weight_map, checkpoint, sink)
+        load_weights(plan, Tensors(checkpoint, weight_map, plan.n_layers), sink)
     return Model(spec, plan, weight_map, sink.weights)
 
 

@@ -27,13 +27,12 @@ def spec_of(config: dict[str, Any], **changes: Any) -> DecoderSpec:
 
 # (config, changes, error, what the message must name)
 BROKEN: list[tuple[dict[str, Any], dict[str, Any], type[PaceError], str]] = [
-    (LLAMA, {"architectures": ...}, CheckpointError, "architectures"),
-    (LLAMA, {"architectures": []}, CheckpointError, "architectures"),
+    (LLAMA, {"architectures": ..., "model_type": ...}, CheckpointError, "model_type"),
+    (LLAMA, {"architectures": [], "model_type": "bert"}, UnsupportedModel, "'bert'"),
     (LLAMA, {"architectures": "LlamaForCausalLM"}, CheckpointError, "architectures"),
     (LLAMA, {"architectures": ["LlamaForCausalLM", "X"]}, CheckpointError, "architectures"),
     (LLAMA, {"architectures": ["BertModel"]}, UnsupportedModel, "'BertModel'"),
     (LLAMA, {"model_type": "mistral"}, CheckpointError, "model_type is 'mistral', expected 'llama'"),
-    (LLAMA, {"model_type": ...}, CheckpointError, "model_type"),
     (LLAMA, {"hidden_size": ...}, CheckpointError, "hidden_size"),
     (LLAMA, {"hidden_size": None}, CheckpointError, "hidden_size"),
     (LLAMA, {"hidden_size": "128"}, CheckpointError, "hidden_size is '128'"),
@@ -68,7 +67,6 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any], type[PaceError], str]] = [
     (LLAMA, {"hidden_act": ...}, CheckpointError, "hidden_act"),
     (LLAMA, {"tie_word_embeddings": 1}, CheckpointError, "tie_word_embeddings is 1"),
     (LLAMA, {"attention_bias": "yes"}, CheckpointError, "attention_bias is 'yes'"),
-    (LLAMA, {"pretraining_tp": 2}, UnsupportedModel, "pretraining_tp is 2"),
     (LLAMA, {"quantization_config": {"bits": 4}}, UnsupportedModel, "quantization_config"),
     (LLAMA, {"sliding_window": 128}, UnsupportedModel, "sliding_window is 128"),
     (LLAMA, {"partial_rotary_factor": 0.5}, UnsupportedModel, "partial_rotary_factor is 0.5"),
@@ -162,6 +160,59 @@ def test_broken_config_is_refused(
     assert "config.json" in message
     assert "\n" not in message
     assert len(message) < 400
+
+
+# What changes no number: each is the same model as without it.
+HARMLESS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    (LLAMA, {"pretraining_tp": 2}),
+    (LLAMA, {"pretraining_tp": None}),
+    (LLAMA, {"quantization_config": {}}),
+    (LLAMA, {"quantization_config": None}),
+    (LLAMA, {"architectures": ...}),
+    (LLAMA, {"architectures": []}),
+    (LLAMA, {"architectures": None}),
+    (LLAMA, {"model_type": ...}),
+    (LLAMA, {"attention_bias": None, "mlp_bias": None, "tie_word_embeddings": None, "rope_scaling": None}),
+    (LLAMA, {"rope_scaling": {}}),
+    (LLAMA, {"rope_scaling": {"type": None, "rope_type": "default", "factor": None}}),
+    (LLAMA, {"rope_scaling": {"rope_type": "default", "factor": 8.0}}),
+    (
+        LLAMA,
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000},
+            "rope_scaling": {"type": "default"},
+        },
+    ),
+    (LLAMA, {"rope_theta": 10000}),
+    (LLAMA, {"head_dim": None, "sliding_window": None, "layer_types": None}),
+    (LLAMA, {"torch_dtype": "float16", "use_cache": False, "transformers_version": "9", "_name_or_path": 3}),
+    (QWEN2, {"max_position_embeddings": 64}),
+]
+
+
+@pytest.mark.parametrize(("config", "changes"), HARMLESS)
+def test_what_changes_no_number_changes_nothing(config: dict[str, Any], changes: dict[str, Any]) -> None:
+    assert spec_of(config, **changes) == spec_of(config)
+
+
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    ("new", "old"),
+    [
+        ({"rope_type": "yarn", "rope_theta": 10000.0, **YARN}, {"type": "yarn", **YARN}),
+        (
+            {"rope_type": "yarn", **YARN},
+            {"rope_type": "yarn", "type": "yarn", **YARN, "factor": 4, "beta_fast": None},
+        ),
+    ],
+)
+def test_two_spellings_of_one_rope_agree(new: dict[str, Any], old: dict[str, Any]) -> None:
+    both = spec_of(LLAMA, rope_parameters=new, rope_scaling=old)
+    assert both == spec_of(LLAMA, rope_scaling={"type": "yarn", **YARN})
+    with pytest.raises(CheckpointError, match="differ"):
+        spec_of(LLAMA, rope_parameters=new, rope_scaling={**old, "factor": 2.0})
 
 
 @pytest.mark.parametrize("document", [None, [], "x", 3])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from pace.errors import WeightsError
 from pace.models.decoder import lower
 from pace.models.plan import Plan, gated_rows
 from pace.models.registry import parse_config
-from pace.models.weights import DenseSink, SourcePart, WeightMap, load_weights, to_f32
+from pace.models.weights import DenseSink, SourcePart, Tensors, WeightMap, load_weights, to_f32
 
 Array = npt.NDArray[Any]
 
@@ -76,7 +76,7 @@ def refused(name: str, arrays: dict[str, Array], dtypes: dict[str, str] | None =
     """The message with which a checkpoint is refused before the sink is called."""
     plan, weight_map = plan_of(name)
     with pytest.raises(WeightsError) as caught:
-        load_weights(plan, weight_map, Memory(arrays, dtypes), NoSink())
+        load_weights(plan, Tensors(Memory(arrays, dtypes), weight_map, plan.n_layers), NoSink())
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -148,7 +148,7 @@ def test_a_view_that_contradicts_its_header_is_refused() -> None:
     arrays: dict[str, Array] = dict(tiny.tensors("llama-mha"))
     plan, weight_map = plan_of("llama-mha")
     with pytest.raises(WeightsError, match="was read as uint16"):
-        load_weights(plan, weight_map, Memory(arrays, {Q: "F16"}), DenseSink())
+        load_weights(plan, Tensors(Memory(arrays, {Q: "F16"}), weight_map, plan.n_layers), DenseSink())
 
 
 def test_old_and_redundant_tensors_are_ignored() -> None:
@@ -158,7 +158,7 @@ def test_old_and_redundant_tensors_are_ignored() -> None:
     arrays["lm_head.weight"] = np.zeros((tiny.VOCAB_SIZE, 128), np.uint16)
     plan, weight_map = plan_of("llama-gqa4-tied")
     sink = DenseSink()
-    load_weights(plan, weight_map, Memory(arrays), sink)
+    load_weights(plan, Tensors(Memory(arrays), weight_map, plan.n_layers), sink)
     assert "lm_head" not in sink.weights
 
 
@@ -168,7 +168,12 @@ def test_one_tensor_at_a_time_with_progress(name: str) -> None:
     checkpoint, sink = Memory(arrays), DenseSink()
     plan, weight_map = plan_of(name)
     seen: list[tuple[int, int]] = []
-    load_weights(plan, weight_map, checkpoint, sink, lambda done, total: seen.append((done, total)))
+    load_weights(
+        plan,
+        Tensors(checkpoint, weight_map, plan.n_layers),
+        sink,
+        lambda done, total: seen.append((done, total)),
+    )
     total = sum(a.nbytes for a in arrays.values())
     assert checkpoint.peak == 1
     assert sorted(checkpoint.dropped) == sorted(arrays)
@@ -183,7 +188,7 @@ def test_fused_rows_land_where_the_plan_says() -> None:
     arrays = tiny.tensors("llama-head80-biases")
     plan, weight_map = plan_of("llama-head80-biases")
     sink = DenseSink()
-    load_weights(plan, weight_map, Memory(dict(arrays)), sink)
+    load_weights(plan, Tensors(Memory(dict(arrays)), weight_map, plan.n_layers), sink)
 
     def source(name: str) -> Array:
         return to_f32(arrays[f"model.layers.1.{name}"], "bf16")
@@ -210,5 +215,83 @@ def test_other_dtypes_load(dtype: type[np.floating[Any]]) -> None:
     }
     plan, weight_map = plan_of("llama-mha")
     sink = DenseSink()
-    load_weights(plan, weight_map, Memory(arrays), sink)
+    load_weights(plan, Tensors(Memory(arrays), weight_map, plan.n_layers), sink)
     np.testing.assert_array_equal(sink.weights["lm_head"], arrays["lm_head.weight"].astype(np.float64))
+
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def tied(arrays: dict[str, Array]) -> Tensors:
+    plan, weight_map = plan_of("qwen2-tied")
+    return Tensors(Memory(arrays), weight_map, plan.n_layers)
+
+
+def test_a_tied_head_is_told_by_content() -> None:
+    arrays = tiny.tensors("qwen2-tied")
+    other = arrays[EMBED].copy()
+    other[-1, -1] ^= 1  # one bit of the last element
+    for head, expected in (
+        (arrays[EMBED].copy(), True),
+        (to_f32(arrays[EMBED], "bf16"), True),  # the same values in another type
+        (other, False),
+        (to_f32(other, "bf16"), False),
+        (arrays[EMBED][:-1], False),
+    ):
+        assert tied({**arrays, HEAD: head}).head_is_tied() is expected
+    assert tied(arrays).head_is_tied()
+
+
+def test_a_tied_matrix_may_be_stored_under_either_name() -> None:
+    arrays = tiny.tensors("qwen2-tied")
+    plan, _ = plan_of("qwen2-tied")
+    sinks = []
+    for names in ((EMBED,), (HEAD,), (EMBED, HEAD)):
+        sinks.append(DenseSink())
+        rest = {name: array for name, array in arrays.items() if name != EMBED}
+        load_weights(plan, tied({**rest, **dict.fromkeys(names, arrays[EMBED])}), sinks[-1])
+    for sink in sinks[1:]:
+        assert sink.weights.keys() == sinks[0].weights.keys()
+        np.testing.assert_array_equal(sink.weights["embed"], sinks[0].weights["embed"])
+    message = refused("qwen2-tied", {name: array for name, array in arrays.items() if name != EMBED})
+    assert "'model.embed_tokens.weight' missing" in message
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: name.replace("model.layers.", "model.layers.", 1).replace(
+            ".self_attn.", "._orig_mod.self_attn."
+        ),
+        lambda name: f"module.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: f"base_model.model.{name}",
+        lambda name: name.removeprefix("model."),
+    ],
+    ids=["compiled", "layers compiled", "DDP", "DDP and compiled", "merged PEFT", "without the head's model"],
+)
+def test_names_that_tools_have_wrapped(rename: Callable[[str], str]) -> None:
+    arrays = tiny.tensors("llama-mha")
+    plan, weight_map = plan_of("llama-mha")
+    sinks = (DenseSink(), DenseSink())
+    for sink, names in zip(
+        sinks, ({name: name for name in arrays}, {name: rename(name) for name in arrays}), strict=True
+    ):
+        memory = Memory({names[name]: array for name, array in arrays.items()})
+        load_weights(plan, Tensors(memory, weight_map, plan.n_layers), sink)
+        assert not memory.alive
+    for name, value in sinks[0].weights.items():
+        np.testing.assert_array_equal(value, sinks[1].weights[name])
+
+
+def test_two_names_of_one_tensor_are_refused() -> None:
+    arrays = tiny.tensors("llama-mha")
+    message = refused("llama-mha", {**arrays, f"_orig_mod.{EMBED}": arrays[EMBED]})
+    assert "mean the same tensor" in message and EMBED in message
+
+
+def test_adapters_are_called_adapters() -> None:
+    lora = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    message = refused("llama-mha", {lora: np.zeros((4, 4), np.float32)})
+    assert "adapter weights" in message and "merge" in message and "download" not in message

@@ -263,11 +263,26 @@ def test_vocabulary_must_fit_the_model(tmp_path: Path) -> None:
     rust = byte_level()
     save(tmp_path, rust)
     n_tokens = rust.get_vocab_size()
+    n_base = max(rust.get_vocab(with_added_tokens=False).values()) + 1
     load(tmp_path, vocab_size=n_tokens)
     with pytest.raises(
-        TokenizerError, match=f"id {n_tokens - 1}, but the model's embedding has {n_tokens - 1} rows"
+        TokenizerError, match=f"id {n_base - 1}, but the model's embedding has {n_base - 1} rows"
     ):
-        load(tmp_path, vocab_size=n_tokens - 1)
+        load(tmp_path, vocab_size=n_base - 1)
+
+
+def test_an_added_token_beyond_the_embedding_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rust = byte_level()
+    n_tokens = rust.get_vocab_size()
+    rust.add_special_tokens(["[PAD]", "[PAD2]"])
+    save(tmp_path, rust)
+    tokenizer = load(tmp_path, vocab_size=n_tokens)
+    assert "2 added tokens can't be used, the first is '[PAD]'" in caplog.text
+    assert tokenizer.encode("a[PAD]")[-1] == n_tokens  # the engine refuses the request, by this id
+    with pytest.raises(RequestError, match="expected ids from 0"):
+        tokenizer.check_ids([n_tokens])
 
 
 # ---- detokenising

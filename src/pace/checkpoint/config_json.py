@@ -24,12 +24,12 @@ MAX_JSON_BYTES = 16 << 20  # the largest tokenizer_config.json and shard index i
 def checkpoint_file(directory: Path, name: str) -> Path | None:
     """Return the path of the file `name` in `directory`, or None where there is none.
 
-    A symbolic link may point anywhere inside the folder, or into `blobs` of the hub cache that the folder
-    belongs to (`…/snapshots/<commit>/` beside `…/blobs/`), and nowhere else: a checkpoint must not name files
-    of its host.
+    A symbolic link may lead to any file, as people make folders of links beside a config of their own. In a snapshot of
+    the hub cache, whose links come from a download, it must stay inside the cache: `…/snapshots/<commit>/` beside
+    `…/blobs/`, which may itself be a link to another disk.
 
     Raises:
-        CheckpointError: `name` is not a plain file name, or is a link that leaves the folder.
+        CheckpointError: `name` is not a plain file name, or is a link that leaves the hub cache.
     """
     if name in ("", ".", "..") or len(name) > 255 or any(char in name for char in "/\\\0"):
         raise CheckpointError(
@@ -38,15 +38,15 @@ def checkpoint_file(directory: Path, name: str) -> Path | None:
     path = directory / name
     if not path.is_symlink():
         return path if os.path.lexists(path) else None
-    target = Path(os.path.realpath(path))
     root = Path(os.path.realpath(directory))
-    allowed = [root]
-    if root.parent.name == "snapshots":
-        allowed.append(root.parent.parent / "blobs")
-    if not any(target.is_relative_to(folder) for folder in allowed):
-        raise CheckpointError(
-            f"{path}: the symbolic link leaves the checkpoint's folder; put the file itself there"
-        )
+    repo = root.parent.parent
+    if root.parent.name == "snapshots" and (repo / "blobs").is_dir():
+        cache = repo.parent if repo.name.startswith("models--") else repo
+        target = Path(os.path.realpath(path))
+        if not any(
+            target.is_relative_to(folder) for folder in (cache, Path(os.path.realpath(repo / "blobs")))
+        ):
+            raise CheckpointError(f"{path}: the link leaves the hub cache {cache}; download the model again")
     return path
 
 

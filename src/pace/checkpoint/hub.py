@@ -32,8 +32,9 @@ def resolve(
     HF_HUB_OFFLINE, HF_HOME and HF_TOKEN act as in every program that uses `huggingface_hub`.
 
     Args:
-        model: "demo" (the embedded model), a folder, or a hub id `org/name`.
-        revision: branch, tag or commit; for hub ids only.
+        model: "demo" (the embedded model), a folder, a model's folder in the hub cache (`models--org--name`), or a hub id
+            `org/name`.
+        revision: branch, tag or commit; for hub ids and folders of the hub cache.
         tokenizer_only: of a hub id, fetch only the tokenizer's files.
 
     Raises:
@@ -63,9 +64,28 @@ def resolve(
 
 
 def _local(path: Path, revision: str | None) -> Path:
+    path = path.resolve()
+    if path.name.startswith("models--") and (path / "snapshots").is_dir():
+        return _snapshot(path, revision)
     if revision is not None:
         raise CheckpointError(f"revision {show(revision)} is for hub ids, but the model is the folder {path}")
-    return path.resolve()
+    return path
+
+
+def _snapshot(path: Path, revision: str | None) -> Path:
+    """The snapshot that a folder of the hub cache holds of a revision; by default of main, else the only one."""
+    snapshots = sorted(folder.name for folder in (path / "snapshots").iterdir() if folder.is_dir())
+    name = revision or "main"
+    plain = not any(part in ("", ".", "..") for part in name.split("/")) and "\0" not in name
+    ref = path / "refs" / name
+    commit = ref.read_text("utf-8", "replace").strip() if plain and ref.is_file() else name
+    if commit in snapshots:
+        return path / "snapshots" / commit
+    if revision is None and len(snapshots) == 1:
+        return path / "snapshots" / snapshots[0]
+    raise CheckpointError(
+        f"{path}: no snapshot of revision {show(name)}; there are {', '.join(snapshots) or 'none'}: name one as revision"
+    )
 
 
 def _download(repo_id: str, revision: str | None, patterns: tuple[str, ...]) -> Path:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from pace.models.decoder import lower
 from pace.models.plan import Plan
 from pace.models.registry import parse_config
 from pace.models.spec import DecoderSpec
-from pace.models.weights import Progress, WeightMap, load_weights
+from pace.models.weights import Tensors, load_weights
 from pace.text.tokenizer import Tokenizer
 
 __all__ = ["Loaded", "load"]
@@ -79,31 +79,31 @@ def load(
     directory = resolve(config.model, config.revision)
     values = _read_config(directory)
     spec, weight_map = parse_config(values, str(directory / "config.json"))
-    memory = _plan_memory(config, spec)
-    if on_plan is not None:
-        on_plan(memory)
-    tokenizer_directory, tokenizer = directory, None
-    if not skip_tokenizer:
-        tokenizer_directory, tokenizer = _load_tokenizer(config, directory, spec, memory)
-    defaults = load_generation_defaults(
-        directory,
-        values,
-        vocab_size=spec.vocab_size,
-        tokenizer_eos_id=None if tokenizer is None else tokenizer.eos_token_id,
-    )
-    plan = lower(spec, memory.max_model_len)
-    team = make_team(config)
-    try:
-        sink = PackedSink(team)
-        with _progress_bar(show_progress) as progress:
-            if random_weights:
-                invent_weights(plan, sink)
-            else:
-                _read_weights(directory, plan, weight_map, sink, progress)
-        engine, executor = build_engine(config, plan, sink, team, memory, defaults, tokenizer)
-    except BaseException:
-        team.close()
-        raise
+    with ExitStack() as files:
+        tensors = None
+        if not random_weights:
+            tensors = Tensors(files.enter_context(Checkpoint(directory)), weight_map, len(spec.layers))
+            spec = _settle_head(spec, tensors, directory)
+        memory = _plan_memory(config, spec)
+        if on_plan is not None:
+            on_plan(memory)
+        tokenizer_directory, tokenizer = directory, None
+        if not skip_tokenizer:
+            tokenizer_directory, tokenizer = _load_tokenizer(config, directory, spec, memory)
+        defaults = load_generation_defaults(
+            directory,
+            values,
+            vocab_size=spec.vocab_size,
+            tokenizer_eos_id=None if tokenizer is None else tokenizer.eos_token_id,
+        )
+        plan = lower(spec, memory.max_model_len)
+        team = make_team(config)
+        try:
+            sink = _load_weights(plan, tensors, team, show_progress)
+            engine, executor = build_engine(config, plan, sink, team, memory, defaults, tokenizer)
+        except BaseException:
+            team.close()
+            raise
     load_s = time.perf_counter() - start
     logger.info(
         "loaded %s in %.2f s, weights %d MiB, %d threads",
@@ -134,6 +134,17 @@ def _read_config(directory: Path) -> dict[str, Any]:
             f"{directory}: no config.json; expected the folder of a Hugging Face checkpoint"
         )
     return read_json(path)
+
+
+def _settle_head(spec: DecoderSpec, tensors: Tensors, directory: Path) -> DecoderSpec:
+    """The spec as the file has it, where the config says that the LM head is the embedding's matrix."""
+    if not spec.tied or tensors.head_is_tied():
+        return spec
+    logger.warning(
+        "%s: the config ties the LM head to the embedding, but the file holds one that differs; the file's is used",
+        directory,
+    )
+    return replace(spec, tied=False)
 
 
 def _plan_memory(config: EngineConfig, spec: DecoderSpec) -> MemoryPlan:
@@ -183,11 +194,17 @@ def _check_len(max_model_len: int | None, max_len: int) -> int | None:
     return max_model_len
 
 
-def _read_weights(
-    directory: Path, plan: Plan, weight_map: WeightMap, sink: PackedSink, progress: Progress | None
-) -> None:
-    with Checkpoint(directory) as checkpoint:
-        load_weights(plan, weight_map, checkpoint, sink, progress)
+def _load_weights(
+    plan: Plan, tensors: Tensors | None, team: ops.Team, show_progress: bool | None
+) -> PackedSink:
+    """The packed weights; without tensors, invented ones."""
+    sink = PackedSink(team)
+    with _progress_bar(show_progress) as progress:
+        if tensors is None:
+            invent_weights(plan, sink)
+        else:
+            load_weights(plan, tensors, sink, progress)
+    return sink
 
 
 @contextmanager

@@ -58,16 +58,28 @@ def parse_config(values: object, where: str = "config.json") -> tuple[DecoderSpe
     if not isinstance(values, Mapping):
         raise CheckpointError(f"{where} holds {show(values)}, expected a JSON object")
     config = Config(values, where)
-    found = values.get("architectures")
+    architecture = _architecture(config)
+    return architecture.spec(config), architecture.weights
+
+
+def _architecture(config: Config) -> Architecture:
+    """By `architectures`; by model_type where that is missing, as some mergers leave it out."""
+    found = config.values.get("architectures")
+    if found is None or found == []:
+        model_type = config.text("model_type")
+        for architecture in ARCHITECTURES.values():
+            if architecture.model_type == model_type:
+                return architecture
+        found = [model_type]
     if not isinstance(found, list) or len(found) != 1 or not isinstance(found[0], str):
         raise config.error("architectures", found, f"a list with one of {', '.join(ARCHITECTURES)}")
-    architecture = ARCHITECTURES.get(found[0])
-    if architecture is None:
+    known = ARCHITECTURES.get(found[0])
+    if known is None:
         raise UnsupportedModel(
-            f"{where}: architecture {show(found[0])} is not supported; "
+            f"{config.where}: architecture {show(found[0])} is not supported; "
             f"supported are {', '.join(ARCHITECTURES)}"
         )
-    model_type = config.text("model_type")
-    if model_type != architecture.model_type:
-        raise config.error("model_type", model_type, f"{architecture.model_type!r} for {found[0]}")
-    return architecture.spec(config), architecture.weights
+    model_type = config.text("model_type", default=known.model_type)
+    if model_type != known.model_type:
+        raise config.error("model_type", model_type, f"{known.model_type!r} for {found[0]}")
+    return known

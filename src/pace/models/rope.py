@@ -23,13 +23,14 @@ import numpy as np
 import numpy.typing as npt
 
 from pace.errors import CheckpointError, UnsupportedModel, show
+from pace.log import logger
 from pace.models.plan import Rope
 from pace.models.spec import Config, RopeKind, RopeSpec
 
 F64Array = npt.NDArray[np.float64]
 
-# Keys that each kind reads. Others are refused: a key that transformers would ignore is a sign of a damaged
-# file.
+# Keys that each kind reads. One that only another kind reads changes nothing, and transformers ignores it too: a warning.
+# One that none reads may be something newer that changes the frequencies: it is refused.
 _COMMON: Final = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 _KEYS: Final[Mapping[RopeKind, frozenset[str]]] = {
     "default": frozenset(),
@@ -187,7 +188,7 @@ def _longrope_attention_factor(spec: RopeSpec) -> float:
 def _parameters(config: Config, layer_type: str | None) -> Config:
     """The object that holds the parameters: rope_parameters, rope_scaling, or an empty one."""
     new, old = config.values.get("rope_parameters"), config.values.get("rope_scaling")
-    if new and old and new != old:
+    if new and old and _normal(new) != _normal(old):
         raise CheckpointError(f"{config.where}: rope_parameters and rope_scaling differ; keep one of them")
     key = "rope_parameters" if new else "rope_scaling"
     if not new and not old:
@@ -206,6 +207,17 @@ def _parameters(config: Config, layer_type: str | None) -> Config:
     return table
 
 
+def _normal(parameters: object) -> object:
+    """Parameters in one spelling, without what is said elsewhere: rope_theta is compared with the top level's."""
+    if not isinstance(parameters, Mapping):
+        return parameters
+    values = {
+        key: _normal(value) for key, value in parameters.items() if value is not None and key != "rope_theta"
+    }
+    kind = values.pop("type", "default")
+    return {"rope_type": kind, **values}
+
+
 def _kind(scaling: Config) -> RopeKind:
     kind = scaling.text("rope_type", default=scaling.text("type", default="default"))
     if scaling.has("type") and scaling.text("type") != kind:
@@ -215,13 +227,15 @@ def _kind(scaling: Config) -> RopeKind:
         )
     for known in _KEYS:
         if kind == known:
-            unknown = sorted(set(scaling.values) - _COMMON - _KEYS[known])
-            unknown = [k for k in unknown if scaling.has(k)]
-            if unknown:
-                raise UnsupportedModel(
-                    f"{scaling.where}: {unknown[0]!r} is not a parameter of rope type {known!r}; "
-                    f"known are {', '.join(sorted(_COMMON | _KEYS[known]))}"
-                )
+            unread = sorted(k for k in set(scaling.values) - _COMMON - _KEYS[known] if scaling.has(k))
+            for key in unread:
+                if not any(key in keys for keys in _KEYS.values()):
+                    raise UnsupportedModel(
+                        f"{scaling.where}: {show(key)} is not a parameter of rope type {known!r}; "
+                        f"known are {', '.join(sorted(_COMMON | _KEYS[known]))}"
+                    )
+            if unread:
+                logger.warning("%s: rope type %r does not use %s", scaling.where, known, ", ".join(unread))
             return known
     raise UnsupportedModel(
         f"{scaling.where}: rope type is {show(kind)}; supported are {', '.join(sorted(_KEYS))}"

@@ -242,8 +242,7 @@ ACTIVATIONS: Final[Mapping[str, Activation]] = {
 # config that sets one to anything else describes a model that the generic decoder would compute wrongly
 # without noticing.
 NEUTRAL: Final[Mapping[str, tuple[object, ...]]] = {
-    "quantization_config": (),
-    "pretraining_tp": (1,),
+    "quantization_config": ({},),
     "partial_rotary_factor": (1, 1.0),
     "attn_logit_softcapping": (),
     "final_logit_softcapping": (),

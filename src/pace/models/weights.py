@@ -123,6 +123,11 @@ _NUMPY: Final[Mapping[SourceDtype, type[np.generic]]] = {
 }
 _ITEM_BYTES: Final[Mapping[SourceDtype, int]] = {"bf16": 2, "f16": 2, "f32": 4}
 
+_WRAPPERS: Final = re.compile(r"(?:^|(?<=\.))_orig_mod\.|^(?:base_model\.model\.|module\.)+")
+"""What tools leave in names: torch.compile, DistributedDataParallel, and PEFT after it has merged its adapters."""
+
+_ADAPTERS: Final = re.compile(r".*\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)\b.*")
+
 IGNORED: Final = re.compile(r"(?:.*\.)?rotary_emb\.inv_freq")
 """Checkpoint tensors that are never needed: old transformers versions stored the rotary frequencies."""
 
@@ -140,17 +145,86 @@ class _Source:
     dtype: SourceDtype
 
 
+class Tensors:
+    """A checkpoint under the names of its architecture: what tools have put before or between is taken off.
+
+    Args:
+        checkpoint: the files.
+        weight_map: of the architecture.
+        n_layers: of the model.
+
+    Raises:
+        WeightsError: two tensors get the same name, or the file holds adapters that are not merged.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, weight_map: WeightMap, n_layers: int) -> None:
+        self._checkpoint = checkpoint
+        self.table = _expand(weight_map, n_layers)
+        wanted = {part.name for parts in self.table.values() for part in parts}
+        self._names: dict[str, str] = {}  # ours -> the file's
+        for name in checkpoint.names():
+            if _ADAPTERS.fullmatch(name):
+                raise WeightsError(
+                    f"the checkpoint holds adapter weights ({name!r}); merge them into the model first, for instance with "
+                    "PEFT's merge_and_unload"
+                )
+            ours = _WRAPPERS.sub("", name)
+            if ours not in wanted and f"model.{ours}" in wanted:
+                ours = f"model.{ours}"  # saved from the model without its head
+            if ours in self._names:
+                raise WeightsError(
+                    f"the checkpoint holds {name!r} and {self._names[ours]!r}, which mean the same tensor"
+                )
+            self._names[ours] = name
+
+    def names(self) -> Iterable[str]:
+        """Every tensor name."""
+        return self._names.keys()
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype and shape without touching the data."""
+        return self._checkpoint.info(self._names[name])
+
+    def tensor(self, name: str) -> SourceArray:
+        """A view of the data; bf16 as uint16."""
+        return self._checkpoint.tensor(self._names[name])
+
+    def drop(self, name: str) -> None:
+        """The data is not needed any more."""
+        self._checkpoint.drop(self._names[name])
+
+    def head_is_tied(self) -> bool:
+        """Whether the LM head is the embedding's matrix, as the file has it: equal, or stored once.
+
+        A config that says tied over a file with two different matrices (full fine-tunes, merged adapters) is settled by
+        the file, as transformers 5 does.
+        """
+        embed, head = (self.table[name][0].name for name in ("embed", "lm_head"))
+        if embed not in self._names or head not in self._names:
+            return True
+        if tuple(self.info(embed).shape) != tuple(self.info(head).shape):
+            return False
+        return all(np.array_equal(a, b) for a, b in zip(self._pieces(embed), self._pieces(head), strict=True))
+
+    def _pieces(self, name: str) -> Iterator[F32Array]:
+        """A matrix as float32, some rows at a time; one of another type is refused later, by its name."""
+        dtype = _DTYPES.get(self.info(name).dtype.lower())
+        array = self.tensor(name)
+        for i in range(0, len(array), 4096):
+            rows = array[i : i + 4096]
+            yield rows.astype(np.float32) if dtype is None else to_f32(rows, dtype)
+        self.drop(name)
+
+
 def load_weights(
     plan: Plan,
-    weight_map: WeightMap,
-    checkpoint: Checkpoint,
+    checkpoint: Tensors,
     sink: Sink,
     progress: Progress | None = None,
 ) -> None:
     """Check a checkpoint against a plan, then stream it into a sink.
 
     Args:
-        weight_map: of the plan's architecture.
         progress: called after every tensor with bytes done and bytes in total.
 
     Raises:
@@ -158,7 +232,7 @@ def load_weights(
             called.
     """
     needed = plan.weights()
-    sources = _check(plan, needed, weight_map, checkpoint)
+    sources = _check(plan, needed, checkpoint)
     total = sum(_bytes(s, needed[name]) for name, parts in sources.items() for s in parts)
     done = 0
 
@@ -216,15 +290,15 @@ class DenseSink:
         self.weights[name] = values.astype(self.dtype)
 
 
-def _check(
-    plan: Plan, needed: Mapping[str, WeightShape], weight_map: WeightMap, checkpoint: Checkpoint
-) -> dict[str, list[_Source]]:
+def _check(plan: Plan, needed: Mapping[str, WeightShape], checkpoint: Tensors) -> dict[str, list[_Source]]:
     """Match plan weights and checkpoint tensors one to one, or raise."""
-    table = _expand(weight_map, plan.n_layers)
+    table = dict(checkpoint.table)
     present = set(checkpoint.names())
+    # A tied model's LM head is the embedding: files store it under either name, or twice.
+    spare = set() if "lm_head" in needed else {part.name for part in table["lm_head"]}
+    if spare and table["embed"][0].name not in present and spare <= present:
+        table["embed"], spare = table["lm_head"], set()
     wanted = {part.name for name in needed for part in table[name]}
-    # A tied model's LM head is the embedding; some files store the copy all the same.
-    spare = {part.name for part in table.get("lm_head", ())} - wanted
     missing = sorted(wanted - present)
     unexpected = sorted(n for n in present - wanted - spare if not IGNORED.fullmatch(n))
     if missing or unexpected:
@@ -283,7 +357,7 @@ def _expand(weight_map: WeightMap, n_layers: int) -> dict[str, tuple[Part, ...]]
     return table
 
 
-def _view(checkpoint: Checkpoint, source: _Source, shape: WeightShape) -> SourceArray:
+def _view(checkpoint: Tensors, source: _Source, shape: WeightShape) -> SourceArray:
     """The tensor's data, once more checked: the header was, the reader's view must agree with it."""
     array = checkpoint.tensor(source.name)
     expected = (source.rows,) if shape.k is None else (source.rows, shape.k)

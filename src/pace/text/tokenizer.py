@@ -12,6 +12,7 @@ import numpy as np
 
 from pace.checkpoint.config_json import checkpoint_file, read_json
 from pace.errors import RequestError, TokenizerError, show
+from pace.log import logger
 from pace.text.tokenizer_json import audit, decoder_is_byte_level, guarded, load
 
 __all__ = ["Tokenizer"]
@@ -27,7 +28,7 @@ class Tokenizer:
 
     Attributes:
         directory: the folder it was read from.
-        vocab_size: rows of the model's embedding; every id that `encode` returns is below it.
+        vocab_size: rows of the model's embedding; ids of added tokens may lie beyond them, and can't be used.
         max_prompt_bytes: longest text that `encode` takes, in bytes of UTF-8.
         special_tokens: {"bos_token": "<s>", …}, what chat templates see.
         config: the parsed tokenizer_config.json, {} where there is none.
@@ -43,7 +44,8 @@ class Tokenizer:
 
         Args:
             directory: the folder that holds them.
-            vocab_size: rows of the model's embedding; an id that isn't below it is refused.
+            vocab_size: rows of the model's embedding; a token of the vocabulary beyond them is refused, an added one can't
+                be used.
             max_model_len: tokens of the longest sequence; bounds the texts that `encode` takes.
             trust_patterns: take patterns and components that aren't on the allow-list.
 
@@ -61,10 +63,22 @@ class Tokenizer:
         vocabulary = self._rust.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise TokenizerError(f"{path}: the vocabulary is empty")
-        token, top = max(vocabulary.items(), key=operator.itemgetter(1))
+        base = self._rust.get_vocab(with_added_tokens=False)
+        token, top = max(base.items(), key=operator.itemgetter(1), default=("", -1))
         if top >= vocab_size:
             raise TokenizerError(
-                f"{path}: {show(token)} has id {top}, but the model's embedding has {vocab_size} rows"
+                f"{path}: {show(token)} has id {top}, but the model's embedding has {vocab_size} rows; this is the "
+                "tokenizer of another model"
+            )
+        beyond = sorted((token_id, token) for token, token_id in vocabulary.items() if token_id >= vocab_size)
+        if beyond:  # a [PAD] that training added; requests that use it are refused
+            logger.warning(
+                "%s: %d added tokens can't be used, the first is %s: its id %d is beyond the embedding's %d rows",
+                path,
+                len(beyond),
+                show(beyond[0][1]),
+                beyond[0][0],
+                vocab_size,
             )
         self.vocab_size = vocab_size
         self.max_prompt_bytes = MAX_BYTES_PER_TOKEN * max_model_len + PROMPT_SLACK_BYTES
