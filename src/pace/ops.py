@@ -254,7 +254,8 @@ class Plan:
     Args:
         plan: the operators.
         weights: by plan name: `PackedMatrix` for matrices, f32 arrays for vectors.
-        max_tokens, max_seqs, max_logit_rows: most rows, sequences and logit rows of one step.
+        max_tokens, max_seqs: most rows and sequences of one step.
+        max_logit_rows: rows of logits that exist at a time; a step may ask for more, see `logits_from`.
         kernels: operator name (see `OPERATORS`) -> tier, or "reference" for the scalar C kernel; operators not
             named use the chosen tier.
 
@@ -275,13 +276,19 @@ class Plan:
     ) -> None:
         self.ir = plan
         self._team = team
+        self._max_tokens = max_tokens
         self._kernels = check_kernels(kernels or {})
         self._plan = _kernels.Plan(
             team._team, kv_pool._pool, max_tokens, max_seqs, max_logit_rows, plan.n_heads, plan.vocab_size
         )
         self._weights = weights
         self._slots = {
-            slot.name: self._plan.add_slot(slot.width, slot.dtype == "bf16", slot.rows == "logits")
+            slot.name: self._plan.add_slot(
+                slot.width,
+                slot.dtype == "bf16",
+                slot.rows == "logits",
+                max_logit_rows if slot.rows == "logits" and slot.name == plan.logits else max_tokens,
+            )
             for slot in plan.slots.values()
         }
         self._op_names: list[str] = []
@@ -292,7 +299,8 @@ class Plan:
         self._logits: F32 = self._plan.view(self._slots[plan.logits])
         self._logits.flags.writeable = False  # the maxima would not follow
         self._stepped = self._logits[:0]  # what the last step returned: its rows' maxima are noted
-        self._maxima = self._plan.note_maxima(self._slots[plan.logits])
+        self._maxima = self._plan.set_head(self._slots[plan.logits])
+        self._n_logit_rows = 0  # of the last step
         self._drawn: SampleResult | None = None
 
     def _matrix(self, name: str) -> _kernels.Matrix:
@@ -311,7 +319,7 @@ class Plan:
 
     def _add_angles(self, i: int, rope: ir.Rope) -> tuple[int, int]:
         half = rope.rotary_dim // 2
-        cos, sin = (self._plan.add_slot(half, False, False) for _ in range(2))
+        cos, sin = (self._plan.add_slot(half, False, False, self._max_tokens) for _ in range(2))
         self._plan.add_angles(None, rope.inv_freq, cos, sin, rope.attention_factor)
         self._op_names.append(f"angles.{i}")
         return cos, sin
@@ -385,6 +393,8 @@ class Plan:
     def step(self, batch: ir.Batch) -> F32:
         """Run one step; f32 logits [R, vocab_size], a read-only view that the next step overwrites.
 
+        Where the batch asks for more rows than the plan's max_logit_rows, R is that, and `logits_from` makes the others.
+
         Raises:
             ValueError: the batch contradicts itself or the plan's sizes; nothing ran.
             ForkError: called in a forked child.
@@ -395,7 +405,22 @@ class Plan:
             )
         except _kernels.Forked as error:
             raise ForkError(str(error)) from None
-        self._stepped = self._logits[: len(batch.logit_rows)]
+        self._n_logit_rows = len(batch.logit_rows)
+        self._stepped = self._logits[: self._n_logit_rows]
+        return self._stepped
+
+    def logits_from(self, first: int) -> F32:
+        """The logits of the last step's logit rows from `first` on, as many as there are or max_logit_rows; they overwrite
+        those that `step` or the last call returned. The rest of the model does not run again.
+
+        Raises:
+            ValueError: the last step has no such row.
+        """
+        try:
+            self._plan.head(first)
+        except _kernels.Forked as error:
+            raise ForkError(str(error)) from None
+        self._stepped = self._logits[: self._n_logit_rows - first]
         return self._stepped
 
     def sample(

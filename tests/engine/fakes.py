@@ -42,10 +42,13 @@ def logits_of(history: Sequence[int]) -> F32Array:
 class FakePlan:
     """A plan.Runner over a token table [n_blocks, block_size]; keeps what it was asked."""
 
-    def __init__(self, n_blocks: int, block_size: int, max_tokens: int, contiguous: bool = False) -> None:
+    def __init__(
+        self, n_blocks: int, block_size: int, max_tokens: int, max_logit_rows: int, contiguous: bool = False
+    ) -> None:
         self.cache = np.full((n_blocks, block_size), -1, dtype=np.int64)
         self.contiguous = contiguous
         self.max_tokens = max_tokens
+        self.max_logit_rows = max_logit_rows
         self.steps: list[tuple[int, ...]] = []  # rows of each sequence
         self.nan_token: int | None = None  # histories that hold it have NaN logits
         self.crash: BaseException | None = None  # of the next step
@@ -69,7 +72,7 @@ class FakePlan:
         )
         self.steps.append(tuple(np.diff(batch.q_start).tolist()))
         positions = batch.positions()
-        logits = np.zeros((len(batch.logit_rows), VOCAB), dtype=np.float32)
+        self.logits = logits = np.zeros((len(batch.logit_rows), VOCAB), dtype=np.float32)
         wanted = dict(zip(batch.logit_rows.tolist(), logits, strict=True))
         for s in range(batch.n_seqs):
             table = batch.block_tables[s]
@@ -81,7 +84,11 @@ class FakePlan:
                 if row in wanted:
                     history = self.cache[table].ravel()[: at + 1].tolist()
                     wanted[row][:] = np.nan if self.nan_token in history else logits_of(history)
-        return logits
+        return logits[: self.max_logit_rows].copy()
+
+    def logits_from(self, first: int) -> F32Array:
+        assert 0 < first < len(self.logits)
+        return self.logits[first : first + self.max_logit_rows].copy()
 
 
 class Drawn(NamedTuple):
@@ -189,7 +196,7 @@ def make_engine(
 ) -> tuple[Engine, FakePlan]:
     """An engine over the fake model."""
     contiguous = kv_cache_type == "contiguous"
-    plan = FakePlan(n_blocks, block_size, max_tokens, contiguous)
+    plan = FakePlan(n_blocks, block_size, max_tokens, max_num_seqs + SCORED_ROWS, contiguous)
     tables = make_tables(
         kv_cache_type,
         n_blocks,
@@ -208,7 +215,6 @@ def make_engine(
             max_tokens,
             reserve=reserve,
             prefix_caching=prefix_caching and not contiguous,
-            max_scored_rows=SCORED_ROWS,
         ),
         vocab_size=VOCAB,
         max_model_len=max_model_len,

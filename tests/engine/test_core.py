@@ -408,6 +408,18 @@ def test_prompt_logprobs(max_tokens: int) -> None:
     assert done["two"].num_cached_tokens == 0
 
 
+def test_scored_rows_cost_what_plain_ones_do() -> None:
+    """As many steps as without log probabilities, however few logits the plan keeps at a time."""
+    steps = []
+    for n in (None, 1):
+        engine, plan = make_engine(max_num_seqs=8, max_tokens=64, n_blocks=64)
+        for i in range(16):
+            engine.add_request(str(i), [i] * 50, params(max_tokens=1, prompt_logprobs=n))
+        run(engine)
+        steps.append(plan.steps)
+    assert steps[0] == steps[1] and len(steps[0]) == 13
+
+
 def test_prompt_logprobs_survive_preemption() -> None:
     prompt = list(range(30))
     engine, _ = make_engine(n_blocks=4, max_num_seqs=3)

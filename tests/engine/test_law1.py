@@ -163,7 +163,6 @@ class Lab:
                 max_tokens,
                 reserve=reserve,
                 prefix_caching=prefix_caching and not contiguous,
-                max_scored_rows=SCORED_ROWS,
                 windowed=window is not None,
             ),
             vocab_size=plan.vocab_size,

@@ -236,8 +236,14 @@ static float *parts_of(const pace_plan *p, long tile, long kv_head) {
     return p->parts + (tile * p->n_kv_heads + kv_head) * p->part_stride;
 }
 
+static long rows_of(const pace_plan *p, const pace_op *op) {
+    if (!op->logits) return p->batch.n_tokens;
+    const long left = p->batch.n_logits - p->head_row;
+    return !op->head ? p->batch.n_logits : left < p->max_logits ? left : p->max_logits;
+}
+
 static cut cut_op(const pace_plan *p, const pace_op *op) {
-    const long m = op->logits ? p->batch.n_logits : p->batch.n_tokens;
+    const long m = rows_of(p, op);
     switch (op->kind) {
         case PACE_GEMM:
             // Block maxima are noted by the item that has the whole block.
@@ -307,7 +313,7 @@ static void note_maxima(const pace_op *op, long p0, long p1, long m0, long m1) {
 
 static void run_item(const pace_plan *p, const pace_op *op, const cut *c, long item, void *scratch) {
     const pace_batch *b = &p->batch;
-    const long m = op->logits ? b->n_logits : b->n_tokens;
+    const long m = rows_of(p, op);
     const long r0 = item * c->grain, r1 = r0 + c->grain < m ? r0 + c->grain : m;
     switch (op->kind) {
         case PACE_EMBED:
@@ -323,7 +329,9 @@ static void run_item(const pace_plan *p, const pace_op *op, const cut *c, long i
             const long m0 = item % c->row_blocks * c->rows_per_block;
             const long p1 = p0 + c->grain < n_panels ? p0 + c->grain : n_panels;
             const long m1 = m0 + c->rows_per_block < m ? m0 + c->rows_per_block : m;
-            op->kernels->gemm_bf16(&op->u.gemm.g, p0, p1, m0, m1, scratch);
+            pace_gemm g = op->u.gemm.g;
+            if (op->head) g.a += p->head_row * g.lda;
+            op->kernels->gemm_bf16(&g, p0, p1, m0, m1, scratch);
             if (op->u.gemm.block_max) note_maxima(op, p0, p1, m0, m1);
             break;
         }
@@ -371,7 +379,7 @@ static void step_worker(void *arg, int tid, pace_team *team) {
     pace_plan *p = arg;
     void *scratch = (char *)p->scratch + (size_t)tid * p->scratch_stride;
     double last = tid == 0 ? seconds() : 0.0;
-    for (long i = 0; i < p->n_ops; i++) {
+    for (long i = p->first_op; i < p->n_ops; i++) {
         const pace_op *op = &p->ops[i];
         const cut c = cut_op(p, op);
         arm(p, i + 1, tid);
@@ -442,10 +450,18 @@ static void cut_attention(pace_plan *p) {
     p->pieces_per_item = (most + wanted - 1) / wanted;
 }
 
+static int run_from(pace_plan *p, long op, long head_row) {
+    p->first_op = op;
+    p->head_row = head_row;
+    for (int tid = 0; tid < p->n_threads; tid++) arm(p, op, tid);
+    return pace_team_run(p->team, step_worker, p);
+}
+
 int pace_plan_step(pace_plan *p, const pace_batch *batch) {
     p->batch = *batch;
     list_rows(p);
     cut_attention(p);
-    for (int tid = 0; tid < p->n_threads; tid++) arm(p, 0, tid);
-    return pace_team_run(p->team, step_worker, p);
+    return run_from(p, 0, 0);
 }
+
+int pace_plan_head(pace_plan *p, long first) { return run_from(p, p->n_ops - 1, first); }

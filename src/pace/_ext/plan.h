@@ -59,6 +59,7 @@ enum { PACE_N_OP_KINDS = PACE_SELECT + 1 };
 typedef struct {
     int kind;
     int logits;  // runs over the logit rows
+    int head;    // the last one, which makes logits: at most max_logits rows at a time
     const pace_kernels *kernels;
     union {
         struct {
@@ -103,7 +104,8 @@ typedef struct {
     int n_threads;
     pace_op *ops;
     long n_ops, cap_ops;
-    long max_tokens, max_seqs, max_logits;
+    long max_tokens, max_seqs, max_logits;  // logits that exist at a time; a step may ask for more, see pace_plan_head
+    long first_op, head_row;                // where a run begins; the first logit row of the head's
     long n_heads, n_kv_heads, head_dim;
     pace_batch batch;
     pace_rows *rope_rows, *tiles;  // this step's work lists
@@ -127,5 +129,8 @@ pace_op *pace_plan_add(pace_plan *p, int kind, const pace_kernels *kernels);  //
 // The batch must have been checked by the caller (ranges, monotone q_start, table entries). 0 or an error of
 // pace_team_run.
 int pace_plan_step(pace_plan *p, const pace_batch *batch);
+// The logits of the last step's rows from `first` on, at most max_logits of them: scoring a prompt of 2000 tokens must
+// not take a gigabyte. The step itself has made the first ones.
+int pace_plan_head(pace_plan *p, long first);
 
 #endif

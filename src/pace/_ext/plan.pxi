@@ -46,7 +46,7 @@ cdef extern from "plan.h" nogil:
         pace_attention attention
         select_op select
     ctypedef struct pace_op:
-        int kind, logits
+        int kind, logits, head
         const pace_kernels *kernels
         op_union u
     ctypedef struct pace_batch:
@@ -60,12 +60,14 @@ cdef extern from "plan.h" nogil:
         pace_op *ops
         pace_team *team
         long n_ops, max_tokens, max_seqs, max_logits
+        pace_batch batch
         double *op_s
     int pace_plan_init(pace_plan *p, pace_team *team, long max_tokens, long max_seqs, long max_logits, long n_heads,
                        long n_kv_heads, long head_dim)
     void pace_plan_free(pace_plan *p)
     pace_op *pace_plan_add(pace_plan *p, int kind, const pace_kernels *kernels)
     int pace_plan_step(pace_plan *p, const pace_batch *batch)
+    int pace_plan_head(pace_plan *p, long first)
 
 
 cdef class Matrix:
@@ -155,7 +157,7 @@ cdef class KVPool:
 
 cdef struct slot:
     char *data
-    long width, ld
+    long width, ld, rows
     int is_bf16, logits
 
 
@@ -211,14 +213,13 @@ cdef class Plan:
             raise ValueError(f"slot {i} of {self.n_slots}")
         return &self.slots[i]
 
-    def add_slot(self, long width, bint is_bf16, bint logits):
+    def add_slot(self, long width, bint is_bf16, bint logits, long rows):
         if self.n_slots == 64:
             raise ValueError("more than 64 slots")
         cdef slot *s = &self.slots[self.n_slots]
         # 64 extra bytes a row: rows of a register tile then fall into different cache sets.
         s.ld = (width + 31) // 32 * 32 + 32 if is_bf16 else (width + 15) // 16 * 16
-        s.width, s.is_bf16, s.logits = width, is_bf16, logits
-        rows = self.p.max_logits if logits else self.p.max_tokens
+        s.width, s.is_bf16, s.logits, s.rows = width, is_bf16, logits, rows
         memory = Memory(<size_t>rows * s.ld * (2 if is_bf16 else 4) + 64)
         s.data = <char *>(<Memory>memory).data
         self.memory.append(memory)
@@ -272,17 +273,19 @@ cdef class Plan:
         op.u.gemm.g.scale, op.u.gemm.g.epilogue, op.u.gemm.g.act = scale, epilogue, act
         op.u.gemm.g.c_bf16 = d.is_bf16
 
-    def note_maxima(self, int logits):
-        """Let the last operator, a GEMM to this slot, note the maxima of the blocks of its rows: f32 [rows, blocks].
+    def set_head(self, int logits):
+        """The last operator is a GEMM to this slot, the LM head: it runs on as many rows at a time as the slot has, and
+        notes the maxima of the blocks of its rows: f32 [rows, blocks].
 
         None where it is no such GEMM, or its kernels note none."""
         cdef slot *d = self.at(logits)
         cdef pace_op *op = &self.p.ops[self.p.n_ops - 1] if self.p.n_ops else NULL
-        if (op == NULL or op.kind != PACE_GEMM or op.u.gemm.g.c != <void *>d.data or d.is_bf16
-                or op.kernels.block_max == NULL):
+        if op == NULL or op.kind != PACE_GEMM or op.u.gemm.g.c != <void *>d.data or d.is_bf16:
             return None
-        rows = self.p.max_logits if d.logits else self.p.max_tokens
-        maxima = np.zeros((rows, (d.width + PACE_LOGIT_BLOCK - 1) // PACE_LOGIT_BLOCK), np.float32)
+        op.head = d.logits
+        if op.kernels.block_max == NULL:
+            return None
+        maxima = np.zeros((d.rows, (d.width + PACE_LOGIT_BLOCK - 1) // PACE_LOGIT_BLOCK), np.float32)
         cdef float[:, ::1] a = maxima
         self.keep.append(maxima)
         op.u.gemm.block_max = &a[0, 0]
@@ -355,16 +358,16 @@ cdef class Plan:
         """All rows of a slot as f32 or uint16 [rows, width], no copy; the array keeps the memory alive."""
         cdef slot *s = self.at(i)
         a = np.frombuffer(self.memory[i], np.uint16 if s.is_bf16 else np.float32)
-        rows = self.p.max_logits if s.logits else self.p.max_tokens
-        return a[: rows * s.ld].reshape(rows, s.ld)[:, : s.width]
+        return a[: s.rows * s.ld].reshape(s.rows, s.ld)[:, : s.width]
 
     def step(self, const int32_t[::1] token_ids, const int32_t[::1] q_start, const int32_t[::1] kv_len,
              const int32_t[:, ::1] block_tables, const int32_t[::1] logit_rows):
         cdef pace_batch b
         cdef long s, i, n_seqs = kv_len.shape[0], n = token_ids.shape[0], last = -1, q_len, need, reached = 0
-        if not 1 <= n <= self.p.max_tokens or not 1 <= n_seqs <= self.p.max_seqs or logit_rows.shape[0] > self.p.max_logits:
+        cdef long most = self.p.max_tokens if self.p.n_ops and self.p.ops[self.p.n_ops - 1].head else self.p.max_logits
+        if not 1 <= n <= self.p.max_tokens or not 1 <= n_seqs <= self.p.max_seqs or logit_rows.shape[0] > most:
             raise ValueError(f"step of {n} tokens, {n_seqs} sequences, {logit_rows.shape[0]} logit rows; the plan holds "
-                             f"{self.p.max_tokens}, {self.p.max_seqs}, {self.p.max_logits}")
+                             f"{self.p.max_tokens}, {self.p.max_seqs}, {most}")
         if q_start.shape[0] != n_seqs + 1 or block_tables.shape[0] < n_seqs or q_start[0] != 0 or q_start[n_seqs] != n:
             raise ValueError("q_start must run from 0 to the number of tokens, one entry per sequence and one more")
         for s in range(n_seqs):
@@ -402,6 +405,16 @@ cdef class Plan:
         with nogil:
             pace_pool_map_ahead(&self.pool.pool, reached, n_seqs)
             e = pace_plan_step(&self.p, &b)
+        check_run(e)
+
+    def head(self, long first):
+        if not self.p.n_ops or not self.p.ops[self.p.n_ops - 1].head or not 0 <= first < self.p.batch.n_logits:
+            raise ValueError(f"logits from row {first} on; the last step has {self.p.batch.n_logits}")
+        cdef int e
+        if self.team.team == NULL:
+            raise RuntimeError("the thread team is closed")
+        with nogil:
+            e = pace_plan_head(&self.p, first)
         check_run(e)
 
     def op_seconds(self):

@@ -10,12 +10,10 @@ from collections import Counter, deque
 from collections.abc import Sequence as Seq
 from typing import Any
 
-import numpy as np
-
 from pace.engine.logprobs import LogprobRecorder
 from pace.engine.prepare import Preparer
 from pace.engine.request import Request
-from pace.engine.runner import Runner, StepLogits
+from pace.engine.runner import PromptScores, Runner
 from pace.engine.sampler import LogprobsResult, Sampler, SampleResult, derive_seed
 from pace.engine.scheduler import Schedule, Scheduler
 from pace.engine.sequence import Sequence, Status
@@ -28,7 +26,7 @@ from pace.errors import (
     show,
 )
 from pace.log import logger
-from pace.models.plan import I32Array
+from pace.models.plan import F32Array, I32Array
 from pace.outputs import RequestOutput
 from pace.params import SamplingParams
 from pace.text.tokenizer import Tokenizer
@@ -224,15 +222,14 @@ class Engine:
         """Run and sample a step, then commit it. Until the commit nothing has changed."""
         for seq in step.admitted:
             self.sampler.open(seq)
-        result = self.runner.run(step)
+        result = self.runner.run(step, self._score)
         start = time.perf_counter()
         drawn = self.sampler.sample(result.logits, result.sampled) if result.sampled else None
-        scores = self._score(result) if result.scored else None
         self._sample_s += time.perf_counter() - start
         self._note_starts(step)
         self.scheduler.ran(step)
-        if scores is not None:
-            self._add_prompt_logprobs(result.scored, scores)
+        if result.scores is not None:
+            self._add_prompt_logprobs(result.scores)
         if drawn is not None:
             self._commit(result.sampled, drawn)
 
@@ -320,17 +317,15 @@ class Engine:
 
     # ---- log probabilities of prompts -----------------------------------------------------------------------
 
-    def _score(self, result: StepLogits) -> LogprobsResult:
-        """Log probabilities of the prompt tokens that follow the scored rows."""
-        tokens = np.concatenate(
-            [seq.tokens[seq.n_scored + 1 : seq.n_scored + 1 + n_rows] for seq, n_rows in result.scored]
-        )
-        n = max(seq.params.prompt_logprobs or 0 for seq, _ in result.scored)
-        return self.sampler.prompt_logprobs(result.prompt_logits, tokens, n)
+    def _score(self, logits: F32Array, tokens: I32Array, n: int) -> LogprobsResult:
+        start = time.perf_counter()
+        scores = self.sampler.prompt_logprobs(logits, tokens, n)
+        self._sample_s += time.perf_counter() - start
+        return scores
 
-    def _add_prompt_logprobs(self, scored: list[tuple[Sequence, int]], scores: LogprobsResult) -> None:
+    def _add_prompt_logprobs(self, scores: PromptScores) -> None:
         at = 0
-        for seq, n_rows in scored:
+        for seq, n_rows in scores.seqs:
             rows = range(at, at + n_rows)
             at += n_rows
             try:

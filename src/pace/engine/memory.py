@@ -90,7 +90,7 @@ def plan_memory(
         max_len: what the checkpoint supports, in tokens.
         max_model_len: what the user asked for; None: max_len, or less where the pool can't hold one such
             sequence.
-        max_logit_rows: rows of the logits; None: max_num_seqs.
+        max_logit_rows: rows of the logits that exist at a time; None: max_num_seqs.
         kv_cache_memory: bytes of the pool; "auto": all that is left beside the weights; None: room for max_num_seqs
             sequences of full length, at most 40 % of the available memory.
         block_size: tokens; None: see `default_block_size`.
@@ -106,7 +106,7 @@ def plan_memory(
     activation_bytes = sum(
         slot.width
         * SLOT_BYTES[slot.dtype]
-        * (max_num_batched_tokens if slot.rows == "tokens" else n_logit_rows)
+        * (n_logit_rows if slot.name == plan.logits else max_num_batched_tokens)
         for slot in plan.slots.values()
     )
     left = available - weights_bytes - activation_bytes - SLACK_BYTES

@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
+from pace.engine.sampler import LogprobsResult
 from pace.engine.scheduler import Schedule
 from pace.engine.sequence import Sequence
 from pace.kvcache import blocks_for
 from pace.models import plan
 from pace.models.plan import Batch, F32Array, I32Array
 
-__all__ = ["Runner", "StepLogits"]
+__all__ = ["PromptScores", "Runner", "Score", "StepLogits"]
+
+Score: TypeAlias = Callable[[F32Array, I32Array, int], LogprobsResult]
+"""score(logits f32 [P, vocab_size], tokens i32 [P], n): what `Sampler.prompt_logprobs` returns."""
+
+
+class PromptScores(NamedTuple):
+    """Log probabilities of prompt tokens, as `LogprobsResult`, and whose they are."""
+
+    seqs: list[tuple[Sequence, int]]
+    """Sequences with their number of rows, in order."""
+    logprobs: F32Array
+    """f32 [P]."""
+    ranks: I32Array
+    """i32 [P]."""
+    top_ids: I32Array
+    """i32 [P, K]."""
+    top_logprobs: F32Array
+    """f32 [P, K]."""
+    errors: I32Array
+    """i32 [P]."""
 
 
 @dataclass(slots=True)
@@ -23,18 +46,19 @@ class StepLogits:
     Attributes:
         logits: f32 [R, vocab_size], a row for each of `sampled`.
         sampled: sequences of which no pending token is left, so that the next one can be sampled.
-        prompt_logits: f32 [P, vocab_size]: rows of prompts whose log probabilities were asked for.
-        scored: whose they are: sequences with their number of rows, in order.
+        scores: of the prompt tokens whose log probabilities were asked for; None where none were.
     """
 
     logits: F32Array
     sampled: list[Sequence]
-    prompt_logits: F32Array
-    scored: list[tuple[Sequence, int]]
+    scores: PromptScores | None
 
 
 class Runner:
     """Fills preallocated arrays and calls the plan once per step.
+
+    Where prompts are scored, every row of them needs logits, more than fit the plan's array: the LM head then runs on a
+    part of the rows at a time.
 
     Args:
         executor: the compiled plan, or anything else with its `step`.
@@ -42,12 +66,12 @@ class Runner:
         block_size: tokens of a block; 0 where a table has one column for any length.
         max_tokens: rows of one step.
         max_seqs: sequences of one step.
-        max_logit_rows: rows of one step whose logits may be asked for.
+        max_logit_rows: rows of logits that the plan keeps, at least max_seqs.
     """
 
     def __init__(
         self,
-        executor: plan.Runner,
+        executor: plan.Executor,
         block_tables: I32Array,
         block_size: int,
         max_tokens: int,
@@ -65,22 +89,61 @@ class Runner:
         self._q_start = np.zeros(max_seqs + 1, dtype=np.int32)
         self._kv_len = np.zeros(max_seqs, dtype=np.int32)
         self._batch_tables = np.zeros(max_seqs * block_tables.shape[1], dtype=np.int32)
-        self._logit_rows = np.zeros(max_logit_rows, dtype=np.int32)
+        self._logit_rows = np.zeros(max_tokens, dtype=np.int32)
+        self._max_logit_rows = max_logit_rows
 
-    def run(self, step: Schedule) -> StepLogits:
-        """Compute one step; the sequences' state is not changed."""
+    def run(self, step: Schedule, score: Score) -> StepLogits:
+        """Compute one step; the sequences' state is not changed.
+
+        Args:
+            score: called with the logits of prompt rows, where log probabilities of a prompt were asked for.
+        """
         batch, sampled, sampled_rows, scored = self._batch(step)
         start = time.perf_counter()
         logits = self.executor.step(batch)
         self.run_s += time.perf_counter() - start
         if not scored:
-            return StepLogits(logits, sampled, logits[:0], scored)
-        # Rows of prompts lie between the others: apart, each kind is one array.
-        mask = np.zeros(len(logits), dtype=bool)
-        mask[sampled_rows] = True
-        return StepLogits(
-            np.compress(mask, logits, axis=0), sampled, np.compress(~mask, logits, axis=0), scored
+            return StepLogits(logits, sampled, None)
+        return self._score(logits, len(batch.logit_rows), sampled, sampled_rows, scored, score)
+
+    def _score(
+        self,
+        logits: F32Array,
+        n_rows: int,
+        sampled: list[Sequence],
+        sampled_rows: list[int],
+        scored: list[tuple[Sequence, int]],
+        score: Score,
+    ) -> StepLogits:
+        """Score the rows of prompts, a part at a time, and copy the others, which lie between them."""
+        is_sampled = np.zeros(n_rows, dtype=bool)
+        is_sampled[sampled_rows] = True
+        tokens = np.concatenate(
+            [seq.tokens[seq.n_scored + 1 : seq.n_scored + 1 + n_new] for seq, n_new in scored]
         )
+        n = max(seq.params.prompt_logprobs or 0 for seq, _ in scored)
+        kept, parts = [], []
+        at = 0  # of the tokens
+        for first in range(0, n_rows, self._max_logit_rows):
+            if first:
+                start = time.perf_counter()
+                logits = self.executor.logits_from(first)
+                self.run_s += time.perf_counter() - start
+            mask = is_sampled[first : first + len(logits)]
+            kept.append(np.compress(mask, logits, axis=0))
+            rows = np.compress(~mask, logits, axis=0)
+            if len(rows):
+                parts.append(score(rows, tokens[at : at + len(rows)], n))
+            at += len(rows)
+        scores = PromptScores(
+            scored,
+            np.concatenate([part.logprobs for part in parts]),
+            np.concatenate([part.ranks for part in parts]),
+            np.concatenate([part.top_ids for part in parts]),
+            np.concatenate([part.top_logprobs for part in parts]),
+            np.concatenate([part.errors for part in parts]),
+        )
+        return StepLogits(np.concatenate(kept), sampled, scores)
 
     def _batch(self, step: Schedule) -> tuple[Batch, list[Sequence], list[int], list[tuple[Sequence, int]]]:
         if step.n_decode == len(step.seqs):

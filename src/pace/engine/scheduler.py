@@ -71,7 +71,6 @@ class Scheduler:
         max_num_batched_tokens: rows of one step, at least as many as the tables have.
         reserve: see above.
         prefix_caching: look for computed prompts.
-        max_scored_rows: prompt rows of one step whose logits may be asked for.
         windowed: every layer has a window, so blocks behind it can be freed.
     """
 
@@ -82,14 +81,12 @@ class Scheduler:
         *,
         reserve: bool = False,
         prefix_caching: bool = True,
-        max_scored_rows: int = 64,
         windowed: bool = False,
     ) -> None:
         self.tables = tables
         self.max_num_batched_tokens = max_num_batched_tokens
         self.reserve = reserve
         self.prefix_caching = prefix_caching
-        self.max_scored_rows = max_scored_rows
         self.windowed = windowed
         self.pacer = Pacer()
         self.running: list[Sequence] = []  # by key: the first is the last to be preempted
@@ -128,24 +125,18 @@ class Scheduler:
         budget = self.max_num_batched_tokens
         if is_watched:
             budget = min(budget, step.n_decode + self.pacer.allowance(step.n_decode))
-        n_scored = 0
         for seq in prompts:
-            n_new = self._chunk(seq, budget - step.n_tokens, n_scored)
+            n_new = min(seq.n_tokens - seq.n_computed, budget - step.n_tokens)
             if n_new == 0:
                 break
             step.add(seq, n_new)
-            n_scored += 0 if seq.is_scored else n_new
         while self._waiting and step.n_tokens < budget:
             seq = self._waiting[0][1]
             if seq.status is Status.WAITING:
-                if not seq.is_scored and n_scored == self.max_scored_rows:
-                    break
                 if not self._admit(seq):
                     break
-                n_new = self._chunk(seq, budget - step.n_tokens, n_scored)
                 step.admitted.append(seq)
-                step.add(seq, n_new)
-                n_scored += 0 if seq.is_scored else n_new
+                step.add(seq, min(seq.n_tokens - seq.n_computed, budget - step.n_tokens))
             heapq.heappop(self._waiting)
         return step
 
@@ -196,11 +187,6 @@ class Scheduler:
         self.add(seq)
         self.n_preemptions += 1
         self._blocked = None
-
-    def _chunk(self, seq: Sequence, room: int, n_scored: int) -> int:
-        """How many pending tokens of a sequence fit into `room` rows."""
-        n_new = min(seq.n_tokens - seq.n_computed, room)
-        return n_new if seq.is_scored else min(n_new, self.max_scored_rows - n_scored)
 
     def _admit(self, seq: Sequence) -> bool:
         """Start the head of the queue, if it fits."""

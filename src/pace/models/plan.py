@@ -300,6 +300,14 @@ class Runner(Protocol):
         ...
 
 
+class Executor(Runner, Protocol):
+    """A runner that keeps few logits at a time: `step` returns the first ones of a batch that asks for many."""
+
+    def logits_from(self, first: int) -> F32Array:
+        """Those of the last step's logit rows from `first` on, as many as it keeps; they overwrite the last ones."""
+        ...
+
+
 def gated_rows(n: int, mode: PartMode) -> npt.NDArray[np.int64]:
     """Rows of a fused weight that the n source rows of one part fill, relative to the part's offset.
 
