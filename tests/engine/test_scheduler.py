@@ -136,6 +136,28 @@ def test_a_shared_prompt_is_read_once() -> None:
     assert all(n < HOLD_TOKENS for _, n in second)
 
 
+def test_nobody_waits_for_what_the_index_has_lost() -> None:
+    """A sequence waited to the end of a neighbour's long prompt, and then found nothing."""
+    s = scheduler(n_blocks=256, budget=400)
+    guilty, neighbour = sequence("guilty", 300, 3, fill=1), sequence("neighbour", 900, 3, fill=1)
+    s.add(guilty)
+    s.add(neighbour)
+    assert run(s) == [("guilty", 300)]
+    assert run(s) == [("guilty", 1), ("neighbour", 399)]
+    s.remove(guilty, forget=True)  # what the neighbour has begun with is not found any more
+    guilty.finish("error", "NaN")
+    s.add(sequence("late", 300, 3, fill=1))
+    (_, n_rest), (name, n_late) = run(s)
+    assert name == "late" and n_late == min(300, 400 - n_rest)
+    # But it does wait where the neighbour's next block will be found.
+    s = scheduler(n_blocks=256, budget=400)
+    s.add(sequence("neighbour", 600, 3, fill=1))
+    assert run(s) == [("neighbour", 400)]
+    s.add(sequence("late", 700, 3, fill=1))
+    assert run(s) == [("neighbour", 200)]
+    assert run(s) == [("neighbour", 1), ("late", 700 - 592)]
+
+
 def test_completions_of_one_prompt_fork_without_an_index() -> None:
     tables = make_tables("slab", 64, 32, 4, 512, copy=lambda *_: None, prefix_caching=False)
     s = Scheduler(tables, 256, prefix_caching=False)

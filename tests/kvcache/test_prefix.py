@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pace.kvcache import BlockPool, PrefixIndex
-from pace.kvcache.prefix import MAX_CHILDREN, MIN_TAIL, token_bytes
+from pace.kvcache import BlockPool, PrefixIndex, prefix
+from pace.kvcache.prefix import MIN_TAIL, token_bytes
 from pace.models.plan import I32Array
 
 SIZE = 32
@@ -153,20 +155,65 @@ def test_short_tails_are_not_worth_an_entry() -> None:
     assert len(held.index) == 0
 
 
-def test_the_newest_children_are_compared() -> None:
-    held = Held()
-    tails = [some_tokens(seed, 20) for seed in range(MAX_CHILDREN + 1)]
-    for tail in tails:
-        held.add(tail)
-    assert len(held.index) == MAX_CHILDREN
-    assert held.find(tails[0]) == ([], -1, 0)
-    assert all(held.find(tail)[2] == 20 for tail in tails[1:])
-    # Whole blocks that are pushed out are still found by their digest.
-    wholes = [some_tokens(seed, SIZE) for seed in range(100, 101 + MAX_CHILDREN)]
-    blocks = [held.add(whole) for whole in wholes]
-    assert [held.find(whole)[0] for whole in wholes] == blocks
-    assert held.find(wholes[0], limit=SIZE - 1) == ([], -1, 0)
-    assert held.find(wholes[1], limit=SIZE - 1)[2] == SIZE - 1
+def test_no_number_of_siblings_displaces_one() -> None:
+    """A block kept 8 children once: the ninth user of a system prompt made the first one's chat unfindable."""
+    n = 1000
+    held = Held(2 * n)
+    tails = [some_tokens(seed, 20) for seed in range(n)]
+    wholes = [some_tokens(seed, SIZE) for seed in range(n, 2 * n)]
+    blocks = [held.add(tokens)[0] for tokens in tails + wholes]
+    assert len(held.index) == 2 * n
+    for tail, block in zip(tails, blocks[:n], strict=True):
+        assert held.find(tail) == ([], block, 20)
+    for whole, block in zip(wholes, blocks[n:], strict=True):
+        assert held.find(whole) == ([block], -1, 0)
+        assert held.find(whole, limit=SIZE - 1) == ([], block, SIZE - 1)
+
+
+def test_a_search_compares_two_siblings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that someone has chosen so that all of them share all but their ends, too."""
+    held = Held(500)
+    tokens = some_tokens(0, SIZE)
+    for i in range(500):
+        tokens[SIZE - 1 - i % 8] = i
+        held.add(tokens)
+    compared: list[int] = []
+    count = prefix._n_common
+    monkeypatch.setattr(prefix, "_n_common", lambda a, b: compared.append(1) or count(a, b))
+    assert held.find(tokens, limit=SIZE - 1)[2] == SIZE - 1
+    assert 1 <= len(compared) <= 2
+
+
+def common(a: I32Array, b: I32Array) -> int:
+    n = min(len(a), len(b))
+    return next((i for i in range(n) if a[i] != b[i]), n)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_the_best_of_all_siblings_is_found(data: st.DataObject) -> None:
+    """Few different tokens, of either sign and byte order's every trap, so that beginnings are shared at any length."""
+    alphabet = st.sampled_from([0, 1, 255, 256, 65536, -1, 2**31 - 1])
+    piece = st.tuples(st.integers(0, SIZE), alphabet, alphabet).map(
+        lambda it: np.array([it[1]] * it[0] + [it[2]] * (SIZE - it[0]), dtype=np.int32)
+    )
+    held = Held(64)
+    added: list[I32Array] = []
+    for tokens in data.draw(st.lists(piece, min_size=1, max_size=30)):
+        cut = data.draw(st.integers(MIN_TAIL, SIZE))
+        (block,) = held.add(tokens[:cut])
+        if held.index.entry(block) is not None:
+            added.append(tokens[:cut])
+        if data.draw(st.booleans()):
+            held.index.drop(data.draw(st.sampled_from(sorted(held.index._entries))))
+            known = [entry.data for entry in held.index._entries.values()]
+            added = [tokens for tokens in added if token_bytes(tokens) in known]
+        wanted = data.draw(piece)[: SIZE - 1]
+        best = max((common(wanted, tokens) for tokens in added), default=0)
+        blocks, tail, n_tail = held.find(wanted)
+        assert blocks == [] and n_tail == (best if best >= MIN_TAIL else 0)
+        entry = held.index.entry(tail)
+        assert entry is None or entry.data[: 4 * n_tail] == token_bytes(wanted[:n_tail])
 
 
 def test_eviction_removes_the_entry_and_dropping_frees_the_block() -> None:

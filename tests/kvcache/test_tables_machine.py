@@ -349,9 +349,11 @@ class TablesMachine(RuleBasedStateMachine):
         assert {block for block in known if not holders[block]} == set(pool._cached)
         assert {block for block in range(n_blocks) if pool._marked[block]} == known
         if index is not None:
-            listed = [block for children in index._children.values() for block in children]
-            assert len(listed) == len(set(listed)) and set(listed) | set(index._by_digest.values()) == known
-            assert all(0 < len(children) <= 8 for children in index._children.values())
+            listed = [entry.block for siblings in index._children.values() for entry in siblings]
+            assert sorted(listed) == sorted(known) and set(index._by_digest.values()) <= known
+            for siblings in index._children.values():
+                pieces = [entry.data for entry in siblings]
+                assert pieces and all(a < b and not b.startswith(a) for a, b in pairwise(pieces))
 
     def check_holes(self, tables: ExtentTables) -> None:
         holes = tables._holes

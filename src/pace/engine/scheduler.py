@@ -250,12 +250,21 @@ class Scheduler:
             other.n_tokens - other.n_computed > 1
             and other.n_tokens > last
             and other.tokens[last] == token
-            and (
-                other.request_id == seq.request_id
-                or (self.prefix_caching and other.cache_salt == seq.cache_salt)
-            )
+            and (other.request_id == seq.request_id or self._will_be_found(other, seq, n_known))
             and _common_prefix(seq, other) > last
             for other in self.running
+        )
+
+    def _will_be_found(self, other: Sequence, seq: Sequence, n_known: int) -> bool:
+        """Whether `match` will find for one sequence what another is about to compute behind their first n_known tokens.
+
+        Not where the index has lost a block of what the other has computed already: nothing is found behind a gap.
+        """
+        size = self.tables.block_size
+        return (
+            self.prefix_caching
+            and other.cache_salt == seq.cache_salt
+            and other.n_computed // size * size <= n_known
         )
 
 

@@ -6,15 +6,19 @@ secret key per index, so that nobody can compute a collision; and tokens and par
 a collision would find nothing.
 
 Sharing is finer than blocks: a slab is 256 tokens, and a system prompt of 1000 must be found whole. So the index also
-knows partly filled blocks (*tails*), and lists for every digest the blocks that continue it. `find` ends with the one of
-these that agrees with most of the tokens; the caller copies so much of it.
+knows partly filled blocks (*tails*), and keeps for every digest the blocks that continue it, sorted by their tokens. `find`
+ends with the one of these that agrees with most of the tokens; the caller copies so much of it. In sorted order that is
+one of the two between which the tokens belong, so a search looks at two blocks, however many users one prompt has; and
+whoever chooses the tokens can make no search longer, as there is no table of hashes to fill unevenly.
 """
 
 from __future__ import annotations
 
 import hashlib
 import secrets
+from bisect import bisect_left
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 
@@ -26,11 +30,10 @@ __all__ = ["MIN_TAIL", "Entry", "Found", "PrefixIndex", "token_bytes"]
 MIN_TAIL = 16
 """Tokens that copying a part of a block must save at least. Fewer run in the same step as what follows them."""
 
-MAX_CHILDREN = 8
-"""Continuations of one digest that are compared: the newest. It bounds what a thousand users of one prompt cost."""
-
 DIGEST_BYTES = 16
 TOKEN_BYTES = 4
+
+_data = attrgetter("data")
 
 
 def token_bytes(tokens: I32Array) -> bytes:
@@ -62,7 +65,9 @@ class PrefixIndex:
     """Digest -> block, and digest -> the blocks that continue it.
 
     An entry lives until its block is evicted by the pool, dropped by the block's owner, or until a newer entry says all
-    that it says. Every operation but `find` is O(1), hashing and comparing one block's tokens.
+    that it says; so no tail is the beginning of a sibling, a block with the same parent. There is at most one entry for a
+    block, and nothing else grows. Every operation but `find` hashes and compares one block's tokens, and searches its n
+    siblings: O(log n) comparisons, and a move of 8 bytes per sibling.
 
     Args:
         pool: whose blocks are indexed: they stay cached when they become free.
@@ -78,7 +83,7 @@ class PrefixIndex:
         self.block_bytes = pool.block_size * TOKEN_BYTES
         self._entries: dict[int, Entry] = {}  # by block
         self._by_digest: dict[bytes, int] = {}  # whole blocks
-        self._children: dict[bytes, list[int]] = {}  # by parent, newest last
+        self._children: dict[bytes, list[Entry]] = {}  # by parent, sorted by data
         pool.on_evict = self._remove
 
     def __len__(self) -> int:
@@ -128,10 +133,10 @@ class PrefixIndex:
         """Index a partly filled block that somebody holds and may go on filling, unless another one says as much."""
         if len(data) < MIN_TAIL * TOKEN_BYTES or len(data) <= self.n_tokens(block) * TOKEN_BYTES:
             return
-        for child in self._children.get(parent, ()):
-            if self._entries[child].data.startswith(data):
-                return
-        self._put(Entry(block, parent, b"", data))
+        siblings = self._children.get(parent, [])
+        at = bisect_left(siblings, data, key=_data)
+        if at == len(siblings) or not siblings[at].data.startswith(data):
+            self._put(Entry(block, parent, b"", data))
 
     def drop(self, block: int) -> None:
         """Forget what a block holds, if anything is known; a cached free block becomes a fresh one."""
@@ -140,7 +145,7 @@ class PrefixIndex:
             self._pool.unmark(block)
 
     def find(self, tokens: I32Array, root: bytes, limit: int) -> Found:
-        """The longest indexed prefix of tokens[:limit]: O(blocks), and at most `MAX_CHILDREN` comparisons of a block."""
+        """The longest indexed prefix of tokens[:limit]: O(blocks), then O(log n) comparisons with n blocks behind them."""
         data = token_bytes(tokens[:limit])
         step = self.block_bytes
         digests: list[bytes] = []
@@ -163,34 +168,26 @@ class PrefixIndex:
 
     def _best_child(self, parent: bytes, data: bytes) -> tuple[int, int]:
         """The block behind `parent` that agrees with most of `data`, and the tokens; -1, 0 below `MIN_TAIL`."""
-        best, n_best = -1, MIN_TAIL - 1
-        if len(data) > n_best * TOKEN_BYTES:
-            wanted = np.frombuffer(data, dtype=np.int32)
-            head = data[: MIN_TAIL * TOKEN_BYTES]
-            for child in self._children.get(parent, ()):
-                entry = self._entries[child]
-                if not entry.data.startswith(head):
-                    continue
-                held = np.frombuffer(entry.data, dtype=np.int32)[: len(wanted)]
-                differs = np.flatnonzero(held != wanted[: len(held)])
-                n_same = int(differs[0]) if len(differs) else len(held)
+        best, n_best = -1, 0
+        if len(data) >= MIN_TAIL * TOKEN_BYTES:
+            siblings = self._children.get(parent, [])
+            at = bisect_left(siblings, data, key=_data)
+            for entry in siblings[max(0, at - 1) : at + 1]:
+                n_same = _n_common(entry.data, data)
                 if n_same > n_best:
-                    best, n_best = child, n_same
-        return (best, n_best) if best >= 0 else (-1, 0)
+                    best, n_best = entry.block, n_same
+        return (best, n_best) if n_best >= MIN_TAIL else (-1, 0)
 
     def _put(self, entry: Entry) -> None:
-        """Add an entry, and remove the tails that it makes superfluous."""
+        """Add an entry, and remove the tail that it makes superfluous."""
         self.drop(entry.block)
-        for child in list(self._children.get(entry.parent, ())):
-            other = self._entries[child]
-            if not other.digest and entry.data.startswith(other.data):
-                self.drop(child)
         siblings = self._children.setdefault(entry.parent, [])
-        if len(siblings) == MAX_CHILDREN:
-            oldest = siblings.pop(0)
-            if not self._entries[oldest].digest:
-                self.drop(oldest)  # nothing else leads to a tail
-        siblings.append(entry.block)
+        at = bisect_left(siblings, entry.data, key=_data)
+        # No tail begins a sibling: so one that begins this entry has no other between them.
+        before = siblings[at - 1] if at else None
+        siblings.insert(at, entry)
+        if before is not None and not before.digest and entry.data.startswith(before.data):
+            self.drop(before.block)
         self._entries[entry.block] = entry
         if entry.digest:
             self._by_digest[entry.digest] = entry.block
@@ -200,8 +197,15 @@ class PrefixIndex:
         entry = self._entries.pop(block)
         if entry.digest:
             del self._by_digest[entry.digest]
-        siblings = self._children.get(entry.parent, [])
-        if block in siblings:
-            siblings.remove(block)
-            if not siblings:
-                del self._children[entry.parent]
+        siblings = self._children[entry.parent]
+        del siblings[bisect_left(siblings, entry.data, key=_data)]
+        if not siblings:
+            del self._children[entry.parent]
+
+
+def _n_common(a: bytes, b: bytes) -> int:
+    """Leading tokens that two pieces share."""
+    n = min(len(a), len(b)) // TOKEN_BYTES
+    differ = np.frombuffer(a, np.int32, n) != np.frombuffer(b, np.int32, n)
+    first = int(differ.argmax())
+    return first if differ[first] else n
