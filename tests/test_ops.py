@@ -1,39 +1,23 @@
-"""The edge of the extension: what it refuses, what it leaves alone, threads and forks."""
+"""The edge of the extension: what it refuses, what it leaves alone."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from ext.kit import Packed, packed, sample_params
+from ext.kit import Packed, packed, python, sample_params
 from golden import tiny
-from golden.harness import batch_of, prefill
+from golden.harness import batch_of
 
 from pace import ops
 from pace.errors import ConfigError
 from pace.models import plan as ir
 
 PackedModel = Callable[[str], Packed]
-
-
-def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run a script in a fresh interpreter."""
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **env},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
 
 
 # ---- batches ----------------------------------------------------------------------------------------------
@@ -200,23 +184,6 @@ def test_weights_that_do_not_fit(
         ops.Plan(team, shape, weights, ops.KVPool(1, 1, 16, 4, 16), 8, 2, 8)
 
 
-@pytest.mark.parametrize(
-    ("n_threads", "cpus", "message"),
-    [
-        (0, None, "n_threads is 0"),
-        (-1, None, "n_threads is -1"),
-        (2000, None, "n_threads is 2000, expected 1 to 1024"),
-        (2, [0], "1 cpus for 2 threads"),
-        (1, [8000], "8000"),
-        (1, [-1], "-1"),
-    ],
-)
-def test_teams_refused(n_threads: int, cpus: list[int] | None, message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as info:
-        ops.Team(n_threads, cpus)
-    assert "\n" not in str(info.value)
-
-
 def test_use_isa_lists_what_runs() -> None:
     before = ops.isa()
     with pytest.raises(ConfigError, match=", ".join(ops.isas())):
@@ -234,160 +201,6 @@ def test_tiers_and_cpu() -> None:
     assert info["threads"] >= 1 and info["l2_bytes"] > 0 and "avx2" in info["features"]
     assert ops.default_threads() == (info["threads"], info["threads_why"])
     assert info["threads"] <= len(os.sched_getaffinity(0))
-
-
-# ---- teams ------------------------------------------------------------------------------------------------
-
-
-def test_closed_team(packed_model: PackedModel) -> None:
-    team = ops.Team(2)
-    runner = packed_model("llama-mha").runner(team)
-    prefill(runner, [1, 2, 3])
-    team.close()
-    team.close()
-    for call in (
-        lambda: prefill(runner, [1, 2, 3]),
-        lambda: ops.sample(team, np.zeros((1, 8), np.float32), sample_params(1), [None]),
-        lambda: ops.PackedMatrix(team, 32, 32).pack(np.zeros((32, 32), np.float32), "f32"),
-        lambda: ops.roof_dot(team, "bf16", iterations=10),
-    ):
-        with pytest.raises(RuntimeError, match="closed"):
-            call()
-
-
-def test_pinning_leaves_the_caller_alone(packed_model: PackedModel) -> None:
-    allowed = os.sched_getaffinity(0)
-    team = ops.Team(1, [min(allowed)])
-    prefill(packed_model("llama-mha").runner(team), [1, 2, 3])
-    assert os.sched_getaffinity(0) == allowed
-    team.close()
-
-
-def test_two_teams_at_once(packed_model: PackedModel) -> None:
-    """Two threads step two engines at the same time; each gets its own bytes."""
-    model, tokens = packed_model("llama-gqa4-tied"), tiny.prompt("llama-gqa4-tied")
-    teams = [ops.Team(2), ops.Team(2)]
-    prompts = [tokens, tokens[::-1]]
-    wants = [prefill(model.runner(teams[0]), prompt).tobytes() for prompt in prompts]
-    failures: list[str] = []
-
-    def run(i: int) -> None:
-        runner = model.runner(teams[i])
-        for _ in range(30):
-            if prefill(runner, prompts[i]).tobytes() != wants[i]:
-                failures.append(f"thread {i}")
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not failures and not any(thread.is_alive() for thread in threads)
-    for team in teams:
-        team.close()
-
-
-def test_one_team_from_two_threads(packed_model: PackedModel, team: ops.Team) -> None:
-    """Callers take turns: two plans share one team."""
-    model, tokens = packed_model("llama-mha"), tiny.prompt("llama-mha")
-    want = prefill(model.runner(team), tokens).tobytes()
-    results: list[bytes] = []
-
-    def run() -> None:
-        runner = model.runner(team)
-        results.extend(prefill(runner, tokens).tobytes() for _ in range(20))
-
-    threads = [threading.Thread(target=run) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert results == [want] * 40
-
-
-def test_the_gil_is_free_during_a_step() -> None:
-    """A Python thread keeps counting while the team works for 0.2 s or more."""
-    team = ops.Team(1)
-    ticks = 0
-    stop = threading.Event()
-
-    def count() -> None:
-        nonlocal ticks
-        while not stop.is_set():
-            ticks += 1
-            time.sleep(0.001)
-
-    thread = threading.Thread(target=count)
-    thread.start()
-    iterations = 2_000_000
-    while True:
-        before, begin = ticks, time.perf_counter()
-        ops.roof_dot(team, "f32", iterations=iterations)
-        if time.perf_counter() - begin > 0.2:
-            break
-        iterations *= 2
-    during = ticks - before
-    stop.set()
-    thread.join()
-    team.close()
-    assert during > 10
-
-
-def test_an_idle_team_burns_no_cpu(packed_model: PackedModel) -> None:
-    """Its threads sleep: less than 20 ms of CPU in 0.3 s (a spinning pair would take 300)."""
-    team = ops.Team(3)
-    prefill(packed_model("llama-mha").runner(team), [1, 2, 3])
-    time.sleep(0.02)
-    before = time.process_time()
-    time.sleep(0.3)
-    assert time.process_time() - before < 0.02
-    team.close()
-
-
-FORK = """
-import os, sys, json
-import numpy as np
-from ext.kit import build, rows_batch
-from pace import ops
-from pace.errors import ForkError
-from pace.models import plan as ir
-
-team = ops.Team(2)
-slots = [ir.Slot("x", 8, "f32", "tokens"), ir.Slot("y", 8, "f32", "tokens")]
-plan = build(team, [ir.Norm("n", "x", "y", "w")], slots, {"w": np.ones(8, np.float32)})
-plan.step(rows_batch(3))
-pid = os.fork()
-if pid == 0:
-    code = 1
-    try:
-        plan.step(rows_batch(3))
-    except ForkError as error:
-        code = 42 if "forked" in str(error) and "\\n" not in str(error) else 2
-    try:  # a team of the child's own works
-        own = ops.Team(2)
-        build(own, [ir.Norm("n", "x", "y", "w")], slots, {"w": np.ones(8, np.float32)}).step(rows_batch(3))
-        own.close()
-        team.close()
-    except BaseException:
-        code = 3
-    os._exit(code)
-_, status = os.waitpid(pid, 0)
-plan.step(rows_batch(3))
-team.close()
-print(json.dumps([os.waitstatus_to_exitcode(status), "parent ran"]))
-"""
-
-
-def test_a_forked_child_gets_an_error() -> None:
-    done = python(FORK)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [42, "parent ran"]
-
-
-def test_exit_with_a_live_team() -> None:
-    """Nobody has to call close()."""
-    done = python("from pace import ops; team = ops.Team(3); print(len(ops.isas()) > 0)")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
 
 
 # ---- importing --------------------------------------------------------------------------------------------

@@ -5,6 +5,9 @@ A kernel is reached the way the engine reaches it, through a plan: write into `p
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -159,6 +162,21 @@ def sample_params(n: int, **fields: Any) -> np.ndarray:
     for name, value in {**defaults, **fields}.items():
         rows[name] = value
     return rows
+
+
+# ---- other processes ----------------------------------------------------------------------------------------------
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in a fresh interpreter."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **env},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
 
 # ---- golden models on the compiled executor ---------------------------------------------------------------

@@ -1,5 +1,6 @@
 # The only Cython module of pace: check, one call without the GIL, return. No arithmetic lives here.
 # bf16 arrays cross as uint16. ops.py is the only importer and carries the documentation of every name.
+from libc.errno cimport ENOMEM
 from libc.stdint cimport int32_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 from cpython.buffer cimport PyBuffer_FillInfo
@@ -27,24 +28,34 @@ cdef extern from "cpu.h" nogil:
 cdef extern from "threads.h" nogil:
     ctypedef struct pace_team:
         pass
-    int PACE_E_FORKED, PACE_E_BUSY, PACE_MAX_THREADS
+    int PACE_E_FORKED, PACE_E_BUSY, PACE_E_CLOSED, PACE_MAX_THREADS
     pace_team *pace_team_new(int n_threads, const int *cpus, char *err, size_t err_bytes)
+    int pace_team_close(pace_team *team)
     void pace_team_free(pace_team *team)
-    int pace_team_size(const pace_team *team)
-    int pace_default_threads(char *why, size_t why_bytes)
-    int pace_default_cpus(int *cpus, int max_cpus)
-    int pace_allowed_cpus(int *cpus, int max_cpus)
-    double pace_cgroup_cpus(const char *root)
+    bint pace_team_is_closed(const pace_team *team)
     ctypedef void (*pace_team_fn)(void *arg, int tid, pace_team *team) noexcept nogil
     int pace_team_run(pace_team *team, pace_team_fn fn, void *arg)
+    int pace_team_run_with(pace_team *team, pace_team_fn fn, void *arg, size_t scratch_bytes)
+    void *pace_team_scratch(const pace_team *team, int tid)
+
+
+cdef extern from "work.h" nogil:
     ctypedef struct pace_work:
         pass
     int pace_work_init(pace_work *work, int n_threads)
     void pace_work_destroy(pace_work *work)
     void pace_work_arm_all(pace_work *work, long n_items)
     bint pace_work_next(pace_work *work, int tid, long grain, long *begin, long *end)
+
+
+cdef extern from "machine.h" nogil:
+    int pace_default_threads(char *why, size_t why_bytes)
+    int pace_default_cpus(int *cpus, int max_cpus)
     int pace_numa_nodes()
     void pace_thp_mode(char *mode, size_t mode_bytes)
+
+
+cdef extern from "pages.h" nogil:
     void *pace_alloc_huge(size_t bytes)
     void pace_free_huge(void *p, size_t bytes)
 

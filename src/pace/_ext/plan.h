@@ -1,12 +1,15 @@
 // plan.h - the compiled plan: one forward pass as a flat list of operators, and the team that runs it.
 //
-// Everything is sized when the plan is built: a step allocates nothing, takes no lock and calls no Python. The
-// batch is an argument; the plan keeps no sequence state (that lives in the KV pool and the caller's tables).
+// Everything is sized when the plan is built: a step allocates nothing, takes no lock but its turn on the team, and
+// calls no Python. The batch is an argument; the plan keeps no sequence state (that lives in the KV pool and the
+// caller's tables).
 #ifndef PACE_PLAN_H
 #define PACE_PLAN_H
 
 #include "kernels.h"
+#include "pages.h"
 #include "threads.h"
+#include "work.h"
 
 // A packed weight matrix: bf16 panels, see kernels.h.
 typedef struct {

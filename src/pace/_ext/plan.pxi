@@ -97,8 +97,6 @@ cdef class Matrix:
             raise ValueError(f"{rows} rows at {at} do not fit a packed matrix of {self.n} rows")
         cdef const void *p = &src[0, 0]
         cdef int e
-        if team.team == NULL:
-            raise RuntimeError("the thread team is closed")
         with nogil:
             e = pace_matrix_pack(&self.w, team.team, current, p, dtype, k, rows, at, mode)
         check_run(e)
@@ -400,8 +398,6 @@ cdef class Plan:
         b.logit_rows = &logit_rows[0] if logit_rows.shape[0] else NULL
         b.n_tokens, b.n_seqs, b.n_logits = n, n_seqs, logit_rows.shape[0]
         cdef int e
-        if self.team.team == NULL:
-            raise RuntimeError("the thread team is closed")
         with nogil:
             pace_pool_map_ahead(&self.pool.pool, reached, n_seqs)
             e = pace_plan_step(&self.p, &b)

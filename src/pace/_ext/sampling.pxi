@@ -42,15 +42,13 @@ cdef struct sample_job:
     const pace_sample_params *params
     pace_sample_result *results
     int32_t *errors
-    char *scratch
-    size_t scratch_stride
     pace_work work
 
 
 cdef void sample_worker(void *arg, int tid, pace_team *team) noexcept nogil:
     cdef sample_job *j = <sample_job *>arg
     cdef long i = 0, end = 0
-    cdef void *scratch = j.scratch + tid * j.scratch_stride
+    cdef void *scratch = pace_team_scratch(team, tid)
     while pace_work_next(&j.work, tid, 1, &i, &end):
         if j.given != NULL:
             j.errors[i] = pace_logprobs_row(j.kernels, j.logits + i * j.stride, j.vocab, j.given[i], j.n_logprobs,
@@ -76,10 +74,6 @@ cdef int run_rows(Team team, sample_job *job, const float[:, :] logits, int32_t[
         raise ValueError("the columns of the logits are not side by side")
     job.kernels = current
     job.logits, job.stride = &logits[0, 0], logits.strides[0] // 4
-    job.scratch_stride = (pace_sample_scratch(job.vocab) + 63) // 64 * 64
-    if team.scratch is None or team.scratch.nbytes < job.scratch_stride * team.n_threads:
-        team.scratch = Memory(job.scratch_stride * team.n_threads)
-    job.scratch = <char *>team.scratch.data
     job.errors = &errors[0]
     for i in range(n):
         job.results[i].top_ids, job.results[i].top_logprobs = &top_ids[i, 0], &top_logprobs[i, 0]
@@ -87,7 +81,7 @@ cdef int run_rows(Team team, sample_job *job, const float[:, :] logits, int32_t[
         raise MemoryError("cannot allocate the sampling batch")
     pace_work_arm_all(&job.work, n)
     with nogil:
-        e = pace_team_run(team.team, sample_worker, <void *>job)
+        e = pace_team_run_with(team.team, sample_worker, <void *>job, pace_sample_scratch(job.vocab))
     pace_work_destroy(&job.work)
     return check_run(e)
 
@@ -110,8 +104,7 @@ def sample(Team team not None, const float[:, :] logits, maxima, const sample_re
     cdef const float[:, ::1] block_max
     cdef pace_sample_params *p
     cdef sample_job job
-    if team.team == NULL:
-        raise RuntimeError("the thread team is closed")
+    team.check_open()
     if not n:
         return
     if params.shape[0] != n or len(history) != n or tokens.shape[0] != n or errors.shape[0] != n:
@@ -168,8 +161,7 @@ def logprobs(Team team not None, const float[:, :] logits, const int32_t[::1] to
              int32_t[::1] errors):
     cdef long i, n = logits.shape[0]
     cdef sample_job job
-    if team.team == NULL:
-        raise RuntimeError("the thread team is closed")
+    team.check_open()
     if tokens.shape[0] != n:
         raise ValueError(f"{n} rows of logits, {tokens.shape[0]} tokens")
     if not n:

@@ -45,6 +45,7 @@ class Forked(RuntimeError):
 
 
 cdef int check_run(int e) except -1:
+    """Raise what a run's result means."""
     if e == 0:
         return 0
     if e == PACE_E_FORKED:
@@ -52,37 +53,43 @@ cdef int check_run(int e) except -1:
                      "build the engine in the child, or start it with the spawn method")
     if e == PACE_E_BUSY:
         raise RuntimeError("the thread team was entered again from inside its own step")
+    if e == PACE_E_CLOSED:
+        raise RuntimeError("the thread team is closed")
+    if e == ENOMEM:
+        raise MemoryError("cannot allocate what the step works with")
     raise OSError(e, "the thread team could not run")
 
 
 cdef class Team:
-    cdef pace_team *team
+    """Who holds a reference may use `team` in any thread, at any time: close() only ends the threads, and whoever runs
+    later is told so. The memory goes with the last reference."""
+    cdef pace_team *team  # never NULL
     cdef readonly int n_threads
-    cdef Memory scratch  # the sampler's, grown to the largest vocabulary seen
 
     def __cinit__(self, int n_threads, cpus=None):
         cdef char err[256]
-        cdef int *list_ = NULL
+        cdef const int *list_ = NULL
+        cdef int[::1] numbers
         if not 1 <= n_threads <= PACE_MAX_THREADS:
             raise ValueError(f"n_threads is {n_threads}, expected 1 to {PACE_MAX_THREADS}")
         if cpus is not None:
             if len(cpus) != n_threads:
                 raise ValueError(f"{len(cpus)} cpus for {n_threads} threads")
-            list_ = <int *>PyMem_Malloc(n_threads * sizeof(int))
-            for i in range(n_threads):
-                list_[i] = cpus[i]
+            numbers = np.array(cpus, np.intc)
+            list_ = &numbers[0]
         err[0] = 0
         self.team = pace_team_new(n_threads, list_, err, sizeof(err))
-        PyMem_Free(list_)
         if self.team == NULL:
             raise OSError(err.decode())
         self.n_threads = n_threads
 
+    cdef int check_open(self) except -1:
+        """Refuse early what could only fail later; no promise, as another thread may close the team at once."""
+        return check_run(PACE_E_CLOSED if pace_team_is_closed(self.team) else 0)
+
     cdef double roof(self, roof_job *job) except -1:
         """Operations or bytes per second of one run."""
         cdef int e
-        if self.team == NULL:
-            raise RuntimeError("the thread team is closed")
         job.n_threads = self.n_threads
         start = time.perf_counter()
         with nogil:
@@ -108,10 +115,10 @@ cdef class Team:
         return self.roof(&job)
 
     def close(self):
-        if self.team != NULL:
-            pace_team_free(self.team)
-            self.team = NULL
+        cdef int e
+        with nogil:  # another thread's run may have to end first
+            e = pace_team_close(self.team)
+        check_run(e)
 
     def __dealloc__(self):
-        if self.team != NULL:
-            pace_team_free(self.team)
+        pace_team_free(self.team)
