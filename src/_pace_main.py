@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 
 
 def main() -> int:
@@ -10,6 +11,8 @@ def main() -> int:
     try:
         from pace.cli import main as run
     except ImportError as error:
-        print(f"pace: error: {error}", file=sys.stderr)
+        if sys.stderr is not None:  # print would take stdout in its place
+            with suppress(OSError):
+                print(f"pace: error: {error}", file=sys.stderr)
         return 2
     return run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import os
@@ -14,8 +15,9 @@ import pytest
 from tiny_checkpoint import write_checkpoint
 
 from pace import cli
+from pace.commands import generate, options
 from pace.config import EngineConfig
-from pace.errors import ConfigError
+from pace.errors import ConfigError, RequestError
 from pace.llm import LLM
 from pace.params import SamplingParams
 
@@ -85,6 +87,99 @@ def test_several_prompts_and_piped_stdin(
     assert "tokens/s" in err
     monkeypatch.setattr(sys, "stdin", Stdin("a\n"))
     assert run(capsys, "generate", "--model", model, *GREEDY)[1] == expected(model, "a", 8) + "\n"
+
+
+def test_without_a_seed_every_run_is_another(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [
+        "generate",
+        "--model",
+        model,
+        "--prompt",
+        "a",
+        "--max-tokens",
+        "12",
+        "--ignore-eos",
+        "--threads",
+        "1",
+    ]
+    first, second = run(capsys, *argv), run(capsys, *argv)
+    assert first[1] != second[1]
+    seed = first[2].rpartition("seed ")[2].rstrip("]\n")
+    assert run(capsys, *argv, "--seed", seed)[1] == first[1]
+    *_, err = run(capsys, *argv, "--temperature", "0")
+    assert "seed" not in err  # nothing is drawn
+    _, out, _ = run(capsys, *argv, "--json")
+    assert run(capsys, *argv, "--json", "--seed", str(json.loads(out)["seed"]))[1] == out
+
+
+def test_a_chat_without_a_seed_draws_one_for_each_answer(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["chat", "--model", model, "--max-tokens", "12", "--ignore-eos", "--threads", "1"]
+    seeds, answers = [], []
+    for extra in ([], ["--seed", "5"]):
+        monkeypatch.setattr(sys, "stdin", Stdin(b"\xef\xbb\xbfa\r\n/reset\na\n"))
+        code, out, err = run(capsys, *argv, *extra)
+        assert code == 0
+        seeds.append([line.rpartition("seed ")[2] for line in err.splitlines() if "seed " in line])
+        answers.append(out)
+    assert len(set(seeds[0])) == 2 and seeds[1] == ["5]", "5]"]
+    half = len(answers[1]) // 2
+    assert answers[1][:half] == answers[1][half:] and answers[0] != answers[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        (r"\n", "\n"),
+        (r"a\tb\r\n", "a\tb\r\n"),
+        (r"\\n", r"\n"),
+        (r"\x41\u00e9\U0001f389", "Aé🎉"),
+        (r"\end{document}", r"\end{document}"),
+        (r"\x4 \u12 \U00110000 \d", r"\x4 \u12 \U00110000 \d"),
+        ("\\", "\\"),
+        ("plain\n", "plain\n"),
+    ],
+)
+def test_stop_strings_have_escapes(text: str, meant: str) -> None:
+    assert options.unescape(text) == meant
+    args = cli._parser().parse_args(["generate", "--model", "x", "--stop", text])
+    assert options.sampling_params(args).stop_strings == (meant,)
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"\xef\xbb\xbfa\n", "a"),
+        (b"a\r\nb\r\n", "a\r\nb"),
+        (codecs.BOM_UTF16_LE + "größe\r\n".encode("utf-16-le"), "größe"),
+        (codecs.BOM_UTF16_BE + "a".encode("utf-16-be"), "a"),
+        ("a\ufeffb".encode(), "a\ufeffb"),
+        (b"", ""),
+    ],
+)
+def test_prompt_files_as_editors_write_them(
+    data: bytes, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "p").write_bytes(data)
+    assert options.read_file(str(tmp_path / "p")) == text
+    monkeypatch.setattr(sys, "stdin", Stdin(data))
+    args = cli._parser().parse_args(["generate", "--model", "x", "--prompt", "-"])
+    assert generate._prompts(args) == [text]
+    with pytest.raises(RequestError, match="x: not UTF-16 at byte"):
+        options.decode(codecs.BOM_UTF16_LE + b"a", "x")
+
+
+def test_help_is_ascii(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (
+        ["generate"],
+        ["chat"],
+        ["info"],
+        *(["bench", b] for b in ("roofline", "latency", "throughput")),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main([*command, "--help"])
+    assert capsys.readouterr().out.isascii()  # argparse prints it, and a locale may have no more
 
 
 def test_several_completions(model: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from pace.config import (
     PACE_LOG_LEVEL,
     PACE_THREADS,
     EngineConfig,
+    parse_bytes,
     parse_cpus,
     parse_kernels,
 )
@@ -80,6 +81,44 @@ def test_parse_cpus() -> None:
     for bad in ("", "a", "3-1", "0-", "-1", "1,1", "0-3,2", "99999", "1--2", "٣"):
         with pytest.raises(ConfigError):
             parse_cpus(bad)
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [
+        ("4g", 4 << 30),
+        ("4G", 4 << 30),
+        ("512m", 512 << 20),
+        ("1.5Ki", 1536),
+        ("2t", 2 << 40),
+        ("4gb", 4 * 10**9),
+        ("4 GiB", 4 << 30),
+        ("1TB", 10**12),
+        ("7", 7),
+        ("8b", 8),
+    ],
+)
+def test_sizes_as_people_write_them(text: str, n_bytes: int) -> None:
+    assert parse_bytes(text) == n_bytes
+    assert EngineConfig("demo", kv_cache_memory=text).kv_cache_memory == n_bytes
+
+
+@pytest.mark.parametrize("text", ["", "g", "4x", "4gg", "-1g", "0g", "4 g b", "1e9", "4p", "nan"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ConfigError, match="such as 4GiB, 4g or 512MB"):
+        parse_bytes(text)
+
+
+def test_the_wrong_element_is_named() -> None:
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"cpus": (0, "x")}, "cpus[1] is 'x'"),
+        ({"cpus": (3, 1, 3)}, "cpus names CPU 3 twice"),
+        ({"kernels": {"gemm": "avx2", "norm": 1}}, "kernels has {'norm': 1}"),
+    ]
+    for values, message in bad:
+        with pytest.raises(ConfigError) as error:
+            EngineConfig("demo", **values)
+        assert message in str(error.value)
 
 
 def test_parse_kernels() -> None:

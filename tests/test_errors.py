@@ -37,8 +37,33 @@ def test_show_is_short_for_anything() -> None:
         assert len(show(value)) <= 90
         assert "\n" not in show(value)
     assert show([]) == "[]"
-    assert show([1, 2]) == "a list of 2"
     assert show(huge) == "an integer of 1000001 bits"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ([1.5], "[1.5]"),
+        (["x"], "['x']"),
+        ((1, "a"), "(1, 'a')"),
+        ((1,), "(1,)"),
+        ({"a": [None]}, "{'a': [None]}"),
+        ({3}, "{3}"),
+        ([[1, [2, [3]]]], "[[1, a list of 2]]"),
+        (list(range(10, 10**5)), f"[{', '.join(map(str, range(10, 26)))}, ... 99974 more]"),
+        (["x" * 200] * 2, "['" + "x" * 37 + "'..., ... 1 more]"),
+    ],
+)
+def test_show_tells_what_a_container_holds(value: object, shown: str) -> None:
+    assert show(value) == shown
+
+
+def test_show_survives_a_broken_repr() -> None:
+    class Broken:
+        def __repr__(self) -> str:
+            raise ZeroDivisionError
+
+    assert show(Broken()) == "a Broken" and show([Broken()]) == "[a Broken]"
 
 
 def test_hierarchy() -> None:

@@ -137,6 +137,19 @@ def test_messages_name_value_and_range() -> None:
         assert str(error.value) == message
 
 
+def test_the_wrong_element_is_named() -> None:
+    for values, message in (
+        ({"stop_token_ids": [5, "x"]}, "stop_token_ids[1] is 'x'"),
+        ({"allowed_token_ids": [1.5]}, "allowed_token_ids[0] is 1.5"),
+        ({"stop": ["a", 1]}, "stop has 1,"),
+        ({"stop": {"a": 1}}, "stop is {'a': 1}, expected"),
+        ({"temperature": [0.5]}, "temperature is [0.5], expected"),
+    ):
+        with pytest.raises(RequestError) as error:
+            SamplingParams(**values)  # type: ignore[arg-type]  # that is the point
+        assert message in str(error.value)
+
+
 def test_unknown_fields_and_positions_are_refused() -> None:
     with pytest.raises(TypeError):
         SamplingParams(temprature=1)  # type: ignore[call-arg]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 import traceback
 from collections.abc import Sequence
 
-from pace import __version__, log
+from pace import __version__, console, log
 from pace.commands import bench, chat, generate, info
 from pace.commands.options import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE
 from pace.config import ENVIRONMENT, PACE_LOG_LEVEL
@@ -38,15 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0: done; 1: it failed; 2: wrong usage or input; 130: interrupted.
     """
+    console.open_missing()
     args = _parser().parse_args(argv)
     try:
         log.configure()
         return int(args.run(args))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has gone. Python flushes stdout once more at exit, and would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read our output has gone
+        console.abandon_stdout()
+        return EXIT_FAILURE
+    except console.OutputError as error:
+        console.abandon_stdout()
+        _complain(f"error: {error}")
         return EXIT_FAILURE
     except PaceError as error:
         _complain(f"error: {error}")
@@ -61,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _complain(line: str) -> None:
     with contextlib.suppress(PaceError):  # the variable itself may be what is wrong
         if PACE_LOG_LEVEL.get() == "debug":
-            traceback.print_exc()
-    print(f"pace: {line}", file=sys.stderr)
+            console.err(traceback.format_exc(), end="")
+    console.err(f"pace: {line}")
 
 
 def _parser() -> argparse.ArgumentParser:

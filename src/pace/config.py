@@ -45,16 +45,11 @@ MAX_SEQUENCES = 1 << 16
 MAX_WAITING = 1 << 24
 MAX_BYTES = 1 << 50
 MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 16, 1 << 16
-BYTE_UNITS = {
-    "": 1,
-    "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "kib": 1 << 10,
-    "mib": 1 << 20,
-    "gib": 1 << 30,
-}
+BYTE_UNITS = {"": 1, "b": 1}
+for _power, _letter in enumerate("kmgt", 1):
+    BYTE_UNITS[f"{_letter}b"] = 1000**_power
+    # A letter alone is binary, as in Docker's --memory, ulimit and the JVM.
+    BYTE_UNITS[_letter] = BYTE_UNITS[f"{_letter}i"] = BYTE_UNITS[f"{_letter}ib"] = 1024**_power
 
 
 @dataclass(frozen=True)
@@ -146,15 +141,18 @@ def parse_kernels(text: str) -> dict[str, str]:
 
 
 def parse_bytes(text: str) -> int:
-    """Parse a size such as `"4GiB"`, `"512 MB"` or `"1073741824"` into bytes.
+    """Parse a size such as `"4GiB"`, `"4g"`, `"512 MB"` or `"1073741824"` into bytes.
 
     Raises:
-        ConfigError: not a positive number with one of the units B, kB, MB, GB, KiB, MiB, GiB.
+        ConfigError: not a positive number with one of the units B, kB, MB, GB, TB, KiB, MiB, GiB, TiB; k, m, g, t and
+            Ki, Mi, Gi, Ti are the binary ones.
     """
     match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*([A-Za-z]{0,3})\s*", text, re.ASCII)
     unit = BYTE_UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None or not 1 <= int(float(match[1]) * unit) <= MAX_BYTES:
-        raise ConfigError(f"{show(text)} is not a size; expected a number with a unit, such as 4GiB or 512MB")
+        raise ConfigError(
+            f"{show(text)} is not a size; expected a number with a unit, such as 4GiB, 4g or 512MB"
+        )
     return int(float(match[1]) * unit)
 
 
@@ -267,19 +265,20 @@ class EngineConfig:
             cpus = tuple(self.cpus) if isinstance(self.cpus, (list, tuple, range)) else ()
             if not cpus:
                 raise ConfigError(f"cpus is {show(self.cpus)}, expected a sequence of CPU numbers, or None")
-            for cpu in cpus:
-                _check_int("cpus", cpu, 0, MAX_CPU)
-            if len(set(cpus)) != len(cpus):
-                raise ConfigError("cpus names a CPU twice; name each CPU once")
+            for at, cpu in enumerate(cpus):
+                _check_int(f"cpus[{at}]", cpu, 0, MAX_CPU)
+                if cpu in cpus[:at]:
+                    raise ConfigError(f"cpus names CPU {cpu} twice; name each CPU once")
             if self.n_threads is not None and self.n_threads > len(cpus):
                 raise ConfigError(f"n_threads is {self.n_threads}, but cpus names only {len(cpus)} CPUs")
             object.__setattr__(self, "cpus", cpus)
-        if not isinstance(self.kernels, Mapping) or not all(
-            isinstance(text, str) and text for pair in self.kernels.items() for text in pair
-        ):
+        if not isinstance(self.kernels, Mapping):
             raise ConfigError(
                 f"kernels is {show(self.kernels)}, expected a mapping of operator to kernel names"
             )
+        for operator, kernel in self.kernels.items():
+            if not all(isinstance(name, str) and name for name in (operator, kernel)):
+                raise ConfigError(f"kernels has {show({operator: kernel})}, expected two names")
         object.__setattr__(self, "kernels", MappingProxyType(dict(self.kernels)))
         _check_int("seed", self.seed, 0, (1 << 64) - 1)
 

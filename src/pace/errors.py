@@ -7,6 +7,8 @@ forged and a 16 MiB tensor name can't fill a disk.
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "CapacityError",
     "ChatTemplateError",
@@ -25,6 +27,7 @@ __all__ = [
 ]
 
 MAX_MESSAGE_LEN = 1000
+MAX_SHOWN_DEPTH = 2  # containers inside containers that `show` opens
 
 
 def one_line(text: object, max_len: int = MAX_MESSAGE_LEN) -> str:
@@ -39,19 +42,41 @@ def one_line(text: object, max_len: int = MAX_MESSAGE_LEN) -> str:
 
 
 def show(value: object, max_len: int = 80) -> str:
-    """Quote an untrusted `value` for an error message: its type where it is a container, else a short
-    repr."""
+    """Quote an untrusted `value` for an error message: a short repr; of a container, its first elements."""
+    return one_line(_quote(value, max_len), max_len + 8)
+
+
+def _quote(value: object, max_len: int, depth: int = 0) -> str:
+    kind = type(value).__name__
     if isinstance(value, (dict, list, tuple, set, frozenset)) and value:
-        text = f"a {type(value).__name__} of {len(value)}"
-    elif isinstance(value, (str, bytes)) and len(value) > max_len:
-        text = repr(value[: max_len - 3]) + "..."
-    elif (
-        isinstance(value, int) and value.bit_length() > 128
-    ):  # repr of huge ints is quadratic, and refused by Python
-        text = f"an integer of {value.bit_length()} bits"
-    else:
-        text = repr(value)
-    return one_line(text, max_len + 8)
+        return f"a {kind} of {len(value)}" if depth == MAX_SHOWN_DEPTH else _quote_few(value, max_len, depth)
+    if isinstance(value, (str, bytes)) and len(value) > max_len:
+        return repr(value[: max_len - 3]) + "..."
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"  # its repr is quadratic, and refused by Python
+    try:
+        return repr(value)
+    except Exception:  # of somebody else's class
+        return f"a {kind}"
+
+
+def _quote_few(
+    values: dict[Any, Any] | list[Any] | tuple[Any, ...] | set[Any] | frozenset[Any], max_len: int, depth: int
+) -> str:
+    """As many of the first elements as fit, and how many more there are."""
+    left, right = "[]" if isinstance(values, list) else "()" if isinstance(values, tuple) else "{}"
+    parts: list[str] = []
+    room = max_len - 16  # brackets and the count of the rest
+    for key in values:
+        part = _quote(key, max_len // 2, depth + 1)
+        if isinstance(values, dict):
+            part += f": {_quote(values[key], max_len // 2, depth + 1)}"
+        room -= len(part) + 2
+        if parts and room < 0:
+            return f"{left}{', '.join(parts)}, ... {len(values) - len(parts)} more{right}"
+        parts.append(part)
+    comma = "," if len(parts) == 1 and left == "(" else ""
+    return f"{left}{', '.join(parts)}{comma}{right}"
 
 
 class PaceError(Exception):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
 
+from pace.console import progress_bar
 from pace.driver import Inbox, Ticket
 from pace.errors import PaceError, QueueFullError, RequestError, show
 from pace.frontend import Frontend
@@ -20,6 +20,7 @@ from pace.params import SamplingParams
 
 __all__ = ["LLM", "Messages", "Prompt"]
 
+UseTqdm = bool | Callable[..., Any] | None
 RETRY_S = 0.01  # how long to wait for room where other callers fill the queue; about a step
 
 
@@ -36,7 +37,7 @@ class LLM(Frontend):
         self,
         prompts: Prompt | Seq[Prompt],
         sampling_params: SamplingParams | Seq[SamplingParams | None] | None = None,
-        use_tqdm: bool | None = None,
+        use_tqdm: UseTqdm = None,
         *,
         priority: int | Seq[int] = 0,
         timeout_s: float | None = None,
@@ -47,7 +48,8 @@ class LLM(Frontend):
             prompts: see `Prompt`; a list of them, however long, runs as one batch.
             sampling_params: for all prompts, or one for each; fields not set take the checkpoint's defaults.
                 The output kind does not matter here.
-            use_tqdm: a progress bar on stderr; None: where that is a terminal and there are several prompts.
+            use_tqdm: a progress bar on stderr, or what makes one in tqdm's place; None: where stderr is a terminal and
+                there are several prompts.
             priority: for all prompts, or one for each; lower runs first.
             timeout_s: what has not finished after so many seconds ends with finish_reason "abort" and
                 stop_reason "deadline".
@@ -71,7 +73,7 @@ class LLM(Frontend):
         self,
         messages: Messages | Seq[Messages],
         sampling_params: SamplingParams | Seq[SamplingParams | None] | None = None,
-        use_tqdm: bool | None = None,
+        use_tqdm: UseTqdm = None,
         *,
         add_generation_prompt: bool = True,
         chat_template: str | None = None,
@@ -150,7 +152,7 @@ class LLM(Frontend):
         self,
         prompts: Seq[Encoded],
         sampling_params: object,
-        use_tqdm: bool | None,
+        use_tqdm: UseTqdm,
         priority: object,
         timeout_s: object,
     ) -> list[RequestOutput]:
@@ -168,8 +170,8 @@ class LLM(Frontend):
         # The engine's queue may not hold them all, and what stays outside can't run first.
         unsent = deque(sorted(tickets, key=lambda ticket: ticket.request.seqs[0].priority))
         done: dict[str, RequestOutput] = {}
-        if use_tqdm is None:
-            use_tqdm = len(tickets) > 1 and sys.stderr.isatty()
+        if use_tqdm is None and len(tickets) < 2:
+            use_tqdm = False
         try:
             with _Progress(len(tickets), use_tqdm) as progress:
                 while len(done) < len(tickets):
@@ -238,20 +240,18 @@ class LLM(Frontend):
 class _Progress:
     """A bar of finished prompts with tokens per second."""
 
-    def __init__(self, n_prompts: int, visible: bool) -> None:
+    def __init__(self, n_prompts: int, show: UseTqdm) -> None:
         self._n_prompts = n_prompts
-        self._visible = visible
+        self._show = show
         self._bar: Any = None
         self._start_s = 0.0
         self._n_input = self._n_output = 0
 
     def __enter__(self) -> _Progress:
-        if self._visible:
-            # It comes with tokenizers' huggingface_hub; 20 ms that most imports of pace need not pay.
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=self._n_prompts, desc="generating", unit="prompt", leave=False)
-            self._start_s = time.perf_counter()
+        self._bar = progress_bar(
+            self._show, total=self._n_prompts, desc="generating", unit="prompt", leave=False
+        )
+        self._start_s = time.perf_counter()
         return self
 
     def __exit__(self, *exception: object) -> None:

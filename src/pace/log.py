@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import sys
 
 from pace.config import PACE_LOG_LEVEL
+from pace.console import err
 
 __all__ = ["configure", "logger"]
 
@@ -13,8 +13,14 @@ logger = logging.getLogger("pace")
 logger.addHandler(logging.NullHandler())  # silent unless the embedding program, or `configure`, asks
 
 
-class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # not subscriptable at run time before 3.11
+class _StderrHandler(logging.Handler):
     """Marks the handler that `configure` owns, so that a second call replaces it rather than adding one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            err(self.format(record))
+        except Exception:  # arguments that don't fit their format; as the standard handlers do
+            self.handleError(record)
 
 
 def configure(level: str | None = None) -> None:
@@ -29,7 +35,7 @@ def configure(level: str | None = None) -> None:
     name = PACE_LOG_LEVEL.get() if level is None else PACE_LOG_LEVEL.parse(level)
     for handler in [handler for handler in logger.handlers if isinstance(handler, _StderrHandler)]:
         logger.removeHandler(handler)
-    handler = _StderrHandler(sys.stderr)
+    handler = _StderrHandler()
     handler.setFormatter(logging.Formatter("pace %(levelname)s: %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(name.upper())

@@ -316,7 +316,7 @@ def _token_ids(name: str, value: object, max_len: int) -> tuple[int, ...]:
         raise RequestError(f"{name} is {show(value)}, expected a list of token ids")
     if len(value) > max_len:
         raise RequestError(f"{name} has {len(value)} ids, expected at most {max_len}")
-    return tuple(_int(name, token_id, 0, MAX_INT32) for token_id in value)
+    return tuple(_int(f"{name}[{at}]", token_id, 0, MAX_INT32) for at, token_id in enumerate(value))
 
 
 def _bad_words(value: object) -> tuple[str, ...]:

@@ -44,6 +44,8 @@ def test_lines_that_are_no_requests(
     with pytest.raises(RequestError) as error:
         dataset.read_jsonl("f", 2)
     assert message in str(error.value) and "\n" not in str(error.value)
+    Path("marked").write_bytes(b'\xef\xbb\xbf{"prompt": "a", "max_tokens": 1}')
+    assert len(dataset.read_jsonl("marked")) == 1
     Path("empty").write_text("\n")
     Path("latin").write_bytes(b"\xff")
     for name, reason in (("empty", "holds no requests"), ("latin", "not UTF-8 at byte 0")):

@@ -148,3 +148,14 @@ def test_cgroups(version: int, tmp_path: Path) -> None:
 
 def test_this_machine_has_memory() -> None:
     assert 0 < available_bytes() <= memory._meminfo_available() * 1.5
+
+
+def test_without_proc_the_system_is_asked_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(path: Path) -> str:
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    assert MIB < available_bytes() < 1 << 50
+    for text in ("", "MemAvailable:", "MemAvailable: much kB"):
+        monkeypatch.setattr(Path, "read_text", lambda path, text=text: text)
+        assert available_bytes() > MIB

@@ -81,7 +81,7 @@ def read_jsonl(path: str, limit: int | None = None, output_len: int | None = Non
     """
     requests: list[BenchRequest] = []
     try:
-        with Path(path).open(encoding="utf-8") as file:
+        with Path(path).open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if limit is not None and len(requests) == limit:
                     break

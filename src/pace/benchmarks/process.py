@@ -7,20 +7,33 @@ import resource
 import time
 from pathlib import Path
 
+from pace.errors import ConfigError
+
 __all__ = ["age_s", "peak_rss_bytes", "rss_bytes"]
 
 
 def age_s() -> float:
-    """Seconds since this process was started, the interpreter's own start included."""
+    """Seconds since this process was started, the interpreter's own start included.
+
+    Raises:
+        ConfigError: there is no /proc.
+    """
     # The name in field 2 may hold anything, spaces and brackets too; what follows it doesn't.
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    fields = _read("/proc/self/stat").rpartition(")")[2].split()
     started_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started_s
 
 
 def rss_bytes() -> int:
     """Bytes of memory that are mapped now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(_read("/proc/self/statm").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}; benchmarks need /proc, mount it") from None
 
 
 def peak_rss_bytes() -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pace.commands import options
 from pace.config import parse_cpus
+from pace.console import out
 from pace.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
@@ -157,9 +158,9 @@ def run_roofline(args: argparse.Namespace) -> int:
     default = ops.default_threads()[0] if cpus is None else len(cpus)
     results = roofline.measure(args.threads or sorted({1, default}), cpus, args.repeat)
     if args.json:
-        print(json.dumps([roofs.to_json() for roofs in results], indent=2))
+        out(json.dumps([roofs.to_json() for roofs in results], indent=2))
     else:
-        print(roofline.format_roofs(results))
+        out(roofline.format_roofs(results))
     return options.EXIT_OK
 
 
@@ -216,7 +217,7 @@ def run_throughput(args: argparse.Namespace) -> int:
 
     else:
         if args.input_len is not None or args.random_prefix_len or args.random_range_ratio:
-            raise RequestError("--dataset brings its own prompts; leave out --input-len and --random-…")
+            raise RequestError("--dataset brings its own prompts; leave out --input-len and --random-...")
         requests = dataset.read_jsonl(args.dataset, args.num_prompts, args.output_len)
         n, has_text = len(requests), any(isinstance(request.prompt, str) for request in requests)
         longest = max(len(request.prompt) + request.output_len for request in requests)
@@ -254,9 +255,9 @@ def _report(
     args: argparse.Namespace, values: dict[str, Any], table: str, profiles: list[StepProfile]
 ) -> None:
     text = json.dumps(values, indent=2)
-    print(text if args.json else table)
+    out(text if args.json else table)
     if args.output_json is not None:
-        Path(args.output_json).write_text(text + "\n")
+        options.write_file(args.output_json, text + "\n")
     if args.profile:
         from pace.benchmarks.chart import save_chart
 

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from pace.commands import options
+from pace.console import err, is_terminal, out
 from pace.errors import RequestError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def add(commands: Any) -> None:
         'pace chat --model ./Qwen3-0.6B --system "Answer briefly."',
     )
     options.add_engine_options(parser)
-    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    parser.add_argument("--system", type=options.text_argument, metavar="TEXT", help="the system message")
     parser.add_argument(
         "--chat-template", metavar="FILE", help="a jinja2 template instead of the checkpoint's"
     )
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     """Carry the command out."""
     template = None if args.chat_template is None else options.read_file(args.chat_template)
     params = options.sampling_params(args)
-    interactive = sys.stdin.isatty()
+    interactive = is_terminal(sys.stdin)
     if interactive:
         with contextlib.suppress(ImportError):  # some Python builds lack it
             import readline  # noqa: F401  # its import gives input() a history and line editing
@@ -53,10 +54,7 @@ def run(args: argparse.Namespace) -> int:
     messages = list(start)
     with options.load_llm(args) as llm:
         if interactive:
-            print(
-                f"{args.model}, {llm.loaded.team.n_threads} threads; /help lists the commands",
-                file=sys.stderr,
-            )
+            err(f"{args.model}, {llm.loaded.team.n_threads} threads; /help lists the commands")
         while (line := _read_line(interactive)) is not None:
             text = line.strip()
             if text == "/exit":
@@ -64,11 +62,13 @@ def run(args: argparse.Namespace) -> int:
             if text == "/reset":
                 messages = list(start)
             elif text == "/help":
-                print(CHAT_HELP, file=sys.stderr)
+                err(CHAT_HELP)
             elif text.startswith("/") and " " not in text:
-                print(f"{text} is not a command; /help lists them", file=sys.stderr)
+                err(f"{text} is not a command; /help lists them")
             elif text:
                 messages.append({"role": "user", "content": text})
+                if args.seed is None:
+                    params = params.clone(seed=options.draw_seed())
                 answer = _answer(llm, messages, params, template, args.stats)
                 if answer is None:
                     messages.pop()  # it could not even be asked
@@ -79,15 +79,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _read_line(interactive: bool) -> str | None:
     """The next line; None at the end of the input."""
+    if not interactive:
+        line = b"" if sys.stdin is None else sys.stdin.buffer.readline()
+        return options.decode(line, "stdin") if line else None
     while True:
         try:
-            return input("> ") if interactive else input()
+            return input("> ")
         except EOFError:
             return None
         except KeyboardInterrupt:
-            if not interactive:
-                raise
-            print("\n(/exit or Ctrl-D leaves)", file=sys.stderr)
+            err("\n(/exit or Ctrl-D leaves)")
         except UnicodeDecodeError as error:
             raise RequestError(f"stdin: not UTF-8 at byte {error.start}") from None
 
@@ -102,18 +103,19 @@ def _answer(
         with contextlib.closing(stream):  # type: ignore[type-var]  # a generator, as its docstring says
             for output in stream:
                 new = output.outputs[0].text
-                print(new[len(text) :], end="", flush=True)
+                out(new[len(text) :], end="")
                 text = new
     except KeyboardInterrupt:
         pass
     except RequestError as error:
-        print(f"pace: error: {error}; /reset forgets the conversation", file=sys.stderr)
+        err(f"pace: error: {error}; /reset forgets the conversation")
         return None
-    print()
+    out("")
     if output is not None:
         completion = output.outputs[0]
         if completion.finish_reason == "error":
-            print(f"pace: error: {completion.stop_reason}", file=sys.stderr)
+            err(f"pace: error: {completion.stop_reason}")
         if stats:
-            print(options.stats_line([output], time.perf_counter() - start), file=sys.stderr)
+            seed = None if params.greedy else params.seed
+            err(options.stats_line([output], time.perf_counter() - start, seed=seed))
     return text

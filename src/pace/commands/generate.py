@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from pace.commands import options
+from pace.console import err, is_terminal, out
 from pace.errors import PaceError, RequestError
 
 if TYPE_CHECKING:
@@ -29,7 +30,11 @@ def add(commands: Any) -> None:
     options.add_engine_options(parser)
     group = parser.add_argument_group("prompts")
     group.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="a prompt; '-' reads it from stdin; may be repeated"
+        "--prompt",
+        action="append",
+        type=options.text_argument,
+        metavar="TEXT",
+        help="a prompt; '-' reads it from stdin; may be repeated",
     )
     group.add_argument(
         "--prompt-file", action="append", metavar="FILE", help="a file that holds one prompt; may be repeated"
@@ -64,21 +69,22 @@ def run(args: argparse.Namespace) -> int:
             for i, output in enumerate(outputs):
                 for completion in output.outputs:
                     if args.json:
-                        print(json.dumps(_to_json(i, output, completion)))
+                        out(json.dumps(_to_json(i, output, completion, params.seed)))
                     else:
-                        print(_titled(i, output, completion, args.echo))
+                        out(_titled(i, output, completion, args.echo))
     if args.stats:
-        print(options.stats_line(outputs, time.perf_counter() - start - load_s, load_s), file=sys.stderr)
+        seed = None if params.greedy else params.seed
+        err(options.stats_line(outputs, time.perf_counter() - start - load_s, load_s, seed))
     failed = [c for output in outputs for c in output.outputs if c.finish_reason == "error"]
     for completion in failed:
-        print(f"pace: error: {completion.stop_reason}", file=sys.stderr)
+        err(f"pace: error: {completion.stop_reason}")
     return options.EXIT_FAILURE if failed else options.EXIT_OK
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
     texts = [_read_stdin() if text == "-" else text for text in args.prompt or ()]
     texts += [_read_stdin() if name == "-" else options.read_file(name) for name in args.prompt_file or ()]
-    if not texts and not sys.stdin.isatty():
+    if not texts and not is_terminal(sys.stdin):
         texts = [_read_stdin()]
     if not texts:
         raise RequestError("no prompt; give --prompt TEXT, --prompt-file FILE, or pipe it to stdin")
@@ -86,18 +92,20 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 
 
 def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise RequestError("stdin is closed; give --prompt TEXT or --prompt-file FILE")
     return options.decode(sys.stdin.buffer.read(options.MAX_PROMPT_BYTES), "stdin")
 
 
 def _print_stream(llm: LLM, prompt: str, params: SamplingParams, echo: bool) -> RequestOutput:
     if echo:
-        print(prompt, end="", flush=True)
+        out(prompt, end="")
     last, shown = None, 0
     for last in llm.stream(prompt, params):
         text = last.outputs[0].text
-        print(text[shown:], end="", flush=True)
+        out(text[shown:], end="")
         shown = len(text)
-    print()
+    out("")
     if last is None:
         raise PaceError("the engine ended without an output")
     return last
@@ -108,7 +116,7 @@ def _titled(i: int, output: RequestOutput, completion: CompletionOutput, echo: b
     return f"--- {number}\n{output.prompt if echo else ''}{completion.text}"
 
 
-def _to_json(i: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
+def _to_json(i: int, output: RequestOutput, completion: CompletionOutput, seed: int | None) -> dict[str, Any]:
     values: dict[str, Any] = {
         "index": i,
         "completion": completion.index,
@@ -118,6 +126,7 @@ def _to_json(i: int, output: RequestOutput, completion: CompletionOutput) -> dic
         "token_ids": list(completion.token_ids),
         "finish_reason": completion.finish_reason,
         "stop_reason": completion.stop_reason,
+        "seed": seed,
     }
     if completion.logprobs is not None:
         values["cumulative_logprob"] = completion.cumulative_logprob

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from typing import Any, TextIO
+from collections.abc import Iterator
+from typing import Any
 
 from pace.commands import options
+from pace.console import out
 
 
 def add(commands: Any) -> None:
@@ -23,18 +24,18 @@ def run(args: argparse.Namespace) -> int:
 
     config = show_config()
     if args.json:
-        print(json.dumps(config, indent=2, default=str))
+        out(json.dumps(config, indent=2, default=str))
     else:
-        _print_tree(config, sys.stdout)
+        out("\n".join(_tree(config)))
     return options.EXIT_OK
 
 
-def _print_tree(values: dict[str, Any], out: TextIO, indent: str = "") -> None:
+def _tree(values: dict[str, Any], indent: str = "") -> Iterator[str]:
     width = max((len(str(key)) for key in values), default=0)
     for key, value in values.items():
         if isinstance(value, dict):
-            print(f"{indent}{key}", file=out)
-            _print_tree(value, out, indent + "  ")
+            yield f"{indent}{key}"
+            yield from _tree(value, indent + "  ")
         else:
             text = ", ".join(map(str, value)) if isinstance(value, (list, tuple, set, frozenset)) else value
-            print(f"{indent}{key!s:<{width}}  {text}", file=out)
+            yield f"{indent}{key!s:<{width}}  {text}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import codecs
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from pace.config import (
     parse_cpus,
     parse_kernels,
 )
+from pace.console import OutputError, err
 from pace.errors import RequestError
 
 if TYPE_CHECKING:
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from pace.params import SamplingParams
 
 EXIT_OK, EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+MAX_CODE_POINT = 0x10FFFF
 
 MAX_PROMPT_BYTES = 256 << 20
 """Of a file or stdin; the tokenizer's own limit is far lower and depends on the model."""
@@ -147,8 +152,19 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
     group.add_argument("--repetition-penalty", type=float, metavar="X")
     group.add_argument("--presence-penalty", type=float, metavar="X")
     group.add_argument("--frequency-penalty", type=float, metavar="X")
-    group.add_argument("--seed", type=int, metavar="S", help="makes the output repeatable")
-    group.add_argument("--stop", action="append", metavar="TEXT", help="ends the output; may be repeated")
+    group.add_argument(
+        "--seed",
+        type=int,
+        metavar="S",
+        help="makes the output repeatable (default: another one each time, told with the tokens/s)",
+    )
+    group.add_argument(
+        "--stop",
+        action="append",
+        type=unescape,
+        metavar="TEXT",
+        help=r"ends the output; may be repeated; \n, \t, \r, \\, \xNN, \uNNNN and \UNNNNNNNN are escapes",
+    )
     group.add_argument(
         "--ignore-eos", action="store_true", default=None, help="don't stop where the model does"
     )
@@ -158,6 +174,30 @@ def positive(text: str) -> int:
     if not (text.isascii() and text.isdigit() and 0 < int(text) < 1 << 31):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
+
+
+def unescape(text: str) -> str:
+    r"""What a text with `\n`, `\t`, `\r`, `\\`, `\xNN`, `\uNNNN` and `\UNNNNNNNN` stands for; other backslashes stay."""
+
+    def char(match: re.Match[str]) -> str:
+        if match["simple"]:
+            return {"n": "\n", "t": "\t", "r": "\r"}.get(match["simple"], match["simple"])
+        code = int(match["hex"][1:], 16)
+        return chr(code) if code <= MAX_CODE_POINT else match[0]
+
+    return re.sub(
+        r"\\(?:(?P<simple>[ntr\\])|(?P<hex>x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}))",
+        char,
+        text_argument(text),
+    )
+
+
+def text_argument(text: str) -> str:
+    """An argument as UTF-8, which Python reads as surrogates in a locale that is ASCII only."""
+    try:
+        return text if not re.search("[\udc80-\udcff]", text) else os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8") from None
 
 
 # ---- using -----------------------------------------------------------------------------------------------
@@ -193,11 +233,11 @@ def load_llm(args: argparse.Namespace) -> LLM:
 
 def print_plan(plan: MemoryPlan) -> None:
     """What an engine is about to allocate, on stderr."""
-    print(f"[memory: {plan.describe()}]", file=sys.stderr, flush=True)
+    err(f"[memory: {plan.describe()}]")
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
-    """What was given of the sampling options; the rest stays with the checkpoint's defaults.
+    """What was given of the sampling options, and a seed; the rest stays with the checkpoint's defaults.
 
     Raises:
         RequestError: a value is out of range.
@@ -205,7 +245,14 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     from pace.params import SamplingParams
 
     given = {name: getattr(args, name, None) for name in SAMPLING_FIELDS}
+    if args.seed is None:
+        given["seed"] = draw_seed()
     return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+
+
+def draw_seed() -> int:
+    """A seed that nobody has asked for: whoever calls a program again wants another sample."""
+    return int.from_bytes(os.urandom(4), "little")
 
 
 def read_file(name: str) -> str:
@@ -222,20 +269,36 @@ def read_file(name: str) -> str:
 
 
 def decode(data: bytes, where: str) -> str:
-    """Bytes from `where` as text.
+    """Bytes from `where` as text, without the byte order mark that some editors write, and the last line's end.
 
     Raises:
-        RequestError: they are not UTF-8.
+        RequestError: they are neither UTF-8 nor, with a byte order mark, UTF-16.
+    """
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        name = encoding.removesuffix("-sig").upper()
+        raise RequestError(f"{where}: not {name} at byte {error.start}") from None
+    return text.removesuffix("\n").removesuffix("\r")  # what editors and echo add
+
+
+def write_file(name: str, text: str) -> None:
+    """Make a file of this text.
+
+    Raises:
+        OutputError: it can't be written.
     """
     try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{where}: not UTF-8 at byte {error.start}") from None
-    return text[:-1] if text.endswith("\n") else text  # the one that editors and echo add
+        Path(name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{name}: cannot be written: {error.strerror or error}") from None
 
 
-def stats_line(outputs: list[RequestOutput], run_s: float, load_s: float | None = None) -> str:
-    """How many tokens came how fast."""
+def stats_line(
+    outputs: list[RequestOutput], run_s: float, load_s: float | None = None, seed: int | None = None
+) -> str:
+    """How many tokens came how fast, and from which seed."""
     n_prompt = sum(output.metrics.n_prompt_tokens for output in outputs)
     n_output = sum(output.metrics.n_output_tokens for output in outputs)
     parts = [] if load_s is None else [f"loaded in {load_s:.2f} s"]
@@ -246,4 +309,5 @@ def stats_line(outputs: list[RequestOutput], run_s: float, load_s: float | None 
         parts += [] if rate is None else [f"{rate:.1f} tokens/s"]
     else:
         parts.append(f"{n_output / run_s:.1f} tokens/s")
+    parts += [] if seed is None else [f"seed {seed}"]
     return f"[{'; '.join(parts)}]"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,6 +13,7 @@ from pace import ops
 from pace.checkpoint import Checkpoint, GenerationDefaults, load_generation_defaults, read_json, resolve
 from pace.checkpoint.config_json import checkpoint_file
 from pace.config import EngineConfig
+from pace.console import progress_bar
 from pace.engine.build import SCORED_ROWS, build_engine, make_team
 from pace.engine.core import Engine
 from pace.engine.memory import MemoryPlan, plan_memory
@@ -209,14 +209,11 @@ def _load_weights(
 
 @contextmanager
 def _progress_bar(show: bool | None) -> Iterator[Callable[[int, int], None] | None]:
-    if not (sys.stderr.isatty() if show is None else show):
+    bar = progress_bar(show, desc="loading", unit="B", unit_scale=True, leave=False)
+    if bar is None:
         yield None
         return
-    from tqdm import (
-        tqdm,
-    )  # comes with tokenizers' huggingface_hub; 20 ms that most imports of pace need not pay
-
-    with tqdm(desc="loading", unit="B", unit_scale=True, leave=False) as bar:
+    with bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total

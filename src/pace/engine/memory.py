@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -186,20 +187,23 @@ def _packed_bytes(n: int, k: int | None) -> int:
 
 
 def _meminfo_available() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return NO_LIMIT
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+        return NO_LIMIT
+    except (OSError, ValueError, IndexError):  # no /proc, as in some chroots; the rest is a system call
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _cgroup_available() -> list[int]:
     """What each cgroup of this process leaves; page cache that can be dropped counts as free."""
     left = []
     try:
-        entries = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
         return []
-    for _, controllers, path in entries:
+    for _, controllers, path in [line.split(":", 2) for line in lines if line.count(":") >= 2]:
         if controllers == "":
             root, limit, used, cache = Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"
         elif "memory" in controllers.split(","):

@@ -19,6 +19,7 @@ from pace.text.tokenizer import Tokenizer
 __all__ = ["Preparer"]
 
 MAX_SALT = 1024  # characters
+MAX_INT32 = (1 << 31) - 1
 
 
 class Preparer:
@@ -140,7 +141,7 @@ class Preparer:
         if ids.ndim == 1 and ids.size == 0:
             raise RequestError("the prompt is empty; expected at least one token")
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise RequestError(f"the prompt is {show(prompt_ids)}, expected a flat list of token ids")
+            raise RequestError(_explain(prompt_ids))
         if len(ids) >= self.max_model_len:
             raise RequestError(
                 f"the prompt has {len(ids)} tokens, expected at most {self.max_model_len - 1}: max_model_len "
@@ -166,3 +167,14 @@ class Preparer:
         if params.stop:
             raise RequestError("stop strings need text, but there is no tokenizer; use stop_token_ids")
         return None
+
+
+def _explain(prompt_ids: object) -> str:
+    """Why something is no list of token ids: the element that isn't one, or what it is as a whole."""
+    if isinstance(prompt_ids, (list, tuple)):
+        for at, token_id in enumerate(prompt_ids):
+            if isinstance(token_id, bool) or not isinstance(token_id, (int, np.integer)):
+                return f"the prompt has {show(token_id)} at index {at}, expected a token id"
+            if not 0 <= token_id <= MAX_INT32:
+                return f"the prompt has token id {show(int(token_id))} at index {at}, which no vocabulary has"
+    return f"the prompt is {show(prompt_ids)}, expected a flat list of token ids"
