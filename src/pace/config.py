@@ -191,8 +191,8 @@ class EngineConfig:
         model: a checkpoint folder, a hub id `org/name`, or "demo" for the embedded model.
         revision: branch, tag or commit of a hub id; None: its main branch.
         tokenizer: folder or hub id to take the tokenizer from; None: the model's own.
-        trust_tokenizer: take a tokenizer whose patterns aren't on the allow-list (a hostile one can hang the
-            encoder).
+        trust_tokenizer: skip the probe of a tokenizer with unusual patterns or components (a hostile one can hang the
+            encoder, or end the process while it is read).
         max_model_len: longest sequence, prompt and output together, in tokens; None: what the checkpoint
             states.
         max_num_seqs: sequences that run in one step.

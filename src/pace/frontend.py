@@ -56,7 +56,7 @@ class Frontend:
             model: a checkpoint folder, a hub id `org/name`, or "demo" for the embedded model.
             revision: branch, tag or commit of a hub id.
             tokenizer: folder or hub id to take the tokenizer from; None: the model's own.
-            trust_tokenizer: take a tokenizer whose patterns are not on the allow-list.
+            trust_tokenizer: skip the probe of a tokenizer with unusual patterns or components.
             skip_tokenizer_init: load no tokenizer: prompts are token ids, outputs have no text.
             max_model_len: longest prompt and output together, in tokens; None: what the checkpoint supports, or
                 less where the memory does not hold one such sequence.

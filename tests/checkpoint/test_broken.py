@@ -287,6 +287,6 @@ def refused(call: Callable[[], object], folder: Path) -> None:
     start = time.perf_counter()
     with pytest.raises(PaceError) as error:
         call()
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < 3  # what is unusual in a tokenizer is tried in a child process
     message = str(error.value)
     assert message.isprintable() and str(folder) in message and len(message) <= 1000, message

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,13 @@ import numpy as np
 from pace.checkpoint.config_json import checkpoint_file, read_json
 from pace.errors import RequestError, TokenizerError, show
 from pace.log import logger
-from pace.text.tokenizer_json import audit, decoder_is_byte_level, guarded, load
+from pace.text.added_tokens import ANCHOR, byte_form, literal_tokens
+from pace.text.tokenizer_json import decoder_kinds, guarded, load
 
 __all__ = ["Tokenizer"]
 
-MAX_BYTES_PER_TOKEN = 8  # of a prompt, on average; English has 4.5, and the encoder needs 0.5 s for each MB
 PROMPT_SLACK_BYTES = 1024
+NORMALIZER_SHRINKS = 4  # NFC makes 3 bytes of 9 (Hangul), and some replacements do more
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -29,7 +29,7 @@ class Tokenizer:
     Attributes:
         directory: the folder it was read from.
         vocab_size: rows of the model's embedding; ids of added tokens may lie beyond them, and can't be used.
-        max_prompt_bytes: longest text that `encode` takes, in bytes of UTF-8.
+        max_prompt_bytes: longest text that `encode` takes, in bytes of UTF-8: `max_model_len` of the longest token.
         special_tokens: {"bos_token": "<s>", …}, what chat templates see.
         config: the parsed tokenizer_config.json, {} where there is none.
         bos_token_id: id of bos_token, None where there is none.
@@ -40,58 +40,42 @@ class Tokenizer:
     def __init__(
         self, directory: str | Path, *, vocab_size: int, max_model_len: int, trust_patterns: bool = False
     ) -> None:
-        """Load and audit `tokenizer.json`, and read `tokenizer_config.json` where there is one.
+        """Load `tokenizer.json`, after a probe where it is unusual, and `tokenizer_config.json` where there is one.
 
         Args:
             directory: the folder that holds them.
             vocab_size: rows of the model's embedding; a token of the vocabulary beyond them is refused, an added one can't
                 be used.
             max_model_len: tokens of the longest sequence; bounds the texts that `encode` takes.
-            trust_patterns: take patterns and components that aren't on the allow-list.
+            trust_patterns: skip the probe of unusual patterns and components.
 
         Raises:
-            TokenizerError: missing, malformed, refused by the audit, or contradicting `vocab_size`.
+            TokenizerError: missing, malformed, found harmful by the probe, or contradicting `vocab_size`.
             CheckpointError: a file isn't regular, is too large, or is a link out of the folder.
         """
         self.directory = directory = Path(directory)
         path = checkpoint_file(directory, "tokenizer.json")
         if path is None:
             raise TokenizerError(f"{directory}: no tokenizer.json; convert the tokenizer to the fast format")
-        self._rust = load(path)
-        if not trust_patterns:
-            audit(path, self._rust)
+        self._rust = load(path, trusted=trust_patterns)
         vocabulary = self._rust.get_vocab(with_added_tokens=True)
-        if not vocabulary:
-            raise TokenizerError(f"{path}: the vocabulary is empty")
-        base = self._rust.get_vocab(with_added_tokens=False)
-        token, top = max(base.items(), key=operator.itemgetter(1), default=("", -1))
-        if top >= vocab_size:
-            raise TokenizerError(
-                f"{path}: {show(token)} has id {top}, but the model's embedding has {vocab_size} rows; this is the "
-                "tokenizer of another model"
-            )
-        beyond = sorted((token_id, token) for token, token_id in vocabulary.items() if token_id >= vocab_size)
-        if beyond:  # a [PAD] that training added; requests that use it are refused
-            logger.warning(
-                "%s: %d added tokens can't be used, the first is %s: its id %d is beyond the embedding's %d rows",
-                path,
-                len(beyond),
-                show(beyond[0][1]),
-                beyond[0][0],
-                vocab_size,
-            )
+        added = self._rust.get_added_tokens_decoder()
+        _check_vocabulary(path, vocabulary, added, vocab_size)
         self.vocab_size = vocab_size
-        self.max_prompt_bytes = MAX_BYTES_PER_TOKEN * max_model_len + PROMPT_SLACK_BYTES
+        kinds = decoder_kinds(self._rust)
+        self.byte_level = kinds == ["ByteLevel"]
+        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._literals = literal_tokens(self._rust, kinds)
+        self._bytes = {token_id: text.encode() for token_id, text in self._literals.items()}
+        # An average would refuse prompts that fit: 2047 tokens of 128 spaces are 262 kB. Encoding takes 0.5 s for a MB.
+        shrinks = 1 if self._rust.normalizer is None else NORMALIZER_SHRINKS
+        longest = _longest_token_bytes(vocabulary, self.byte_level)
+        self.max_prompt_bytes = longest * max_model_len * shrinks + PROMPT_SLACK_BYTES
 
         self.config = _read_config(directory, "tokenizer_config.json")
         self.special_tokens = _special_tokens(directory, self.config)
         self.bos_token_id = self._special_id(path, "bos_token", vocabulary)
         self.eos_token_id = self._special_id(path, "eos_token", vocabulary)
-
-        added = self._rust.get_added_tokens_decoder()
-        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        self.byte_level = decoder_is_byte_level(self._rust)
-        self._bytes: dict[int, bytes] = {}
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Encode one text without holding the GIL.
@@ -115,19 +99,16 @@ class Tokenizer:
         return [encoding.ids for encoding in encodings]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Decode a whole sequence without holding the GIL; invalid UTF-8 becomes U+FFFD.
+        """Decode a whole sequence; invalid UTF-8 becomes U+FFFD.
 
         Raises:
             RequestError: an id is out of range.
         """
         self.check_ids(token_ids)
-        call = partial(
-            self._rust.decode_batch,
-            [[int(token_id) for token_id in token_ids]],
-            skip_special_tokens=skip_special_tokens,
-        )
-        text: str = guarded(call, RequestError, "the tokenizer failed on these ids")[0]
-        return text
+        shown = [int(i) for i in token_ids if not (skip_special_tokens and self.is_special(i))]
+        if self.byte_level:
+            return b"".join(map(self.token_bytes, shown)).decode("utf-8", "replace")
+        return self.decode_window(shown)
 
     def decode_token(self, token_id: int) -> str:
         """Return one token's own text, special tokens included; "" for ids that have no token."""
@@ -140,7 +121,11 @@ class Tokenizer:
         token."""
         data = self._bytes.get(token_id)
         if data is None:
-            data = self._bytes[token_id] = _to_bytes(self._rust.id_to_token(token_id) or "")
+            token = self._rust.id_to_token(token_id) or ""
+            data = byte_form(token)
+            if data is None:  # an added token, written as itself
+                data = token.encode("utf-8", "replace")
+            self._bytes[token_id] = data
         return data
 
     def is_special(self, token_id: int) -> bool:
@@ -184,10 +169,33 @@ class Tokenizer:
             )
 
     def decode_window(self, token_ids: list[int]) -> str:
-        """Decode a few tokens together, special ones included."""
-        call = partial(self._rust.decode, token_ids, skip_special_tokens=False)
+        """Decode a few tokens together, special ones included; for tokenizers that aren't byte-level."""
+        if self._literals.keys().isdisjoint(token_ids):
+            call = partial(self._rust.decode, token_ids, skip_special_tokens=False)
+        else:
+            call = partial(self._decode_around_literals, token_ids)
         text: str = guarded(call, TokenizerError, "the tokenizer failed on the model's output")
         return text
+
+    def _decode_around_literals(self, token_ids: list[int]) -> str:
+        """Give the decoder only what is between the literal tokens, behind an anchor that keeps the space of a first
+        word."""
+        parts: list[str] = []
+        run: list[str] = []
+        for token_id in token_ids:
+            literal = self._literals.get(token_id)
+            if literal is None:
+                run.append(self._rust.id_to_token(token_id) or "")
+                continue
+            parts += [self._decode_run(run, bool(parts)), literal]
+            run = []
+        return "".join([*parts, self._decode_run(run, bool(parts))])
+
+    def _decode_run(self, tokens: list[str], anchored: bool) -> str:
+        if not tokens:
+            return ""
+        text: str = self._rust.decoder.decode([ANCHOR, *tokens] if anchored else tokens)
+        return text[len(ANCHOR) :] if anchored else text
 
     def _special_id(self, path: Path, name: str, vocabulary: dict[str, int]) -> int | None:
         token = self.special_tokens.get(name)
@@ -198,21 +206,38 @@ class Tokenizer:
         return vocabulary[token]
 
 
-def _byte_of_char() -> dict[str, int]:
-    """GPT-2's alphabet: printable Latin-1 bytes stand for themselves, the other 68 for U+0100 and up."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+def _check_vocabulary(
+    path: Path, vocabulary: dict[str, int], added: Collection[int], vocab_size: int
+) -> None:
+    """Refuse the tokenizer of another model; warn of added tokens that can't be used."""
+    if not vocabulary:
+        raise TokenizerError(f"{path}: the vocabulary is empty")
+    beyond = sorted((token_id, token) for token, token_id in vocabulary.items() if token_id >= vocab_size)
+    for token_id, token in reversed(beyond):
+        if token_id not in added:
+            raise TokenizerError(
+                f"{path}: {show(token)} has id {token_id}, but the model's embedding has {vocab_size} rows; this is "
+                "the tokenizer of another model"
+            )
+    if beyond:  # a [PAD] that training added; requests that use it are refused
+        logger.warning(
+            "%s: %d added tokens can't be used, the first is %s: its id %d is beyond the embedding's %d rows",
+            path,
+            len(beyond),
+            show(beyond[0][1]),
+            beyond[0][0],
+            vocab_size,
+        )
 
 
-_BYTE_OF_CHAR = _byte_of_char()
-
-
-def _to_bytes(token: str) -> bytes:
-    try:
-        return bytes(map(_BYTE_OF_CHAR.__getitem__, token))
-    except KeyError:  # an added token, written as itself
-        return token.encode("utf-8", "replace")
+def _longest_token_bytes(vocabulary: dict[str, int], byte_level: bool) -> int:
+    """Bytes of text that one token stands for, at most."""
+    longest = max(map(len, vocabulary))
+    # Characters have one to four bytes; those of byte-level tokens that aren't ASCII stand for one each.
+    candidates = (token for token in vocabulary if 4 * len(token) >= longest)
+    return max(
+        len(token if byte_level and byte_form(token) is not None else token.encode()) for token in candidates
+    )
 
 
 def _read_config(directory: Path, name: str) -> dict[str, Any]:
