@@ -88,11 +88,9 @@ def test_rope(benchmark: Any, capsys: pytest.CaptureFixture[str], rows: int, isa
         slots = [ir.Slot("qkv", QKV, "f32", "tokens"), ir.Slot("q", N_HEADS * HEAD_DIM, "bf16", "tokens")]
         plan = build(
             threads,
-            [ir.RopeKV("r", "qkv", "q", 0, 0)],
+            [ir.RopeKV("r", "qkv", "q", N_HEADS, 0, 0)],
             slots,
-            n_heads=N_HEADS,
-            n_kv_heads=N_KV_HEADS,
-            head_dim=HEAD_DIM,
+            kv=ir.KVLayer(N_KV_HEADS, HEAD_DIM),
             max_tokens=rows,
             ropes=(rope,),
         )

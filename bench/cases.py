@@ -116,13 +116,11 @@ def attention_plan(team: ops.Team, case: AttentionCase) -> tuple[ops.Plan, ir.Ba
         ir.Slot("q", N_HEADS * HEAD_DIM, "bf16", "tokens"),
         ir.Slot("o", N_HEADS * HEAD_DIM, "bf16", "tokens"),
     ]
-    rope = ir.RopeKV("r", "qkv", "q", 0, None)
-    attention = ir.Attention("a", "q", "o", 0, HEAD_DIM**-0.5)
+    rope = ir.RopeKV("r", "qkv", "q", N_HEADS, 0)
+    attention = ir.Attention("a", "q", "o", N_HEADS, 0, HEAD_DIM**-0.5)
     sizes = {
         "pool": pool,
-        "n_heads": N_HEADS,
-        "n_kv_heads": N_KV_HEADS,
-        "head_dim": HEAD_DIM,
+        "kv": ir.KVLayer(N_KV_HEADS, HEAD_DIM),
         "max_tokens": 2048,
         "max_seqs": case.n_seqs,
     }

@@ -88,7 +88,13 @@ class Cache:
         n_blocks = n_seqs * (max_blocks + isqrt(max_blocks) + 1)  # an extent is longer than what it holds
         contiguous = kv_type == "contiguous"
         self.pool = ops.KVPool(
-            ir.n_layers, ir.n_kv_heads, ir.head_dim, n_blocks, block_size, dtype=dtype, contiguous=contiguous
+            len(ir.kv),
+            ir.kv[0].n_kv_heads,
+            ir.kv[0].head_dim,
+            n_blocks,
+            block_size,
+            dtype=dtype,
+            contiguous=contiguous,
         )
         self.source = min(cell.context, max(SOURCE_TOKENS, block_size))
         self.plan = ops.Plan(
@@ -197,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             # Each is first, and last, as often as the others.
             for kv_type in [*args.types[i % n_types :], *args.types[: i % n_types]]:
                 size = args.block_size or default_block_size(
-                    kv_type, args.kv_cache_dtype, model.ir.head_dim, ops.cpu_info()["l2_bytes"], longest
+                    kv_type, args.kv_cache_dtype, model.ir.kv[0].head_dim, ops.cpu_info()["l2_bytes"], longest
                 )
                 found = measure(model, cell, kv_type, size, args.kv_cache_dtype, args.steps)
                 results[cell, kv_type].append(found)

@@ -64,7 +64,7 @@ def small(team: ops.Team, packed_model: PackedModel) -> ops.Plan:
     """llama-mha for steps of at most 64 tokens, 4 sequences and 4 logit rows."""
     model = packed_model("llama-mha")
     plan = model.model.plan
-    pool = ops.KVPool(plan.n_layers, plan.n_kv_heads, plan.head_dim, 16, 16)
+    pool = ops.KVPool(len(plan.kv), plan.kv[0].n_kv_heads, plan.kv[0].head_dim, 16, 16)
     return ops.Plan(team, plan, model.weights, pool, 64, 4, 4)
 
 
@@ -158,10 +158,10 @@ def test_the_logits_of_a_step_are_read_only(small: ops.Plan) -> None:
         (ir.Embed("e", "y", "w"), {"w": (40, 64)}, ValueError),
         (ir.Embed("e", "x", "w"), {"w": (39, 64)}, ValueError),
         (ir.Select("s", "x", "y"), {}, ValueError),
-        (ir.Attention("t", "a", "a", 0, 1.0), {}, ValueError),
-        (ir.Attention("t", "h", "h", 1, 1.0), {}, ValueError),
-        (ir.Attention("t", "h", "h", 0, 1.0, sinks="w"), {"w": (2,)}, ValueError),
-        (ir.RopeKV("r", "x", "a", 0, None), {}, ValueError),
+        (ir.Attention("t", "a", "a", 1, 0, 1.0), {}, ValueError),
+        (ir.Attention("t", "h", "h", 1, 1, 1.0), {}, ValueError),
+        (ir.Attention("t", "h", "h", 1, 0, 1.0, sinks="w"), {"w": (2,)}, ValueError),
+        (ir.RopeKV("r", "x", "a", 1, 0), {}, ValueError),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else getattr(value, "name", ""),
 )
@@ -179,7 +179,7 @@ def test_weights_that_do_not_fit(
         name: packed(team, np.ones(shape)) if len(shape) == 2 else np.ones(shape, np.float32)
         for name, shape in shapes.items()
     }
-    shape = ir.Plan({s.name: s for s in slots}, (op,), (), 1, 1, 1, 16, 40, 64, "y")
+    shape = ir.Plan({s.name: s for s in slots}, (op,), (), (ir.KVLayer(1, 16),) * 2, 40, 64, "y")
     with pytest.raises(error):
         ops.Plan(team, shape, weights, ops.KVPool(1, 1, 16, 4, 16), 8, 2, 8)
 

@@ -274,12 +274,15 @@ class Plan:
         max_logit_rows: int,
         kernels: Mapping[str, str] | None = None,
     ) -> None:
+        for op in plan.ops:
+            _check_supported(op, plan)
+        n_heads = next((op.n_heads for op in plan.ops if isinstance(op, ir.RopeKV | ir.Attention)), 1)
         self.ir = plan
         self._team = team
         self._max_tokens = max_tokens
         self._kernels = check_kernels(kernels or {})
         self._plan = _kernels.Plan(
-            team._team, kv_pool._pool, max_tokens, max_seqs, max_logit_rows, plan.n_heads, plan.vocab_size
+            team._team, kv_pool._pool, max_tokens, max_seqs, max_logit_rows, n_heads, plan.vocab_size
         )
         self._weights = weights
         self._slots = {
@@ -327,8 +330,7 @@ class Plan:
     def _add(self, op: ir.Op) -> None:
         plan, slots, tier = self._plan, self._slots, self._kernels.get
         if isinstance(op, ir.Embed):
-            if op.positions is not None:
-                raise ConfigError(f"{op.name} wants learned positions, which no kernel adds")
+            assert op.weight is not None
             plan.add_embed(tier("embed"), slots[op.dst], self._matrix(op.weight), op.scale)
         elif isinstance(op, ir.Norm):
             weight = self._vector(op.weight)
@@ -361,14 +363,14 @@ class Plan:
                 tier("rope"),
                 slots[op.src],
                 slots[op.dst],
-                op.layer,
+                op.kv,
                 cos,
                 sin,
                 0 if rope is None else rope.rotary_dim,
                 rope is not None and rope.interleaved,
                 self._vector(op.q_norm),
                 self._vector(op.k_norm),
-                _NORMS[op.norm_kind],
+                _NORMS["rms" if op.qk_norm == "none" else op.qk_norm],
                 op.norm_eps,
             )
         elif isinstance(op, ir.Attention):
@@ -376,7 +378,7 @@ class Plan:
                 tier("attention"),
                 slots[op.src],
                 slots[op.dst],
-                op.layer,
+                op.kv,
                 op.scale,
                 op.softcap or 0.0,
                 op.window or 0,
@@ -450,6 +452,31 @@ class Plan:
     def op_times(self) -> list[tuple[str, float]]:
         """Name and seconds of every operator of the last step, in order."""
         return list(zip(self._op_names, self._plan.op_seconds(), strict=True))
+
+
+def _check_supported(op: ir.Op, plan: ir.Plan) -> None:
+    """Raise ConfigError for what no kernel computes yet."""
+    neutral: dict[str, Any] = {}
+    if isinstance(op, ir.Embed):
+        neutral = {"positions": None, "add": False, "post": 1.0, "mapped": False}
+    elif isinstance(op, ir.Norm):
+        neutral = {"groups": 1, "scale": None}
+    elif isinstance(op, ir.Gemm):
+        neutral = {"cap": None, "other": None}
+        if op.act not in _ACTS:
+            raise ConfigError(f"{op.name}: no kernel computes activation {op.act!r}")
+    elif isinstance(op, ir.RopeKV):
+        neutral = {"append": True, "k_is_v": False, "norm_after_rope": False, "v_norm": False}
+        neutral |= {"norm_scope": "head", "norm_width": None, "temperature": None}
+        if op.qk_norm != "none" and (op.q_norm is None or op.k_norm is None):
+            raise ConfigError(f"{op.name}: no kernel computes a norm of heads without weights")
+    elif isinstance(op, ir.Attention):
+        neutral = {"chunk": None}
+    for field, value in neutral.items():
+        if getattr(op, field) != value:
+            raise ConfigError(f"{op.name}: no kernel computes {field} = {getattr(op, field)!r}")
+    if len({(layer.n_kv_heads, layer.head_dim) for layer in plan.kv}) > 1:
+        raise ConfigError("layers of different KV shapes do not run together")
 
 
 def check_kernels(kernels: Mapping[str, str]) -> dict[str, str]:

@@ -6,7 +6,7 @@ v and the softmax's weights before they meet v), so that a kernel can be compare
 tolerance of a few units of float32 accumulation instead of bf16's 2^-9. An int8 KV cache is quantised in either
 mode, for that is what the cache holds.
 
-Shapes: T tokens and R logit rows of the step, D = head_dim, H = n_heads, G = n_kv_heads.
+Shapes: T tokens and R logit rows of the step; D = head_dim, H = n_heads, G = n_kv_heads of an operator.
 """
 
 from __future__ import annotations
@@ -68,16 +68,21 @@ class Reference:
         self.block_size = block_size
         self.kv_dtype = kv_dtype
         self.contiguous = contiguous
-        # The packed engine stores matrices in bf16; vectors stay float32 there.
+        # The packed engine stores matrices in bf16; vectors stay float32 there, and a mapped table what it is.
+        packed = {name for name, shape in plan.weights().items() if shape.k is not None and not shape.mapped}
         self.weights = {
-            name: self._round(np.asarray(value, dtype)) if value.ndim == 2 else np.asarray(value, dtype)
+            name: self._round(np.asarray(value, dtype)) if name in packed else np.asarray(value, dtype)
             for name, value in weights.items()
         }
-        shape = (plan.n_layers, n_blocks * block_size, plan.n_kv_heads, plan.head_dim)
+        shapes = [(n_blocks * block_size, layer.n_kv_heads, layer.head_dim) for layer in plan.kv]
         # NaN where nothing was written: reading a cell too many shows at once.
-        self.k = np.full(shape, np.nan, dtype)  # [n_layers, n_blocks * block_size, G, D]
-        self.v = np.full(shape, np.nan, dtype)  # integers with int8, which v_scale makes values
-        self.v_scale = np.full((*shape[:-1], 1), np.nan, dtype)  # 1 with bf16
+        self.k = [
+            np.full(shape, np.nan, dtype) for shape in shapes
+        ]  # of each layer [n_blocks * block_size, G, D]
+        self.v = [
+            np.full(shape, np.nan, dtype) for shape in shapes
+        ]  # integers with int8; v_scale makes them values
+        self.v_scale = [np.full((*shape[:-1], 1), np.nan, dtype) for shape in shapes]  # 1 with bf16
         self.trace: dict[str, dict[str, Array]] | None = {} if trace else None
         """Operator name -> slot name -> value after it; RopeKV adds "k" and "v": [T, G, D] as appended."""
         self._slots: dict[str, Array] = {}
@@ -105,65 +110,97 @@ class Reference:
         return self._slots[self.plan.logits]
 
     def _embed(self, op: Embed, batch: Batch) -> None:
-        x = op.scale * self.weights[op.weight][batch.token_ids]  # [T, dim]
+        x: Array = np.zeros((batch.n_tokens, self.plan.slots[op.dst].width), self.dtype)
+        if op.add:
+            x = x + self._slots[op.dst]
+        if op.weight is not None:
+            x = x + op.scale * self.weights[op.weight][batch.token_ids]  # [T, dim]
         if op.positions is not None:
             x = x + self.weights[op.positions][batch.positions() + op.offset]
-        self._store(op.dst, x)
+        self._store(op.dst, op.post * x)
 
     def _norm(self, op: Norm) -> None:
-        bias = None if op.bias is None else self.weights[op.bias]
-        y = norm(self._slots[op.src], self.weights[op.weight], bias, op.kind, op.eps)
-        self._store(op.dst, self._slots[op.dst] + y if op.add else y)
+        x = self._slots[op.src]
+        groups = x.reshape(len(x), op.groups, x.shape[1] // op.groups)
+        y = norm(groups, self._vector(op.weight), self._vector(op.bias), op.kind, op.eps).reshape(x.shape)
+        if op.add:
+            y = self._slots[op.dst] + y
+        self._store(op.dst, y if op.scale is None else self.weights[op.scale] * y)
 
     def _gemm(self, op: Gemm) -> None:
+        dst = self.plan.slots[op.dst]
         y = self._slots[op.src] @ self.weights[op.weight].T  # [rows, n]
         if op.bias is not None:
             y = y + self.weights[op.bias]
         if op.epilogue == "gated":
             gate, up = split_gated(y)
-            self._store(op.dst, activate(gate, op.act) * up)
+            y = (activate(gate, op.act) * up)[:, : dst.width]
         elif op.epilogue == "add":
-            self._store(op.dst, self._slots[op.dst] + op.scale * y)
+            y = self._slots[op.dst] + op.scale * y
         else:
-            self._store(op.dst, op.scale * activate(y, op.act))
+            y = op.scale * activate(y, op.act)
+            if op.cap is not None:
+                y = op.cap * np.tanh(y / op.cap)
+            if op.other is not None:
+                y = y * self._slots[op.other][:, op.at : op.at + dst.width]
+        self._store(op.dst, y)
 
     def _rope_kv(self, op: RopeKV, batch: Batch) -> dict[str, Array]:
-        plan = self.plan
-        n_heads, n_kv_heads, head_dim = plan.n_heads, plan.n_kv_heads, plan.head_dim
-        heads = self._slots[op.src].reshape(-1, n_heads + 2 * n_kv_heads, head_dim)  # [T, H + 2G, D]
-        q, k, v = np.split(heads, [n_heads, n_heads + n_kv_heads], axis=1)
-        if op.q_norm is not None:
-            q = norm(q, self.weights[op.q_norm], None, op.norm_kind, op.norm_eps)
-        if op.k_norm is not None:
-            k = norm(k, self.weights[op.k_norm], None, op.norm_kind, op.norm_eps)
-        positions = batch.positions()
-        if op.rope is not None:
-            rope = plan.ropes[op.rope]
-            q, k = rotate(q, positions, rope), rotate(k, positions, rope)
+        kv, positions = self.plan.kv[op.kv], batch.positions()
+        x = self._slots[op.src]
+        heads = x.reshape(len(x), x.shape[1] // kv.head_dim, kv.head_dim)  # [T, H + 2 G, D], or fewer
+        q, k, v = np.split(heads, [op.n_heads, op.n_heads + kv.n_kv_heads], axis=1)
+        q = self._norm_and_rotate(op, q, op.q_norm, positions)
+        if op.temperature is not None:
+            scale, floor, offset = op.temperature
+            q = q * (1 + scale * np.log(1 + np.floor((positions + offset) / floor)))[:, None, None]
+        self._store(op.dst, q.reshape(len(x), op.n_heads * kv.head_dim))
+        if not op.append:
+            return {}
+        v = k if op.k_is_v else v
+        if op.v_norm:
+            v = norm(v, None, None, "rms", op.norm_eps, op.norm_width)
+        return self._append(op.kv, self._norm_and_rotate(op, k, op.k_norm, positions), v, batch)
+
+    def _norm_and_rotate(self, op: RopeKV, x: Array, weight: str | None, positions: I32Array) -> Array:
+        """Heads x [T, heads, D] of q or k."""
+        if op.rope is not None and op.norm_after_rope:
+            x = rotate(x, positions, self.plan.ropes[op.rope])
+        if op.qk_norm != "none":
+            w = self._vector(weight)
+            if w is not None and op.norm_scope != "head":
+                w = w.reshape(x.shape[1:])
+            axes = (-2, -1) if op.norm_scope == "full" else (-1,)
+            x = norm(x, w, None, op.qk_norm, op.norm_eps, op.norm_width, axes)
+        if op.rope is not None and not op.norm_after_rope:
+            x = rotate(x, positions, self.plan.ropes[op.rope])
+        return x
+
+    def _append(self, layer: int, k: Array, v: Array, batch: Batch) -> dict[str, Array]:
+        """Store k and v [T, G, D] of the step's tokens; returns them as the cache holds them."""
         if self.kv_dtype == "int8":
             (k, k_scale), (v, v_scale) = quantise(k), quantise(v)
         else:
             k, v = self._round(k), self._round(v)
             k_scale = v_scale = np.ones((*k.shape[:-1], 1), self.dtype)
-        cells = self._cells(batch, positions)  # [T]
-        self.k[op.layer][cells] = k * k_scale
-        self.v[op.layer][cells] = v
-        self.v_scale[op.layer][cells] = v_scale
-        self._store(op.dst, q.reshape(len(q), n_heads * head_dim))
+        cells = self._cells(batch, batch.positions())  # [T]
+        self.k[layer][cells] = k * k_scale
+        self.v[layer][cells] = v
+        self.v_scale[layer][cells] = v_scale
         return {"k": k * k_scale, "v": v * v_scale}
 
     def _attention(self, op: Attention, batch: Batch) -> None:
-        plan = self.plan
-        q = self._slots[op.src].reshape(-1, plan.n_heads, plan.head_dim)  # [T, H, D]
-        sinks = None if op.sinks is None else self.weights[op.sinks]
+        x = self._slots[op.src]
+        q = x.reshape(len(x), op.n_heads, self.plan.kv[op.kv].head_dim)  # [T, H, D]
+        sinks = self._vector(op.sinks)
         out = np.empty_like(q)
         for s in range(batch.n_seqs):
             rows = slice(int(batch.q_start[s]), int(batch.q_start[s + 1]))
             kv_positions = np.arange(int(batch.kv_len[s]), dtype=np.int32)  # [kv_len]
             cells = self._cells_of(batch.block_tables[s], kv_positions)
-            k, v, v_scale = (cache[op.layer][cells] for cache in (self.k, self.v, self.v_scale))
+            k, v, v_scale = (cache[op.kv][cells] for cache in (self.k, self.v, self.v_scale))
             out[rows] = self._attend(op, q[rows], k, v, v_scale, batch.positions()[rows], sinks)
-        self._store(op.dst, out.reshape(len(out), plan.n_heads * plan.head_dim))
+        self._store(op.dst, out.reshape(x.shape))
 
     def _attend(
         self,
@@ -176,14 +213,12 @@ class Reference:
         sinks: Array | None,
     ) -> Array:
         """One sequence: q [n, H, D] over k, v [kv_len, G, D], v_scale [kv_len, G, 1] -> [n, H, D]."""
-        group = self.plan.n_heads // self.plan.n_kv_heads
+        group = op.n_heads // self.plan.kv[op.kv].n_kv_heads
         k, v, v_scale = (np.repeat(x, group, axis=1) for x in (k, v, v_scale))  # [kv_len, H, D or 1]
         scores = op.scale * np.einsum("qhd,khd->hqk", q, k)  # [H, n, kv_len]
         if op.softcap is not None:
             scores = op.softcap * np.tanh(scores / op.softcap)
-        age = positions[:, None] - np.arange(len(k))[None, :]  # [n, kv_len]
-        window = len(k) if op.window is None else op.window
-        visible: npt.NDArray[np.bool_] = np.asarray((age >= 0) & (age < window))
+        visible = visible_to(positions, len(k), op.window, op.chunk)  # [n, kv_len]
         scores = np.where(visible, scores, -np.inf)
         top = scores.max(axis=-1, keepdims=True)  # [H, n, 1]
         if sinks is not None:
@@ -200,6 +235,9 @@ class Reference:
 
     def _select(self, op: Select, batch: Batch) -> None:
         self._store(op.dst, self._slots[op.src][batch.logit_rows])
+
+    def _vector(self, name: str | None) -> Array | None:
+        return None if name is None else self.weights[name]
 
     def _store(self, slot: str, value: Array) -> None:
         self._slots[slot] = self._round(value) if self.plan.slots[slot].dtype == "bf16" else value
@@ -230,13 +268,36 @@ def quantise(x: Array) -> tuple[Array, Array]:
     return np.rint(np.divide(x, scale, out=np.zeros_like(x), where=scale > 0)), scale
 
 
-def norm(x: Array, weight: Array, bias: Array | None, kind: NormKind, eps: float) -> Array:
-    """Normalise the last axis of x."""
+def norm(
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    kind: NormKind,
+    eps: float,
+    width: int | None = None,
+    axes: tuple[int, ...] = (-1,),
+) -> Array:
+    """Normalise x over `axes`, the last one among them; of that only the first `width` columns count and change."""
+    counted = np.arange(x.shape[-1]) < (x.shape[-1] if width is None else width)
     if kind == "layer":
-        x = x - x.mean(axis=-1, keepdims=True)
-    y = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps)
-    y = y * (1 + weight if kind == "rms1" else weight)
+        x = np.where(counted, x - x.mean(axis=axes, keepdims=True, where=counted), 0)
+    y = x / np.sqrt((x * x).mean(axis=axes, keepdims=True, where=counted) + eps)
+    if weight is not None:
+        y = y * (1 + weight if kind == "rms1" else weight)
     return np.asarray(y if bias is None else y + bias)
+
+
+def visible_to(
+    positions: I32Array, kv_len: int, window: int | None = None, chunk: int | None = None
+) -> npt.NDArray[np.bool_]:
+    """Which of kv_len cached tokens the queries at `positions` [n] see: [n, kv_len]."""
+    query, key = positions[:, None], np.arange(kv_len)[None, :]
+    visible = key <= query
+    if window is not None:
+        visible &= key > query - window
+    if chunk is not None:
+        visible &= key // chunk == query // chunk
+    return visible
 
 
 def rotate(x: Array, positions: I32Array, rope: Rope) -> Array:
@@ -272,8 +333,10 @@ def activate(x: Array, act: Activation | None) -> Array:
         return x
     if act == "silu":
         return np.asarray(x / (1 + np.exp(-x)))
-    if act == "relu":
-        return np.maximum(x, 0)
+    if act in ("relu", "relu2"):
+        return np.maximum(x, 0) ** (1 if act == "relu" else 2)
+    if act == "quick_gelu":
+        return np.asarray(x / (1 + np.exp(-1.702 * x)))
     if act == "gelu":
         return np.asarray(0.5 * x * (1 + (_erf(x / math.sqrt(2)) if x.size else x)), x.dtype)
     return np.asarray(0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))

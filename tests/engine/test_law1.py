@@ -120,9 +120,9 @@ class Lab:
         contiguous = kind == "contiguous"
         n_blocks = n_full * -(-MAX_LEN // block_size)
         pool = ops.KVPool(
-            plan.n_layers,
-            plan.n_kv_heads,
-            plan.head_dim,
+            len(plan.kv),
+            plan.kv[0].n_kv_heads,
+            plan.kv[0].head_dim,
             n_blocks,
             block_size,
             dtype=kv_dtype,

@@ -63,6 +63,9 @@ def packed(team: ops.Team, w: Array) -> ops.PackedMatrix:
     return matrix
 
 
+SMALL_KV = ir.KVLayer(n_kv_heads=1, head_dim=16)
+
+
 def build(
     team: ops.Team,
     plan_ops: Sequence[ir.Op],
@@ -71,9 +74,7 @@ def build(
     *,
     kernels: Mapping[str, str] | None = None,
     pool: ops.KVPool | None = None,
-    n_heads: int = 1,
-    n_kv_heads: int = 1,
-    head_dim: int = 16,
+    kv: ir.KVLayer = SMALL_KV,
     vocab_size: int = 97,
     max_tokens: int = 320,
     max_seqs: int = 8,
@@ -84,15 +85,13 @@ def build(
         slots={slot.name: slot for slot in slots},
         ops=tuple(plan_ops),
         ropes=ropes,
-        n_layers=1,
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        head_dim=head_dim,
+        kv=(kv,)
+        * (1 + max((op.kv for op in plan_ops if isinstance(op, (ir.RopeKV, ir.Attention))), default=0)),
         vocab_size=vocab_size,
         dim=slots[0].width,
         logits=slots[-1].name,
     )
-    pool = pool or ops.KVPool(1, n_kv_heads, head_dim, max_seqs, 512)
+    pool = pool or ops.KVPool(1, kv.n_kv_heads, kv.head_dim, max_seqs, 512)
     return ops.Plan(team, shape, weights or {}, pool, max_tokens, max_seqs, max_tokens, kernels)
 
 
@@ -202,8 +201,9 @@ class Packed:
     ) -> ops.Plan:
         """The executor with a fresh KV pool."""
         plan = self.model.plan
+        layer = plan.kv[0]
         pool = ops.KVPool(
-            plan.n_layers, plan.n_kv_heads, plan.head_dim, n_blocks, block_size, kv_dtype, contiguous
+            len(plan.kv), layer.n_kv_heads, layer.head_dim, n_blocks, block_size, kv_dtype, contiguous
         )
         return ops.Plan(team, plan, self.weights, pool, max_tokens, 8, max_tokens, kernels)
 

@@ -126,7 +126,7 @@ def plan_of(
         ir.Slot("q", shape.q_width, "bf16", "tokens"),
         ir.Slot("o", shape.q_width, "bf16", "tokens"),
     ]
-    operators: list[ir.Op] = [rope or ir.RopeKV("r", "qkv", "q", 0, None)]
+    operators: list[ir.Op] = [rope or ir.RopeKV("r", "qkv", "q", shape.n_heads, 0)]
     if attention is not None:
         operators.append(attention)
     return build(
@@ -136,9 +136,7 @@ def plan_of(
         weights,
         kernels=chosen(kernel),
         pool=pool,
-        n_heads=shape.n_heads,
-        n_kv_heads=shape.n_kv_heads,
-        head_dim=shape.head_dim,
+        kv=ir.KVLayer(shape.n_kv_heads, shape.head_dim),
         max_tokens=max_tokens,
         ropes=ropes,
     )
@@ -223,7 +221,15 @@ def check(
     """Sequences of (kv_len, rows of the checked step): cache all but those rows, then one step over all."""
     pool = shape.pool()
     op = ir.Attention(
-        "a", "q", "o", 0, scale or shape.head_dim**-0.5, window, softcap, None if sinks is None else "s"
+        "a",
+        "q",
+        "o",
+        shape.n_heads,
+        0,
+        scale or shape.head_dim**-0.5,
+        window,
+        softcap=softcap,
+        sinks=None if sinks is None else "s",
     )
     weights = None if sinks is None else {"s": np.resize(np.asarray(sinks, np.float32), shape.n_heads)}
     fill = plan_of(team, shape, pool, kernel, None)
@@ -365,7 +371,7 @@ def test_bits_do_not_depend_on_the_cut(
     shape = Shape(n_heads, n_kv_heads, head_dim, 32, n_blocks=40, dtype=dtype)
     n = 300
     qkv = make_rows(shape, n)
-    op = ir.Attention("a", "q", "o", 0, 0.2, window, softcap, "s")
+    op = ir.Attention("a", "q", "o", shape.n_heads, 0, 0.2, window, softcap=softcap, sinks="s")
     whole = last_rows(isa, team, shape, op, qkv, [n])
     assert whole == last_rows(isa, team, shape, op, qkv, [1, 14, 33, 100, 113, 240, 280, 299, n], seed=1)
     assert whole == last_rows(isa, team, shape, op, qkv, [250, *range(251, n + 1)], seed=2)
@@ -385,7 +391,7 @@ def test_no_leak_from_reused_blocks(kernel: str, team: ops.Team, block_size: int
     shape = Shape(4, 2, 32, block_size, n_blocks=6, dtype=dtype)
     n = 70 if block_size < 64 else 40
     qkv = make_rows(shape, n)
-    op = ir.Attention("a", "q", "o", 0, 0.2)
+    op = ir.Attention("a", "q", "o", shape.n_heads, 0, 0.2)
     outputs = []
     for stale in (None, 1e30, np.nan, np.inf):
         pool = shape.pool()
@@ -410,7 +416,7 @@ def test_no_leak_from_reused_blocks(kernel: str, team: ops.Team, block_size: int
 def test_a_neighbour_with_nan_changes_nothing(kernel: str, team: ops.Team, dtype: str) -> None:
     shape = Shape(4, 2, 32, 16, dtype=dtype)
     a, b = make_rows(shape, 40, "a"), make_rows(shape, 50, "b")
-    op = ir.Attention("a", "q", "o", 0, 0.2)
+    op = ir.Attention("a", "q", "o", shape.n_heads, 0, 0.2)
     ta, tb = shape.tables([40, 50])
     outputs = []
     for neighbour in (b, np.full_like(b, np.nan)):
@@ -430,7 +436,7 @@ def test_a_nan_is_seen(kernel: str, team: ops.Team, dtype: str, where: str) -> N
     for number in (np.nan,) if dtype == "bf16" else (np.nan, np.inf, -np.inf):
         qkv = make_rows(shape, 40)
         qkv[33, at] = number
-        plan = plan_of(team, shape, shape.pool(), kernel, ir.Attention("a", "q", "o", 0, 0.2))
+        plan = plan_of(team, shape, shape.pool(), kernel, ir.Attention("a", "q", "o", shape.n_heads, 0, 0.2))
         (table,) = shape.tables([40])
         rows = []
         for i in range(40):
@@ -456,8 +462,8 @@ def test_copy(team: ops.Team, dtype: str, block_size: int, n_tokens: int) -> Non
     pool = ops.KVPool(2, 2, 32, 5, block_size, dtype)
     plans = []
     for layer in (0, 1):
-        op = ir.Attention("a", "q", "o", layer, 0.2)
-        plans.append(plan_of(team, shape, pool, "", op, ir.RopeKV("r", "qkv", "q", layer, None)))
+        op = ir.Attention("a", "q", "o", shape.n_heads, layer, 0.2)
+        plans.append(plan_of(team, shape, pool, "", op, ir.RopeKV("r", "qkv", "q", shape.n_heads, layer)))
     source = make_rows(shape, block_size, "source")
     own = np.concatenate([source[:n_tokens], make_rows(shape, 40, "own")])
 
@@ -465,7 +471,7 @@ def test_copy(team: ops.Team, dtype: str, block_size: int, n_tokens: int) -> Non
         step(plan, [(rows[cached:], cached, table)])
         return take(plan, "o", len(rows) - cached).tobytes()
 
-    fresh = plan_of(team, shape, shape.pool(), "", ir.Attention("a", "q", "o", 0, 0.2))
+    fresh = plan_of(team, shape, shape.pool(), "", ir.Attention("a", "q", "o", shape.n_heads, 0, 0.2))
     want = run(fresh, own, 0, [0, 1, 2, 3])
     row = len(want) // len(own)
     for plan in plans:
@@ -537,9 +543,9 @@ def test_rope(kernel: str, team: ops.Team, variant: str, head_norm: ir.NormKind 
     table = ROPES[variant]
     r = rng(variant)
     weights = {name: r.standard_normal(64).astype(np.float32) for name in ("qn", "kn")}
-    rope = ir.RopeKV("r", "qkv", "q", 0, None if table is None else 0)
+    rope = ir.RopeKV("r", "qkv", "q", shape.n_heads, 0, None if table is None else 0)
     if head_norm is not None:
-        rope = replace(rope, q_norm="qn", k_norm="kn", norm_kind=head_norm, norm_eps=1e-5)
+        rope = replace(rope, qk_norm=head_norm, q_norm="qn", k_norm="kn", norm_eps=1e-5)
     plan = plan_of(
         team,
         shape,
@@ -579,8 +585,19 @@ def test_keys_are_appended_as_queries_are_kept(
     shape = Shape(2, 2, 64, block_size, n_blocks=12)
     table = ROPES[variant]
     weights = {"n": rng("n").standard_normal(64).astype(np.float32)}
-    rope = ir.RopeKV("r", "qkv", "q", 0, None if table is None else 0, "n", "n", "rms", 1e-6)
-    op = ir.Attention("a", "q", "o", 0, 0.3)
+    rope = ir.RopeKV(
+        "r",
+        "qkv",
+        "q",
+        shape.n_heads,
+        0,
+        None if table is None else 0,
+        qk_norm="rms",
+        q_norm="n",
+        k_norm="n",
+        norm_eps=1e-6,
+    )
+    op = ir.Attention("a", "q", "o", shape.n_heads, 0, 0.3)
     plan = plan_of(team, shape, shape.pool(), kernel, op, rope, () if table is None else (table,), weights)
     rows = make_rows(shape, 77)
     rows[:, 128:256] = rows[:, :128]
@@ -600,7 +617,9 @@ def test_values_are_appended_exactly(kernel: str, team: ops.Team, block_size: in
     """A window of 1 returns the row's own value: bf16(v), bit for bit; in int8, where 1 times the value's scale is
     the weight, bf16(integer * bf16(scale))."""
     shape = Shape(3, 3, 48, block_size, n_blocks=20, dtype=dtype)
-    plan = plan_of(team, shape, shape.pool(), kernel, ir.Attention("a", "q", "o", 0, 1.0, window=1))
+    plan = plan_of(
+        team, shape, shape.pool(), kernel, ir.Attention("a", "q", "o", shape.n_heads, 0, 1.0, window=1)
+    )
     rows = rng("v").standard_normal((130, shape.qkv_width))
     (blocks,) = shape.tables([130])
     for begin, end in pairwise([0, 1, 2, 33, 64, 130]):
@@ -643,7 +662,7 @@ def test_pool_maps_ahead(team: ops.Team, contiguous: bool) -> None:
     block = 16
     pool = ops.KVPool(256, 1, 128, 6, block, contiguous=contiguous)  # 2 MiB a block
     shape = Shape(1, 1, 128, block, n_blocks=6, contiguous=contiguous)
-    plan = plan_of(team, shape, pool, "", ir.Attention("a", "q", "o", 0, 0.2))
+    plan = plan_of(team, shape, pool, "", ir.Attention("a", "q", "o", shape.n_heads, 0, 0.2))
     rows = make_rows(shape, 40, "ahead")
 
     def after(*tables: list[int], n: int = 1) -> int:

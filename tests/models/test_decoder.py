@@ -30,7 +30,7 @@ def test_operators_of_a_two_layer_model() -> None:
 def test_slots_are_consistent(name: str) -> None:
     """Every operator's operands exist, were written before, and have the widths, dtypes and rows it needs."""
     plan = plan_of(name)
-    q_dim, kv_dim = plan.n_heads * plan.head_dim, plan.n_kv_heads * plan.head_dim
+    spec = parse_config(tiny.CASES[name].config)[0]
     written: set[str] = set()
     for op in plan.ops:
         dst = plan.slots[op.dst]
@@ -52,13 +52,13 @@ def test_slots_are_consistent(name: str) -> None:
             assert dst.dtype == ("bf16" if op.epilogue == "gated" else "f32")
             assert op.epilogue != "add" or op.dst in written
         elif isinstance(op, RopeKV):
-            assert (src.width, src.dtype) == (q_dim + 2 * kv_dim, "f32")
-            assert (dst.width, dst.dtype) == (q_dim, "bf16")
+            assert (src.width, src.dtype) == (spec.q_dim + 2 * spec.kv_dim, "f32")
+            assert (dst.width, dst.dtype) == (spec.q_dim, "bf16")
             assert op.rope is not None
             assert 0 <= op.rope < len(plan.ropes)
         elif isinstance(op, Attention):
-            assert (src.width, dst.width, src.dtype, dst.dtype) == (q_dim, q_dim, "bf16", "bf16")
-            assert op.scale == plan.head_dim**-0.5
+            assert (src.width, dst.width, src.dtype, dst.dtype) == (spec.q_dim, spec.q_dim, "bf16", "bf16")
+            assert op.scale == spec.head_dim**-0.5
         written.add(op.dst)
     assert written == set(plan.slots)
     assert plan.slots[plan.logits].width == plan.vocab_size

@@ -15,14 +15,29 @@ from pace.models.plan import (
     Attention,
     Embed,
     Gemm,
+    KVLayer,
     Norm,
     NormKind,
+    NormScope,
     Op,
     Plan,
+    Rope,
     RopeKV,
     Slot,
+    WeightShape,
+    gated_rows,
 )
-from pace.reference import Array, Reference, activate, norm, quantise, round_bf16, split_gated
+from pace.reference import (
+    Array,
+    Reference,
+    activate,
+    norm,
+    quantise,
+    rotate,
+    round_bf16,
+    split_gated,
+    visible_to,
+)
 
 N_HEADS, N_KV_HEADS, HEAD_DIM = 4, 2, 16
 Q_DIM, KV_DIM = N_HEADS * HEAD_DIM, N_KV_HEADS * HEAD_DIM
@@ -34,10 +49,7 @@ def plan_of(ops: tuple[Op, ...], slots: list[Slot], vocab_size: int = 50) -> Pla
         {slot.name: slot for slot in slots},
         ops,
         (),
-        n_layers=1,
-        n_heads=N_HEADS,
-        n_kv_heads=N_KV_HEADS,
-        head_dim=HEAD_DIM,
+        kv=(KVLayer(N_KV_HEADS, HEAD_DIM),),
         vocab_size=vocab_size,
         dim=QKV_DIM,
         logits=slots[-1].name,
@@ -54,8 +66,8 @@ def attend(
     plan = plan_of(
         (
             Embed("embed", "x", "embed"),
-            RopeKV("rope", "x", "q", layer=0, rope=None),
-            Attention("attn", "q", "out", layer=0, scale=0.5, **options),
+            RopeKV("rope", "x", "q", N_HEADS, kv=0),
+            Attention("attn", "q", "out", N_HEADS, kv=0, scale=0.5, **options),
         ),
         [
             Slot("x", QKV_DIM, "f32", "tokens"),
@@ -142,12 +154,17 @@ def test_norm(kind: NormKind, with_bias: bool) -> None:
         ("gelu", 0.8413447460685429, -0.0455002638963584),
         ("gelu_tanh", 0.8411919906082768, -0.04540230591222494),
         ("relu", 1.0, 0.0),
+        ("quick_gelu", 0.8457957659328212, -0.06434137685579186),
         (None, 1.0, -2.0),
     ],
 )
 def test_activations(act: Activation | None, at_one: float, at_minus_two: float) -> None:
     got = activate(np.array([1.0, -2.0, 0.0, 40.0]), act)
     np.testing.assert_allclose(got, [at_one, at_minus_two, 0.0, 40.0], rtol=1e-12, atol=1e-15)
+
+
+def test_relu_squared() -> None:
+    np.testing.assert_array_equal(activate(np.array([3.0, -2.0, 0.0]), "relu2"), [9.0, 0.0, 0.0])
 
 
 def test_embedding_scale_positions_and_residual_norm() -> None:
@@ -199,3 +216,193 @@ def test_round_bf16_is_to_nearest_even() -> None:
     got = round_bf16(np.array([1 + ulp / 2, 1 + 3 * ulp / 2, 1 + 0.51 * ulp, -1 - ulp / 2, np.inf]))
     assert got.tolist() == [1.0, 1 + 2 * ulp, 1 + ulp, -1.0, np.inf]
     assert np.isnan(round_bf16(np.array([np.nan]))).all()
+
+
+# ---- what the dense families add --------------------------------------------------------------------------
+
+T = 5
+TOKENS = [3, 1, 4, 1, 5]
+
+
+def run(
+    ops: Sequence[Op], widths: dict[str, int], weights: dict[str, Array], *ropes: Rope
+) -> dict[str, Array]:
+    """Slots after one step of five tokens at positions 7 to 11. "name.in": what a slot held that no operator wrote
+    before, rows of the table "in.name".
+    """
+    rng = np.random.default_rng(9)
+    written = {op.dst for op in ops if not (isinstance(op, (Embed, Norm)) and op.add)}
+    sources = [name for name in widths if name not in written]
+    weights = {f"in.{name}": rng.standard_normal((50, widths[name])) for name in sources} | weights
+    slots = {name: Slot(name, width, "f32", "tokens") for name, width in widths.items()}
+    makers = tuple(Embed(f"make.{name}", name, f"in.{name}") for name in sources)
+    kv = (KVLayer(N_KV_HEADS, HEAD_DIM),)
+    plan = Plan(slots, (*makers, *ops), ropes, kv, vocab_size=50, dim=8, logits=ops[-1].dst)
+    runner = Reference(plan, weights, 4, BLOCK_SIZE, trace=True)
+    runner.step(batch_of([([0] * 7, 0, [0, 1])]))
+    runner.step(batch_of([(TOKENS, 7, [0, 1])]))
+    assert runner.trace is not None
+    return runner.trace[ops[-1].name] | {f"{name}.in": weights[f"in.{name}"][TOKENS] for name in sources}
+
+
+def test_embed_adds_positions_and_scales() -> None:
+    rng = np.random.default_rng(1)
+    weights = {"w": rng.standard_normal((50, 6)), "p": rng.standard_normal((40, 6))}
+    op = Embed("e", "x", "w", 2.0, "p", 40, offset=2, add=True, post=0.5)
+    got = run([op], {"x": 6}, weights)
+    for r, token in enumerate(TOKENS):
+        want = 0.5 * (got["x.in"][r] + 2.0 * weights["w"][token] + weights["p"][7 + r + 2])
+        np.testing.assert_allclose(got["x"][r], want)
+    alone = run([Embed("e", "x", None, positions="p", n_positions=40)], {"x": 6}, weights)
+    np.testing.assert_array_equal(alone["x"], weights["p"][7:12])
+
+
+def test_norm_in_groups_without_weight_and_scaled() -> None:
+    weights = {"s": np.array([0.25])}
+    got = run([Norm("n", "x", "y", None, groups=3, scale="s", add=True)], {"y": 12, "x": 12}, weights)
+    for r in range(T):
+        for g in range(0, 12, 4):
+            x = got["x"][r, g : g + 4]
+            want = 0.25 * (got["y.in"][r, g : g + 4] + x / math.sqrt(float(x @ x) / 4 + 1e-6))
+            np.testing.assert_allclose(got["y"][r, g : g + 4], want)
+
+
+def test_gemm_cap_and_product() -> None:
+    rng = np.random.default_rng(2)
+    weights = {"w": rng.standard_normal((4, 6)), "b": rng.standard_normal(4)}
+    y = lambda got: got["x"] @ weights["w"].T + weights["b"]  # noqa: E731
+    got = run([Gemm("g", "x", "y", "w", "b", scale=3.0, cap=2.0)], {"x": 6, "y": 4}, weights)
+    np.testing.assert_allclose(got["y"], 2 * np.tanh(3 * y(got) / 2))
+    op = Gemm("g", "x", "y", "w", "b", "mul", "relu2", 0.5, other="z", at=3)
+    got = run([op], {"x": 6, "z": 9, "y": 4}, weights)
+    np.testing.assert_allclose(got["y"], 0.5 * np.maximum(y(got), 0) ** 2 * got["z"][:, 3:7])
+
+
+def test_gated_gemm_of_any_width() -> None:
+    """A width of 20 is two blocks of 16, the second filled with zero rows, which no column shows."""
+    rng = np.random.default_rng(3)
+    gate, up = rng.standard_normal((20, 6)), rng.standard_normal((20, 6))
+    fused = np.zeros((64, 6))
+    fused[gated_rows(20, "gate")], fused[gated_rows(20, "up")] = gate, up
+    got = run([Gemm("g", "x", "y", "w", epilogue="gated", act="silu")], {"x": 6, "y": 20}, {"w": fused})
+    np.testing.assert_allclose(got["y"], activate(got["x"] @ gate.T, "silu") * (got["x"] @ up.T))
+
+
+ROPE = Rope(np.array([1.0, 0.3], np.float32), 1.0, False, 4)
+
+
+@pytest.mark.parametrize("scope", ["head", "head_own", "full"])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("kind", ["rms", "rms1", "layer"])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_rope_norms(scope: NormScope, after: bool, kind: NormKind, weighted: bool) -> None:
+    """Heads of 16 columns of which 12 count: q and k against the formula, head by head."""
+    rng = np.random.default_rng(4)
+    widths = (HEAD_DIM, HEAD_DIM) if scope == "head" else (Q_DIM, KV_DIM)
+    w, wk = (np.where(np.arange(n) % HEAD_DIM < 12, rng.standard_normal(n), 0) for n in widths)
+    rows = rng.standard_normal((50, QKV_DIM))
+    rows.reshape(50, -1, HEAD_DIM)[..., 12:] = 0
+    op = RopeKV(
+        "r", "x", "q", N_HEADS, 0, 0,
+        qk_norm=kind, q_norm="w" if weighted else None, k_norm="wk" if weighted else None,
+        norm_scope=scope, norm_eps=1e-3, norm_width=12, norm_after_rope=after,
+    )  # fmt: skip
+    got = run([op], {"x": QKV_DIM, "q": Q_DIM}, {"w": w, "wk": wk, "in.x": rows}, ROPE)
+
+    def normed(x: Array, weight: Array) -> Array:
+        y = x.copy()
+        for r, h in np.ndindex(x.shape[:2]):
+            counted = x[r, :, :12] if scope == "full" else x[r, h, :12]
+            mean = counted.mean() if kind == "layer" else 0.0
+            inv = 1 / math.sqrt(float(((counted - mean) ** 2).mean()) + 1e-3)
+            gain = weight.reshape(-1, HEAD_DIM)[0 if scope == "head" else h, :12] + (kind == "rms1")
+            y[r, h, :12] = (x[r, h, :12] - mean) * inv * (gain if weighted else 1)
+        return y
+
+    positions = np.arange(7, 12, dtype=np.int32)
+    q, k, v = np.split(got["x.in"].reshape(T, -1, HEAD_DIM), [N_HEADS, N_HEADS + N_KV_HEADS], axis=1)
+    for x, weight, result in ((q, w, got["q"].reshape(q.shape)), (k, wk, got["k"])):
+        want = (
+            normed(rotate(x, positions, ROPE), weight)
+            if after
+            else rotate(normed(x, weight), positions, ROPE)
+        )
+        np.testing.assert_allclose(result, want, atol=1e-12)
+    np.testing.assert_array_equal(got["v"], v)
+
+
+def test_rope_with_keys_for_values_and_temperature() -> None:
+    """v is the raw k, normalised without weight; q grows with log(1 + floor((position + 1) / 4))."""
+    op = RopeKV(
+        "r", "x", "q", N_HEADS, 0, 0, k_is_v=True, v_norm=True, norm_eps=1e-3, temperature=(0.5, 4.0, 1.0)
+    )
+    got = run([op], {"x": Q_DIM + KV_DIM, "q": Q_DIM}, {}, ROPE)
+    q, k = np.split(got["x.in"].reshape(T, -1, HEAD_DIM), [N_HEADS], axis=1)
+    positions = np.arange(7, 12, dtype=np.int32)
+    grow = [1 + 0.5 * math.log(1 + (p + 1) // 4) for p in range(7, 12)]
+    np.testing.assert_allclose(
+        got["q"].reshape(q.shape), rotate(q, positions, ROPE) * np.array(grow)[:, None, None]
+    )
+    np.testing.assert_allclose(got["k"], rotate(k, positions, ROPE))
+    np.testing.assert_allclose(got["v"], k / np.sqrt((k**2).mean(-1, keepdims=True) + 1e-3))
+
+
+def test_a_layer_that_shares_appends_nothing() -> None:
+    op = RopeKV("r", "x", "q", N_HEADS, 0, append=False)
+    got = run([op], {"x": Q_DIM, "q": Q_DIM}, {})
+    np.testing.assert_array_equal(got["q"], got["x.in"])
+    assert "k" not in got
+
+
+@pytest.mark.parametrize(
+    ("window", "chunk", "first"),
+    [
+        (None, None, [0, 0, 0]),
+        (3, None, [5, 6, 7]),
+        (None, 4, [4, 8, 8]),
+        (2, 4, [6, 8, 8]),
+        (9, 4, [4, 8, 8]),
+    ],
+)
+def test_visible_to(window: int | None, chunk: int | None, first: list[int]) -> None:
+    visible = visible_to(np.array([7, 8, 9], np.int32), 12, window, chunk)
+    assert [np.flatnonzero(row).tolist() for row in visible] == [
+        list(range(begin, at + 1)) for begin, at in zip(first, (7, 8, 9), strict=True)
+    ]
+
+
+def test_weights_of_every_operator() -> None:
+    """Each with its shape, fused ones with their parts, in order of first use."""
+    f32, wide = ("f32", "tokens"), Q_DIM + KV_DIM
+    slots = {
+        name: Slot(name, width, *f32)  # type: ignore[arg-type]
+        for name, width in (("x", 24), ("qkv", QKV_DIM), ("qk", wide), ("q", Q_DIM), ("h", 20))
+    }
+    ops: tuple[Op, ...] = (
+        Embed("e", "x", "table", positions="p", n_positions=66, offset=2, mapped=True),
+        Norm("n", "x", "x", None, groups=3, scale="s"),
+        Norm("m", "x", "x", "m", "m.bias", "layer", groups=3),
+        Gemm("g", "x", "qkv", "qkv", "qkv.bias"),
+        RopeKV("r", "qkv", "q", N_HEADS, 0, qk_norm="rms", q_norm="qn", k_norm="kn", norm_scope="full"),
+        Attention("a", "q", "q", N_HEADS, 0, 1.0, sinks="sinks"),
+        Gemm("g2", "x", "qk", "qk"),
+        RopeKV("r2", "qk", "q", N_HEADS, 0, k_is_v=True, qk_norm="rms", q_norm="qn2", k_norm=None),
+        Gemm("g3", "x", "h", "gu", "gu.bias", "gated", "silu"),
+    )
+    plan = Plan(slots, ops, (), (KVLayer(N_KV_HEADS, HEAD_DIM),), 50, 24, "h")
+    assert plan.weights() == {
+        "table": WeightShape(50, 24, mapped=True),
+        "p": WeightShape(66, 24),
+        "s": WeightShape(1),
+        "m": WeightShape(8),
+        "m.bias": WeightShape(8),
+        "qkv": WeightShape(QKV_DIM, 24, (Q_DIM, KV_DIM, KV_DIM)),
+        "qkv.bias": WeightShape(QKV_DIM, None, (Q_DIM, KV_DIM, KV_DIM)),
+        "qn": WeightShape(Q_DIM),
+        "kn": WeightShape(KV_DIM),
+        "sinks": WeightShape(N_HEADS),
+        "qk": WeightShape(wide, 24, (Q_DIM, KV_DIM)),
+        "qn2": WeightShape(HEAD_DIM),
+        "gu": WeightShape(64, 24, (20, 20)),
+        "gu.bias": WeightShape(64, None, (20, 20)),
+    }

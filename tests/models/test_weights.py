@@ -76,7 +76,7 @@ def refused(name: str, arrays: dict[str, Array], dtypes: dict[str, str] | None =
     """The message with which a checkpoint is refused before the sink is called."""
     plan, weight_map = plan_of(name)
     with pytest.raises(WeightsError) as caught:
-        load_weights(plan, Tensors(Memory(arrays, dtypes), weight_map, plan.n_layers), NoSink())
+        load_weights(plan, Tensors(Memory(arrays, dtypes), weight_map, len(plan.kv)), NoSink())
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -148,7 +148,7 @@ def test_a_view_that_contradicts_its_header_is_refused() -> None:
     arrays: dict[str, Array] = dict(tiny.tensors("llama-mha"))
     plan, weight_map = plan_of("llama-mha")
     with pytest.raises(WeightsError, match="was read as uint16"):
-        load_weights(plan, Tensors(Memory(arrays, {Q: "F16"}), weight_map, plan.n_layers), DenseSink())
+        load_weights(plan, Tensors(Memory(arrays, {Q: "F16"}), weight_map, len(plan.kv)), DenseSink())
 
 
 def test_old_and_redundant_tensors_are_ignored() -> None:
@@ -158,7 +158,7 @@ def test_old_and_redundant_tensors_are_ignored() -> None:
     arrays["lm_head.weight"] = np.zeros((tiny.VOCAB_SIZE, 128), np.uint16)
     plan, weight_map = plan_of("llama-gqa4-tied")
     sink = DenseSink()
-    load_weights(plan, Tensors(Memory(arrays), weight_map, plan.n_layers), sink)
+    load_weights(plan, Tensors(Memory(arrays), weight_map, len(plan.kv)), sink)
     assert "lm_head" not in sink.weights
 
 
@@ -170,7 +170,7 @@ def test_one_tensor_at_a_time_with_progress(name: str) -> None:
     seen: list[tuple[int, int]] = []
     load_weights(
         plan,
-        Tensors(checkpoint, weight_map, plan.n_layers),
+        Tensors(checkpoint, weight_map, len(plan.kv)),
         sink,
         lambda done, total: seen.append((done, total)),
     )
@@ -188,7 +188,7 @@ def test_fused_rows_land_where_the_plan_says() -> None:
     arrays = tiny.tensors("llama-head80-biases")
     plan, weight_map = plan_of("llama-head80-biases")
     sink = DenseSink()
-    load_weights(plan, Tensors(Memory(dict(arrays)), weight_map, plan.n_layers), sink)
+    load_weights(plan, Tensors(Memory(dict(arrays)), weight_map, len(plan.kv)), sink)
 
     def source(name: str) -> Array:
         return to_f32(arrays[f"model.layers.1.{name}"], "bf16")
@@ -215,7 +215,7 @@ def test_other_dtypes_load(dtype: type[np.floating[Any]]) -> None:
     }
     plan, weight_map = plan_of("llama-mha")
     sink = DenseSink()
-    load_weights(plan, Tensors(Memory(arrays), weight_map, plan.n_layers), sink)
+    load_weights(plan, Tensors(Memory(arrays), weight_map, len(plan.kv)), sink)
     np.testing.assert_array_equal(sink.weights["lm_head"], arrays["lm_head.weight"].astype(np.float64))
 
 
@@ -224,7 +224,7 @@ EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 def tied(arrays: dict[str, Array]) -> Tensors:
     plan, weight_map = plan_of("qwen2-tied")
-    return Tensors(Memory(arrays), weight_map, plan.n_layers)
+    return Tensors(Memory(arrays), weight_map, len(plan.kv))
 
 
 def test_a_tied_head_is_told_by_content() -> None:
@@ -279,7 +279,7 @@ def test_names_that_tools_have_wrapped(rename: Callable[[str], str]) -> None:
         sinks, ({name: name for name in arrays}, {name: rename(name) for name in arrays}), strict=True
     ):
         memory = Memory({names[name]: array for name, array in arrays.items()})
-        load_weights(plan, Tensors(memory, weight_map, plan.n_layers), sink)
+        load_weights(plan, Tensors(memory, weight_map, len(plan.kv)), sink)
         assert not memory.alive
     for name, value in sinks[0].weights.items():
         np.testing.assert_array_equal(value, sinks[1].weights[name])

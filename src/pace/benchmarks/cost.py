@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pace.models.plan import Attention, Embed, Gemm, Norm, Op, Plan, RopeKV, Select
+from pace.models.plan import Attention, Embed, Gemm, KVLayer, Norm, Op, Plan, RopeKV, Select
 
 __all__ = ["Cost", "op_cost", "op_kind", "rowwise_bytes", "step_cost"]
 
@@ -48,12 +48,15 @@ def step_cost(
         kv_cache_dtype: "bf16" or "int8".
     """
     total = Cost()
-    seen: dict[int | None, Cost] = {}  # attention costs the same in every layer of one window
+    seen: dict[
+        tuple[int | None, int, KVLayer], Cost
+    ] = {}  # attention costs the same in every layer of one shape
     for op in plan.ops:
         if isinstance(op, Attention):
-            if op.window not in seen:
-                seen[op.window] = op_cost(plan, op, q_len, kv_len, n_logit_rows, kv_cache_dtype)
-            total += seen[op.window]
+            shape = op.window, op.n_heads, plan.kv[op.kv]
+            if shape not in seen:
+                seen[shape] = op_cost(plan, op, q_len, kv_len, n_logit_rows, kv_cache_dtype)
+            total += seen[shape]
         else:
             total += op_cost(plan, op, q_len, kv_len, n_logit_rows, kv_cache_dtype)
     return total
@@ -83,8 +86,8 @@ def op_cost(
             full = max(0, kv - max(kv - q, window))  # rows that see a whole window; the others see all
             n_pairs += full * window + _sum_to(kv - full) - _sum_to(kv - q)
             n_read += min(kv, window + q - 1)
-        row_bytes = _kv_token_bytes(plan, kv_cache_dtype)
-        return Cost(float(n_read * row_bytes), 4.0 * plan.n_heads * plan.head_dim * n_pairs)
+        row_bytes = _kv_token_bytes(plan.kv[op.kv], kv_cache_dtype)
+        return Cost(float(n_read * row_bytes), 4.0 * op.n_heads * plan.kv[op.kv].head_dim * n_pairs)
     return Cost()
 
 
@@ -100,7 +103,7 @@ def rowwise_bytes(plan: Plan, op: Op, n_tokens: int, n_logit_rows: int, kv_cache
     rows = n_tokens if dst.rows == "tokens" else n_logit_rows
     row_bytes = src.width * DTYPE_BYTES[src.dtype] + dst.width * DTYPE_BYTES[dst.dtype]
     if isinstance(op, RopeKV):
-        row_bytes += _kv_token_bytes(plan, kv_cache_dtype)
+        row_bytes += _kv_token_bytes(plan.kv[op.kv], kv_cache_dtype) if op.append else 0
     return rows * row_bytes
 
 
@@ -111,10 +114,10 @@ def op_kind(name: str) -> str:
     return "norm" if last.endswith("norm") else KINDS.get(last, last)
 
 
-def _kv_token_bytes(plan: Plan, kv_cache_dtype: str) -> int:
+def _kv_token_bytes(layer: KVLayer, kv_cache_dtype: str) -> int:
     """Keys and values of one token in one layer; int8 adds an f32 scale for each of K and V per head."""
-    per_head = 2 * plan.head_dim + 8 if kv_cache_dtype == "int8" else 4 * plan.head_dim
-    return plan.n_kv_heads * per_head
+    per_head = 2 * layer.head_dim + 8 if kv_cache_dtype == "int8" else 4 * layer.head_dim
+    return layer.n_kv_heads * per_head
 
 
 def _sum_to(n: int) -> int:

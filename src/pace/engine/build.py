@@ -54,9 +54,9 @@ def build_engine(
     n_logit_rows = max_seqs + SCORED_ROWS
     contiguous = config.kv_cache_type == "contiguous"
     kv_pool = ops.KVPool(
-        plan.n_layers,
-        plan.n_kv_heads,
-        plan.head_dim,
+        len(plan.kv),
+        plan.kv[0].n_kv_heads,
+        plan.kv[0].head_dim,
         memory.n_blocks,
         memory.block_size,
         dtype=config.kv_cache_dtype,

@@ -118,8 +118,11 @@ def plan_memory(
         )
     wanted_len = max_len if max_model_len is None else max_model_len
     if block_size is None:
-        block_size = default_block_size(kv_cache_type, kv_cache_dtype, plan.head_dim, l2_bytes, wanted_len)
-    block_bytes = kv_block_bytes(plan.n_layers, plan.n_kv_heads, plan.head_dim, block_size, kv_cache_dtype)
+        widest = max(layer.head_dim for layer in plan.kv)
+        block_size = default_block_size(kv_cache_type, kv_cache_dtype, widest, l2_bytes, wanted_len)
+    block_bytes = sum(
+        kv_block_bytes(1, layer.n_kv_heads, layer.head_dim, block_size, kv_cache_dtype) for layer in plan.kv
+    )
     need = blocks_for(wanted_len, block_size)
     if isinstance(kv_cache_memory, int):
         if kv_cache_memory > left:

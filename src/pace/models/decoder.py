@@ -22,6 +22,7 @@ from pace.models.plan import (
     Dtype,
     Embed,
     Gemm,
+    KVLayer,
     Norm,
     Op,
     Plan,
@@ -58,10 +59,7 @@ def lower(spec: DecoderSpec, max_model_len: int) -> Plan:
         slots=model.slots,
         ops=tuple(model.ops),
         ropes=tuple(rope.build(r, max_model_len) for r in spec.ropes),
-        n_layers=len(spec.layers),
-        n_heads=spec.n_heads,
-        n_kv_heads=spec.n_kv_heads,
-        head_dim=spec.head_dim,
+        kv=tuple(KVLayer(spec.n_kv_heads, spec.head_dim, layer.window) for layer in spec.layers),
         vocab_size=spec.vocab_size,
         dim=spec.dim,
         logits=logits.name,
@@ -97,8 +95,10 @@ class _Lowering:
                 f"{at}.rope",
                 qkv.name,
                 q.name,
-                layer=i,
+                spec.n_heads,
+                kv=i,
                 rope=layer.rope,
+                qk_norm="rms" if head_norm else "none",
                 q_norm=f"{at}.q_norm" if head_norm else None,
                 k_norm=f"{at}.k_norm" if head_norm else None,
                 norm_eps=spec.norm_eps if head_norm else 0.0,
@@ -106,7 +106,9 @@ class _Lowering:
         )
         attended = self.slot("attn", spec.q_dim, "bf16", x.rows)
         scale = spec.head_dim**-0.5
-        self.ops.append(Attention(f"{at}.attn", q.name, attended.name, i, scale, window=layer.window))
+        self.ops.append(
+            Attention(f"{at}.attn", q.name, attended.name, spec.n_heads, i, scale, window=layer.window)
+        )
         return attended
 
     def project_out(self, i: int, attended: Slot, x: Slot) -> None:

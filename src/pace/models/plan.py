@@ -9,11 +9,14 @@ whose logits were asked for). `Select` crosses from the first to the second.
 Weight names in operators are plan names ("layers.3.qkv"), not checkpoint names. Matrices are [n, k] and are
 multiplied as `src @ W.T`. The rows of the weight (and bias) of a *gated* Gemm alternate in blocks of 16: 16
 rows of gate, 16 rows of up, and so on, so that both halves of one output live in one kernel panel (see
-`gated_rows`).
+`gated_rows`). Where the output is no multiple of 16 wide, the last block of each is filled with zero rows.
+
+Heads whose width is no multiple of 16 are padded with zero columns, in weights and slots alike.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -23,8 +26,10 @@ import numpy.typing as npt
 Dtype = Literal["f32", "bf16"]
 Rows = Literal["tokens", "logits"]
 NormKind = Literal["rms", "rms1", "layer"]
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
-Epilogue = Literal["store", "add", "gated"]
+QKNorm = Literal["none", "rms", "rms1", "layer"]
+NormScope = Literal["head", "head_own", "full"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu"]
+Epilogue = Literal["store", "add", "gated", "mul"]
 PartMode = Literal["rows", "gate", "up"]
 
 GATED_BLOCK = 16
@@ -52,27 +57,51 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
-class Embed:
-    """dst[t] = scale * table[token_ids[t]] (+ positions[offset + position[t]] for learned positions).
+class KVLayer:
+    """One layer that owns keys and values; its index in `Plan.kv` is what operators call it by.
 
     Args:
-        dst: f32 slot [T, dim].
-        weight: matrix [vocab_size, dim].
-        positions: matrix [n_positions + offset, dim], or None.
-        offset: first row of `positions` that stands for position 0.
+        n_kv_heads: heads of keys, and of values.
+        head_dim: columns of a head, padding included: a multiple of 16 up to 512.
+        reach: tokens that a query sees at most, its own included (the window or the chunk of the layer's readers);
+            None: all of them.
+    """
+
+    n_kv_heads: int
+    head_dim: int
+    reach: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Embed:
+    """dst[t] = post * (scale * table[token_ids[t]] + positions[offset + position[t]]); with `add`, post * (dst + ...).
+
+    Args:
+        dst: slot [T, dim], f32 or bf16; f32 when `add`.
+        weight: matrix [vocab_size, dim], or None for learned positions alone.
+        positions: matrix [n_positions, dim], or None.
+        n_positions: rows of `positions`, those before `offset` included.
+        offset: row of `positions` that stands for position 0.
+        mapped: the table's rows are read from the checkpoint file where they stand; it is never packed.
     """
 
     name: str
     dst: str
-    weight: str
+    weight: str | None
     scale: float = 1.0
     positions: str | None = None
+    n_positions: int = 0
     offset: int = 0
+    add: bool = False
+    post: float = 1.0
+    mapped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """dst = norm(src) or, with `add`, dst += norm(src); per row over the whole width.
+    """dst = s * norm(src); with `add`, dst = s * (dst + norm(src)). src and dst may be one slot.
+
+    Statistics are per row, over each of `groups` equal ranges of columns by itself.
 
     rms: x / sqrt(mean(x^2) + eps) * w.  rms1: the same with (1 + w).
     layer: (x - mean) / sqrt(var + eps) * w + bias.
@@ -80,32 +109,38 @@ class Norm:
     Args:
         src: f32 slot.
         dst: f32 or bf16 slot of the same width; f32 when `add`.
-        weight: vector [width].
-        bias: vector [width] or None (layer only).
+        weight: vector [width / groups], shared by the groups, or None for 1 (rms and layer).
+        bias: vector [width / groups] or None (layer only).
+        scale: vector [1], s above; None: 1.
     """
 
     name: str
     src: str
     dst: str
-    weight: str
+    weight: str | None
     bias: str | None = None
     kind: NormKind = "rms"
     eps: float = 1e-6
     add: bool = False
+    groups: int = 1
+    scale: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Gemm:
     """y = src @ W.T + bias, then the epilogue.
 
-    store: dst = scale * act(y).  add: dst += scale * y (dst f32).
+    store: dst = scale * act(y), through cap * tanh(. / cap) when given.
+    add: dst += scale * y (dst f32).
     gated: dst = act(gate) * up; W holds gate and up in alternating blocks of 16 rows, dst is half as wide.
+    mul: dst = scale * act(y) * other[:, at : at + n].
 
     Args:
         src: bf16 slot [rows, k].
         dst: slot [rows, n], or [rows, n / 2] when gated.
         weight: matrix [n, k].
         bias: vector [n] (same row order as the weight) or None.
+        other: f32 slot of the same rows, at least at + n wide (mul only).
     """
 
     name: str
@@ -116,6 +151,9 @@ class Gemm:
     epilogue: Epilogue = "store"
     act: Activation | None = None
     scale: float = 1.0
+    cap: float | None = None
+    other: str | None = None
+    at: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,45 +161,66 @@ class RopeKV:
     """Normalise (optional) and rotate the heads of q and k, keep q, append k and v to the KV cache.
 
     Args:
-        src: f32 slot [T, (n_heads + 2 * n_kv_heads) * head_dim], columns q | k | v.
+        src: f32 slot [T, (n_heads + 2 * n_kv_heads) * head_dim], columns q | k | v; q | k when `k_is_v`, q alone
+            unless `append`.
         dst: bf16 slot [T, n_heads * head_dim].
-        layer: KV cache layer.
+        kv: index into `Plan.kv` of the layer whose heads these are.
         rope: index into `Plan.ropes`, or None for no rotation.
-        q_norm: vector [head_dim] applied to each query head before the rotation, or None.
-        k_norm: the same for key heads.
+        append: False: the keys and values are another operator's; nothing is stored.
+        k_is_v: v is the k of `src`, before norm and rotation.
+        qk_norm: norm of q and k.
+        q_norm, k_norm: its weights, or None for 1; [head_dim], or [heads * head_dim] where the scope isn't "head".
+        norm_scope: "head": each head by itself with one weight; "head_own": each with its own; "full": statistics
+            over all heads of q, and of k.
+        norm_width: leading columns of a head that count in the statistics, those before padding; None: head_dim.
+        norm_after_rope: rotate first.
+        v_norm: weightless RMS norm of each head of v, with norm_eps.
+        temperature: (scale, floor, offset): q *= 1 + scale * log(1 + floor((position + offset) / floor)), after norm
+            and rotation.
     """
 
     name: str
     src: str
     dst: str
-    layer: int
-    rope: int | None
+    n_heads: int
+    kv: int
+    rope: int | None = None
+    append: bool = True
+    k_is_v: bool = False
+    qk_norm: QKNorm = "none"
     q_norm: str | None = None
     k_norm: str | None = None
-    norm_kind: NormKind = "rms"
+    norm_scope: NormScope = "head"
     norm_eps: float = 0.0
+    norm_width: int | None = None
+    norm_after_rope: bool = False
+    v_norm: bool = False
+    temperature: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Causal attention of q over the KV cache of `layer`.
+    """Causal attention of q over the KV cache of a layer.
 
-    A query at position p sees positions max(0, p - window + 1) .. p. Scores are scale * q.k, passed through
-    softcap * tanh(score / softcap) when given; `sinks` adds one logit per query head to the softmax's
-    denominator.
+    A query at position p sees positions max(0, p - window + 1) .. p, and of those only the ones of its own chunk: k
+    with k // chunk == p // chunk. Scores are scale * q.k, passed through softcap * tanh(score / softcap) when given;
+    `sinks` adds one logit per query head to the softmax's denominator.
 
     Args:
         src: bf16 slot [T, n_heads * head_dim].
         dst: bf16 slot [T, n_heads * head_dim].
+        kv: index into `Plan.kv`.
         sinks: vector [n_heads] or None.
     """
 
     name: str
     src: str
     dst: str
-    layer: int
+    n_heads: int
+    kv: int
     scale: float
     window: int | None = None
+    chunk: int | None = None
     softcap: float | None = None
     sinks: str | None = None
 
@@ -197,10 +256,17 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class WeightShape:
-    """What an operator needs under a weight name: a matrix [n, k], or a vector [n] when k is None."""
+    """What an operator needs under a weight name: a matrix [n, k], or a vector [n] when k is None.
+
+    Args:
+        parts: rows of what is fused: (gate, up) without the rows that fill blocks of 16, or (q, k, v).
+        mapped: a table whose rows are read where the checkpoint file has them.
+    """
 
     n: int
     k: int | None = None
+    parts: tuple[int, ...] = ()
+    mapped: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -211,17 +277,14 @@ class Plan:
         slots: every activation buffer by name.
         ops: operators in order of execution.
         ropes: rotary tables that RopeKV refers to by index.
-        n_layers: KV cache layers.
+        kv: the layers that own keys and values.
         logits: name of the f32 slot [R, vocab_size] that holds the result.
     """
 
     slots: dict[str, Slot]
     ops: tuple[Op, ...]
     ropes: tuple[Rope, ...]
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
+    kv: tuple[KVLayer, ...]
     vocab_size: int
     dim: int
     logits: str
@@ -232,26 +295,45 @@ class Plan:
         A name used twice (the tied embedding: by Embed and by the LM head's Gemm) appears once.
         """
         found: dict[str, WeightShape] = {}
-        for op in self.ops:
-            if isinstance(op, Embed):
-                # Learned positions get their row count when a family that has them is added.
-                found.setdefault(op.weight, WeightShape(self.vocab_size, self.slots[op.dst].width))
-            elif isinstance(op, Norm):
-                for name in (op.weight, op.bias):
-                    if name is not None:
-                        found.setdefault(name, WeightShape(self.slots[op.src].width))
-            elif isinstance(op, Gemm):
-                n = self.slots[op.dst].width * (2 if op.epilogue == "gated" else 1)
-                found.setdefault(op.weight, WeightShape(n, self.slots[op.src].width))
-                if op.bias is not None:
-                    found.setdefault(op.bias, WeightShape(n))
-            elif isinstance(op, RopeKV):
-                for name in (op.q_norm, op.k_norm):
-                    if name is not None:
-                        found.setdefault(name, WeightShape(self.head_dim))
-            elif isinstance(op, Attention) and op.sinks is not None:
-                found.setdefault(op.sinks, WeightShape(self.n_heads))
+        for i, op in enumerate(self.ops):
+            for name, shape in self._weights_of(op, i):
+                if name is not None:
+                    found.setdefault(name, shape)
         return found
+
+    def _weights_of(self, op: Op, i: int) -> Iterator[tuple[str | None, WeightShape]]:
+        """Weights of the i-th operator; a name of None stands for one that it does without."""
+        if isinstance(op, Embed):
+            dim = self.slots[op.dst].width
+            yield op.weight, WeightShape(self.vocab_size, dim, mapped=op.mapped)
+            yield op.positions, WeightShape(op.n_positions, dim)
+        elif isinstance(op, Norm):
+            width = self.slots[op.src].width // op.groups
+            yield from ((name, WeightShape(width)) for name in (op.weight, op.bias))
+            yield op.scale, WeightShape(1)
+        elif isinstance(op, Gemm):
+            n, parts = self._gemm_rows(op, i)
+            yield op.weight, WeightShape(n, self.slots[op.src].width, parts)
+            yield op.bias, WeightShape(n, parts=parts)
+        elif isinstance(op, RopeKV):
+            kv = self.kv[op.kv]
+            q, k = (1, 1) if op.norm_scope == "head" else (op.n_heads, kv.n_kv_heads)
+            yield op.q_norm, WeightShape(q * kv.head_dim)
+            yield op.k_norm, WeightShape(k * kv.head_dim)
+        elif isinstance(op, Attention):
+            yield op.sinks, WeightShape(op.n_heads)
+
+    def _gemm_rows(self, op: Gemm, i: int) -> tuple[int, tuple[int, ...]]:
+        """Rows of a Gemm's weight, and of its parts where it is fused."""
+        width = self.slots[op.dst].width
+        if op.epilogue == "gated":
+            return 2 * -(-width // GATED_BLOCK) * GATED_BLOCK, (width, width)
+        reader = next((o for o in self.ops[i + 1 :] if not isinstance(o, Embed) and o.src == op.dst), None)
+        if not isinstance(reader, RopeKV):
+            return width, ()
+        kv = self.kv[reader.kv]
+        q_dim, kv_dim = reader.n_heads * kv.head_dim, kv.n_kv_heads * kv.head_dim
+        return width, (q_dim, kv_dim, kv_dim)[: 1 if not reader.append else 2 if reader.k_is_v else 3]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -314,7 +314,7 @@ def _check(plan: Plan, needed: Mapping[str, WeightShape], checkpoint: Tensors) -
         at = 0
         sources[name] = []
         for part in table[name]:
-            source, complaint = _source(plan, shape, part, at, checkpoint.info(part.name))
+            source, complaint = _source(shape, part, at, checkpoint.info(part.name))
             sources[name].append(source)
             wrong += complaint
             at += source.rows if source.mode == "rows" else 0
@@ -323,17 +323,15 @@ def _check(plan: Plan, needed: Mapping[str, WeightShape], checkpoint: Tensors) -
     return sources
 
 
-def _source(
-    plan: Plan, shape: WeightShape, part: Part, at: int, info: TensorInfo
-) -> tuple[_Source, list[str]]:
+def _source(shape: WeightShape, part: Part, at: int, info: TensorInfo) -> tuple[_Source, list[str]]:
     """How a tensor is loaded, and what is wrong with it."""
     rows = {
-        PartRows.ALL: shape.n,
-        PartRows.Q: plan.n_heads * plan.head_dim,
-        PartRows.KV: plan.n_kv_heads * plan.head_dim,
-        PartRows.GATE: shape.n // 2,
-        PartRows.UP: shape.n // 2,
-    }[part.rows]
+        PartRows.ALL: lambda: shape.n,
+        PartRows.Q: lambda: shape.parts[0],
+        PartRows.KV: lambda: shape.parts[1],
+        PartRows.GATE: lambda: shape.parts[0],
+        PartRows.UP: lambda: shape.parts[1],
+    }[part.rows]()
     mode: PartMode = "gate" if part.rows is PartRows.GATE else "up" if part.rows is PartRows.UP else "rows"
     expected = (rows,) if shape.k is None else (rows, shape.k)
     dtype = _DTYPES.get(info.dtype.lower())
