@@ -25,7 +25,7 @@ def test_random_requests_share_a_prefix() -> None:
     ("line", "message"),
     [
         ("{", "f:2: not JSON"),
-        ("[1]", "f:2: a list of 1, expected an object"),
+        ("[1]", "f:2: [1], expected an object"),
         ("{}", "f:2: the prompt is None"),
         ('{"prompt": 3, "max_tokens": 1}', "the prompt is 3"),
         ('{"prompt_token_ids": [1, "a"], "max_tokens": 1}', "the prompt is"),

@@ -23,7 +23,7 @@ def test_messages_name_the_value() -> None:
         parse_json(b'{"k": 1, "k": 1}', "here")
     with pytest.raises(CheckpointError, match=r"^here: the number '1e999' overflows"):
         parse_json(b'{"k": 1e999}', "here")
-    with pytest.raises(CheckpointError, match=r"^here: holds a list of 1, expected a JSON object"):
+    with pytest.raises(CheckpointError, match=r"^here: holds \[1\], expected a JSON object"):
         parse_json(b"[1]", "here")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -298,16 +299,18 @@ def test_seeds() -> None:
         ([0, VOCAB], f"token id {VOCAB} at index 1"),
         ([-1], "token id -1"),
         ([1 << 40], "token id 1099511627776"),
-        ([1 << 80], "flat list"),
-        ([1.5], "flat list"),
-        (["a"], "flat list"),
-        ([[1]], "flat list"),
-        ([[1], [2, 3]], "flat list"),
-        ([True], "flat list"),
-        ([None], "flat list"),
+        ([5, 1 << 80], "token id 1208925819614629174706176 at index 1"),
+        ([5, 1.5], "has 1.5 at index 1, expected a token id"),
+        (["a"], "has 'a' at index 0"),
+        ([[1]], r"has \[1\] at index 0"),
+        ([[1], [2, 3]], r"has \[1\] at index 0"),
+        ([True], "has True at index 0"),
+        ([5, None], "has None at index 1"),
+        (np.array([0.5, 1.0]), "flat list"),
+        ("text", "flat list"),
     ],
 )
-def test_bad_prompts(prompt: list[int], message: str) -> None:
+def test_bad_prompts(prompt: Any, message: str) -> None:
     engine, _ = make_engine()
     with pytest.raises(RequestError, match=message):
         engine.add_request("a", prompt, params())

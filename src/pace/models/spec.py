@@ -202,8 +202,11 @@ class Config:
     def texts(self, key: str, length: int) -> tuple[str, ...]:
         """A list of `length` strings."""
         value = self._get(key, REQUIRED)
-        if not isinstance(value, list) or len(value) != length or not all(isinstance(v, str) for v in value):
+        if not isinstance(value, list) or len(value) != length:
             raise self.error(key, value, f"a list of {length} strings")
+        for i, text in enumerate(value):
+            if not isinstance(text, str):
+                raise self.error(f"{key}[{i}]", text, "a string")
         return tuple(value)
 
     def table(self, key: str) -> Config:
