@@ -127,7 +127,18 @@ WEIGHTS: dict[str, Break] = {
     "index lists a tensor twice": lambda d: index(d, '{"weight_map": {"a": "x.safetensors", "a": "x"}}'),
     "index lacks a tensor of a shard": lambda d: index(d, dict.fromkeys("ab", "model-2.safetensors")),
     "shard lacks a listed tensor": lambda d: index(d, {**GOOD_MAP, "c": "model-1.safetensors"}),
-    "a tensor in two shards": lambda d: (index(d, GOOD_MAP), write(d, {"a": F32}, name="model-2.safetensors")),
+    "two tensors of one name": lambda d: (
+        index(d, GOOD_MAP), write(d, {"a": F32, "b": {**F32, "data_offsets": [8, 16]}}, b"\1" * 16, "model-2.safetensors")
+    ),
+    "a tensor in two shapes": lambda d: (
+        index(d, GOOD_MAP),
+        write(d, {"a": {**F32, "shape": [1, 2]}, "b": {**F32, "data_offsets": [8, 16]}}, b"\0" * 16, "model-2.safetensors"),
+    ),
+    "shards without an index, one missing": lambda d: write(d, {"a": F32}, name="model-00001-of-00002.safetensors"),
+    "shards without an index, of two models": lambda d: [
+        write(d, {"a": F32}, name=f"model-00001-of-0000{n}.safetensors") for n in (1, 2)
+    ],
+    "an adapter": lambda d: write(d, {"lora_A": F32}, name="adapter_model.safetensors"),
     "index of 17 MB": lambda d: index(d, '{"weight_map": {}}' + " " * (17 << 20)),
     "index of 400000 tensors": lambda d: index(
         d, '{"weight_map": {' + ",".join(f'"{i}":"m.safetensors"' for i in range(400_000)) + "}}"

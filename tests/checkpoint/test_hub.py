@@ -84,10 +84,15 @@ def test_a_folder_of_the_hub_cache_leads_to_its_snapshot(tmp_path: Path) -> None
     (repo / "refs" / "main").write_text("bbb\n")
     (repo / "refs" / "pr" / "1").write_text("aaa")
     assert (resolve(repo), resolve(repo, "pr/1"), resolve(repo, "aaa")) == (second, first, first)
+    (tmp_path / "link").symlink_to(repo)
+    assert resolve(repo / "snapshots") == resolve(tmp_path / "link") == second
+    assert resolve(first) == first
     (tmp_path / "secret").write_text("aaa")
     for wrong in ("../../secret", "v2", "/etc/passwd", "a\0b"):
         with pytest.raises(CheckpointError, match="no snapshot of revision"):
             resolve(repo, wrong)
+    with pytest.raises(CheckpointError, match="cannot be read: File name too long"):
+        resolve(repo, "x" * 5000)
 
 
 def test_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

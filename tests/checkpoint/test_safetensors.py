@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import safetensors.numpy
 
 from pace.checkpoint import Checkpoint
+from pace.checkpoint import safetensors as safetensors_module
 from pace.errors import CheckpointError
 
 
@@ -128,6 +130,20 @@ def test_hub_snapshot_must_not_leave_the_cache(tmp_path: Path, repo: str) -> Non
     (folder / "model.safetensors").symlink_to(tmp_path / "secret")
     with pytest.raises(CheckpointError, match="leaves the hub cache"):
         Checkpoint(folder)
+    if "models--" in repo:  # whose name says what it is, also where the blobs are gone
+        shutil.rmtree(tmp_path / repo / "blobs")
+        with pytest.raises(CheckpointError, match="leaves the hub cache"):
+            Checkpoint(folder)
+
+
+def test_hub_snapshot_reached_through_a_link_must_not_leave_the_cache(tmp_path: Path) -> None:
+    folder = snapshot(tmp_path / "hub" / "models--a--b")
+    (folder / "model.safetensors").unlink()
+    (tmp_path / "secret").write_bytes(b"")
+    (folder / "model.safetensors").symlink_to(tmp_path / "secret")
+    (tmp_path / "mine").symlink_to(folder)
+    with pytest.raises(CheckpointError, match="leaves the hub cache"):
+        Checkpoint(tmp_path / "mine")
 
 
 def test_local_folder_may_be_made_of_links(tmp_path: Path) -> None:
@@ -181,6 +197,40 @@ def test_the_shards_say_what_they_hold_whatever_the_index_says(
         "y": "y",
         "z": "z",
     }
+
+
+def test_shards_without_an_index_are_found_by_their_numbers(tmp_path: Path) -> None:
+    expected = shard(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    checkpoint = Checkpoint(tmp_path)
+    assert {n: checkpoint.tensor(n).tobytes() for n in checkpoint} == {
+        n: a.tobytes() for n, a in expected.items()
+    }
+
+
+@pytest.mark.parametrize("size", [2, safetensors_module._COMPARED_BYTES // 4 + 1])
+def test_a_tensor_in_two_shards_counts_once_if_it_is_the_same(tmp_path: Path, size: int) -> None:
+    array = np.arange(size, dtype=np.float32)
+    for name, other in (("x", "y"), ("z", "w")):
+        file = f"m{'xz'.index(name)}.safetensors"
+        safetensors.numpy.save_file({name: array, other: array, "twice": array}, tmp_path / file)
+    index = {"weight_map": {"x": "m0.safetensors", "z": "m1.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert Checkpoint(tmp_path).tensor("twice").tobytes() == array.tobytes()
+    changed = array.copy()
+    changed[-1] += 1
+    safetensors.numpy.save_file({"z": array, "twice": changed}, tmp_path / "m1.safetensors")
+    with pytest.raises(CheckpointError, match=r"'twice', as m0\.safetensors does, with other values"):
+        Checkpoint(tmp_path)
+
+
+def test_shards_beside_a_single_file_are_not_passed_over_in_silence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shard(tmp_path)
+    safetensors.numpy.save_file(arrays(), tmp_path / "model.safetensors")
+    assert set(Checkpoint(tmp_path)) == set(arrays())
+    assert "model.safetensors is read, not the shards" in caplog.text
 
 
 @pytest.mark.parametrize("metadata", [None, {}, {"format": 1}, [], 5, {"a": {"b": None}}], ids=repr)

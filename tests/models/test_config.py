@@ -68,7 +68,12 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any], type[PaceError], str]] = [
     (LLAMA, {"tie_word_embeddings": 1}, CheckpointError, "tie_word_embeddings is 1"),
     (LLAMA, {"attention_bias": "yes"}, CheckpointError, "attention_bias is 'yes'"),
     (LLAMA, {"quantization_config": {"bits": 4}}, UnsupportedModel, "quantization_config"),
-    (LLAMA, {"sliding_window": 128}, UnsupportedModel, "sliding_window is 128"),
+    (LLAMA, {"sliding_window": 63}, UnsupportedModel, "sliding_window is 63"),
+    (LLAMA, {"sliding_window": 0}, UnsupportedModel, "sliding_window is 0"),
+    (LLAMA, {"sliding_window": True}, UnsupportedModel, "sliding_window is True"),
+    (LLAMA, {"layer_types": ["full_attention", "sliding_attention"]}, UnsupportedModel, "layer_types"),
+    (MISTRAL, {"layer_types": ["sliding_attention"] * 2}, UnsupportedModel, "layer_types"),
+    (LLAMA, {"architectures": ["FSDPBertModel"]}, UnsupportedModel, "'FSDPBertModel'"),
     (LLAMA, {"partial_rotary_factor": 0.5}, UnsupportedModel, "partial_rotary_factor is 0.5"),
     (LLAMA, {"num_local_experts": 8}, UnsupportedModel, "num_local_experts is 8"),
     (LLAMA, {"final_logit_softcapping": 30.0}, UnsupportedModel, "final_logit_softcapping"),
@@ -124,6 +129,19 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any], type[PaceError], str]] = [
         CheckpointError,
         "rope_parameters and rope_scaling differ",
     ),
+    # Two periods: transformers would take the second set, others the first.
+    (
+        LLAMA,
+        {"rope_theta": ..., "rope_parameters": {"rope_theta": 5e5}, "rope_scaling": {"rope_theta": 1e6}},
+        CheckpointError,
+        "rope_parameters and rope_scaling differ",
+    ),
+    (
+        LLAMA,
+        {"rope_theta": ..., "rope_parameters": {"rope_theta": 5e5}, "rope_scaling": {"type": "default"}},
+        CheckpointError,
+        "rope_parameters and rope_scaling differ",
+    ),
     (
         LLAMA,
         {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
@@ -141,11 +159,9 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any], type[PaceError], str]] = [
     (QWEN2, {"sliding_window": None}, CheckpointError, "sliding_window"),
     (QWEN2, {"sliding_window": 0}, CheckpointError, "sliding_window is 0"),
     (QWEN2, {"max_window_layers": ...}, CheckpointError, "max_window_layers"),
-    (QWEN2, {"attention_bias": False}, UnsupportedModel, "attention_bias is False"),
     (QWEN3, {"num_experts": 64}, UnsupportedModel, "num_experts is 64"),
     (MISTRAL, {"sliding_window": ...}, CheckpointError, "sliding_window"),
     (MISTRAL, {"sliding_window": True}, CheckpointError, "sliding_window is True"),
-    (MISTRAL, {"attention_bias": True}, UnsupportedModel, "attention_bias is True"),
 ]
 
 
@@ -187,6 +203,23 @@ HARMLESS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (LLAMA, {"head_dim": None, "sliding_window": None, "layer_types": None}),
     (LLAMA, {"torch_dtype": "float16", "use_cache": False, "transformers_version": "9", "_name_or_path": 3}),
     (QWEN2, {"max_position_embeddings": 64}),
+    (LLAMA, {"sliding_window": 64}),  # as long as the context: it hides nothing
+    (LLAMA, {"layer_types": ["full_attention"] * 2}),
+    (LLAMA, {"text_config": {}, "vision_config": {}, "no_rope_layers": []}),
+    (LLAMA, {"architectures": ["FSDPLlamaForCausalLM"]}),
+    (LLAMA, {"rope_scaling": {"type": "default", "low_freq_factor": 1.0, "beta_fast": 32}}),
+    (
+        LLAMA,
+        {
+            "rope_theta": ...,
+            "rope_parameters": {"rope_theta": 1e4},
+            "rope_scaling": {"rope_type": "default", "rope_theta": 10000},
+        },
+    ),
+    # transformers doesn't read these of Qwen2 and Mistral; the tensors must be there, or not, whatever they say.
+    (QWEN2, {"attention_bias": False, "mlp_bias": True}),
+    (MISTRAL, {"attention_bias": True, "mlp_bias": None}),
+    (QWEN3, {"mlp_bias": True}),
 ]
 
 
@@ -202,6 +235,7 @@ YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
     ("new", "old"),
     [
         ({"rope_type": "yarn", "rope_theta": 10000.0, **YARN}, {"type": "yarn", **YARN}),
+        ({"rope_type": "yarn", **YARN, "beta_slow": 1}, {"type": "yarn", **YARN, "beta_fast": 32.0}),
         (
             {"rope_type": "yarn", **YARN},
             {"rope_type": "yarn", "type": "yarn", **YARN, "factor": 4, "beta_fast": None},

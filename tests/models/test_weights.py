@@ -12,6 +12,7 @@ import pytest
 from golden import tiny
 
 from pace.errors import WeightsError
+from pace.models import weights
 from pace.models.decoder import lower
 from pace.models.plan import Plan, gated_rows
 from pace.models.registry import parse_config
@@ -155,7 +156,9 @@ def test_old_and_redundant_tensors_are_ignored() -> None:
     arrays: dict[str, Array] = dict(tiny.tensors("llama-gqa4-tied"))
     arrays["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(32, np.float32)
     arrays["model.rotary_emb.inv_freq"] = np.zeros(32, np.float32)
-    arrays["lm_head.weight"] = np.zeros((tiny.VOCAB_SIZE, 128), np.uint16)
+    arrays["model.rotary_emb.original_inv_freq"] = np.zeros(32, np.float32)
+    arrays["model.layers.1.self_attn.rotary_emb.cos_cached"] = np.zeros((64, 64), np.float32)
+    arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"].copy()
     plan, weight_map = plan_of("llama-gqa4-tied")
     sink = DenseSink()
     load_weights(plan, Tensors(Memory(arrays), weight_map, len(plan.kv)), sink)
@@ -237,9 +240,39 @@ def test_a_tied_head_is_told_by_content() -> None:
         (other, False),
         (to_f32(other, "bf16"), False),
         (arrays[EMBED][:-1], False),
+        (arrays[EMBED].reshape(-1), False),
+        (np.array(0, np.uint16), False),
+        (arrays[EMBED].astype(np.int64), False),
     ):
         assert tied({**arrays, HEAD: head}).head_is_tied() is expected
     assert tied(arrays).head_is_tied()
+    nan = np.full_like(arrays[EMBED], 0x7FC0)
+    assert tied({**arrays, EMBED: nan, HEAD: nan.copy()}).head_is_tied()
+
+
+@pytest.mark.parametrize("at", [0, -1, weights._COMPARED - 1, weights._COMPARED])
+def test_a_head_that_differs_anywhere_is_not_tied(at: int) -> None:
+    embed = np.zeros((3, weights._COMPARED // 2), np.uint16)
+    head = embed.copy()
+    head.reshape(-1)[at] = 1
+    memory = {**tiny.tensors("qwen2-tied"), EMBED: embed}
+    assert tied({**memory, HEAD: embed.copy()}).head_is_tied()
+    tensors = tied({**memory, HEAD: head})
+    assert not tensors.head_is_tied()
+    assert not tensors._checkpoint.alive  # type: ignore[attr-defined]  # both were given back
+
+
+def test_a_plan_that_ties_what_the_file_has_twice_is_refused() -> None:
+    """The head must not be dropped by a caller that forgot to ask."""
+    arrays = tiny.tensors("qwen2-tied")
+    assert "lower it untied" in refused("qwen2-tied", {**arrays, HEAD: arrays[EMBED] ^ 1})
+
+
+def test_an_untied_config_without_a_head_says_what_to_set() -> None:
+    arrays: dict[str, Array] = dict(tiny.tensors("llama-mha"))
+    del arrays[HEAD]
+    message = refused("llama-mha", arrays)
+    assert "'lm_head.weight' missing; set tie_word_embeddings to true" in message
 
 
 def test_a_tied_matrix_may_be_stored_under_either_name() -> None:
@@ -261,15 +294,34 @@ def test_a_tied_matrix_may_be_stored_under_either_name() -> None:
     "rename",
     [
         lambda name: f"_orig_mod.{name}",
-        lambda name: name.replace("model.layers.", "model.layers.", 1).replace(
-            ".self_attn.", "._orig_mod.self_attn."
-        ),
+        lambda name: name.replace(".self_attn.", "._orig_mod.self_attn."),
         lambda name: f"module.{name}",
         lambda name: f"module._orig_mod.{name}",
+        lambda name: f"_orig_mod.module.{name}",
+        lambda name: name.replace(
+            ".self_attn.", "._fsdp_wrapped_module._checkpoint_wrapped_module.self_attn."
+        ),
+        lambda name: f"_forward_module.{name}",
+        lambda name: f"module.base_model.model.{name}",
+        lambda name: f"model.{name}",
+        lambda name: f"module.{name.removeprefix('model.')}",
         lambda name: f"base_model.model.{name}",
         lambda name: name.removeprefix("model."),
     ],
-    ids=["compiled", "layers compiled", "DDP", "DDP and compiled", "merged PEFT", "without the head's model"],
+    ids=[
+        "compiled",
+        "layers compiled",
+        "DDP",
+        "DDP and compiled",
+        "compiled DDP",
+        "FSDP and activation checkpointing",
+        "Lightning",
+        "merged PEFT in DDP",
+        "a model too many",
+        "DDP, without the head's model",
+        "merged PEFT",
+        "without the head's model",
+    ],
 )
 def test_names_that_tools_have_wrapped(rename: Callable[[str], str]) -> None:
     arrays = tiny.tensors("llama-mha")
@@ -291,7 +343,23 @@ def test_two_names_of_one_tensor_are_refused() -> None:
     assert "mean the same tensor" in message and EMBED in message
 
 
-def test_adapters_are_called_adapters() -> None:
-    lora = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-    message = refused("llama-mha", {lora: np.zeros((4, 4), np.float32)})
-    assert "adapter weights" in message and "merge" in message and "download" not in message
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "merge_and_unload"),
+        ("model.layers.0.self_attn.q_proj.lora_B.default.weight", "merge_and_unload"),
+        ("model.layers.0.self_attn.q_proj.base_layer.weight", "merge_and_unload"),
+        ("base_model.model.lm_head.modules_to_save.default.weight", "merge_and_unload"),
+        ("model.layers.0.self_attn.q_proj.qweight", "quantised weights"),
+        ("model.layers.0.self_attn.q_proj.weight_scale_inv", "quantised weights"),
+        ("model.layers.0.self_attn.q_proj.weight.quant_state.bitsandbytes__nf4", "quantised weights"),
+        ("blk.0.attn_q.weight", "GGUF"),
+        ("layers.0.attention.wq.weight", "Meta's own names"),
+        ("v_head.summary.weight", "scores texts"),
+    ],
+)
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_is_known_is_called_by_its_name(name: str, what: str, alone: bool) -> None:
+    arrays: dict[str, Array] = {} if alone else dict(tiny.tensors("llama-mha"))
+    message = refused("llama-mha", {**arrays, name: np.zeros((4, 4), np.uint16)})
+    assert what in message and name in message and "download it again" not in message

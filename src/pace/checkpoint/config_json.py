@@ -40,8 +40,9 @@ def checkpoint_file(directory: Path, name: str) -> Path | None:
         return path if os.path.lexists(path) else None
     root = Path(os.path.realpath(directory))
     repo = root.parent.parent
-    if root.parent.name == "snapshots" and (repo / "blobs").is_dir():
-        cache = repo.parent if repo.name.startswith("models--") else repo
+    cached = repo.name.startswith("models--")
+    if root.parent.name == "snapshots" and (cached or (repo / "blobs").is_dir()):
+        cache = repo.parent if cached else repo
         target = Path(os.path.realpath(path))
         if not any(
             target.is_relative_to(folder) for folder in (cache, Path(os.path.realpath(repo / "blobs")))

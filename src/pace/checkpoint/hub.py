@@ -65,8 +65,12 @@ def resolve(
 
 def _local(path: Path, revision: str | None) -> Path:
     path = path.resolve()
-    if path.name.startswith("models--") and (path / "snapshots").is_dir():
-        return _snapshot(path, revision)
+    repo = path.parent if path.name == "snapshots" else path
+    if repo.name.startswith("models--") and (repo / "snapshots").is_dir():
+        try:
+            return _snapshot(repo, revision)
+        except OSError as error:
+            raise CheckpointError(f"{repo}: cannot be read: {error.strerror or error}") from None
     if revision is not None:
         raise CheckpointError(f"revision {show(revision)} is for hub ids, but the model is the folder {path}")
     return path

@@ -4,15 +4,16 @@ first.
 The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the
 data. The Rust reader accepts a 100 MB header (1 M tensors cost it 2.7 s and 934 MB) and the last of two equal
 keys; this one checks, before any data is touched, that names are unique, that the byte ranges tile the data
-without gap or overlap, that each range is what shape and dtype need, that no tensor is in two shards, and that the shards
-hold what the index lists. What only repeats that (total_size, which shard a tensor is in, metadata) is not taken for a
-checksum: tools leave it stale.
+without gap or overlap, that each range is what shape and dtype need, that a tensor in two shards is the same in both, and
+that the shards hold what the index lists. What only repeats that (total_size, which shard a tensor is in, metadata) is
+not taken for a checksum: tools leave it stale.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,17 +26,22 @@ import numpy.typing as npt
 
 from pace.checkpoint.config_json import MAX_JSON_BYTES, checkpoint_file, open_regular, parse_json, read_file
 from pace.errors import CheckpointError, show
+from pace.log import logger
 
 __all__ = ["MAX_HEADER_BYTES", "MAX_TENSORS", "Checkpoint", "TensorInfo"]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+SHARDS = "model-*-of-*.safetensors"
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 100_000
 MAX_SHARDS = 2_000
 MAX_RANK = 8
 MAX_NAME_LEN = 512
+
+_COMPARED_BYTES = 1 << 20
+_SHARD_NAME = re.compile(r"model-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors", re.ASCII)
 
 # Formats that numpy lacks are given as their bits.
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -87,7 +93,8 @@ class Checkpoint:
     """
 
     def __init__(self, directory: str | Path) -> None:
-        """Open `model.safetensors`, else the shards that `model.safetensors.index.json` lists.
+        """Open `model.safetensors`, else the shards that `model.safetensors.index.json` lists or, without one, a
+        complete set of `model-00001-of-0000N.safetensors`.
 
         Raises:
             CheckpointError: no such files, or anything about them is malformed, contradictory or over a
@@ -102,6 +109,10 @@ class Checkpoint:
             single = checkpoint_file(self.directory, SINGLE_FILE)
             if single is not None:
                 self._add(single)
+                if any(
+                    self.directory.glob(SHARDS)
+                ):  # two models in one folder, perhaps; transformers takes the same one
+                    logger.warning("%s: %s is read, not the shards beside it", self.directory, SINGLE_FILE)
             else:
                 self._open_shards()
         except BaseException:
@@ -193,32 +204,15 @@ class Checkpoint:
     def _open_shards(self) -> None:
         path = checkpoint_file(self.directory, INDEX_FILE)
         if path is None:
-            others = [
-                suffix for suffix in ("bin", "pt", "pth", "gguf") if any(self.directory.glob(f"*.{suffix}"))
-            ]
-            hint = f"; .{others[0]} files are not read, convert them to safetensors" if others else ""
-            raise CheckpointError(f"{self.directory}: neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
-        data = read_file(path, MAX_JSON_BYTES)
-        if data.count(b'"') > 4 * MAX_TENSORS + 4_000:  # cheap, and bounds what parsing can cost
-            raise CheckpointError(f"{path}: more than {MAX_TENSORS} tensors")
-        index = parse_json(data, str(path))
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{path}: weight_map is {show(weight_map)}, expected {{tensor: file}}")
-        shards = set()
-        for name, shard in weight_map.items():
-            if not isinstance(shard, str) or not shard.endswith(".safetensors"):
-                raise CheckpointError(
-                    f"{path}: {show(name)} is in {show(shard)}, expected a .safetensors file name"
-                )
-            shards.add(shard)
-        if len(shards) > MAX_SHARDS:
-            raise CheckpointError(f"{path}: {len(shards)} shards, expected at most {MAX_SHARDS}")
-        for shard in sorted(shards):
-            file = checkpoint_file(self.directory, shard)
-            if file is None:
+            for file in _numbered_shards(self.directory):
+                self._add(file)
+            return
+        weight_map = _read_index(path)
+        for shard in sorted(set(weight_map.values())):
+            found = checkpoint_file(self.directory, shard)
+            if found is None:
                 raise CheckpointError(f"{path}: lists the shard {show(shard)}, which isn't in the folder")
-            self._add(file)
+            self._add(found)
         missing = sorted(weight_map.keys() - self._tensors.keys())
         if missing:
             raise CheckpointError(
@@ -230,20 +224,69 @@ class Checkpoint:
         file, size = open_regular(path)
         with file:
             tensors = _read_header(path, file.read(8) or b"", size, file.read)
-            for info in tensors:
-                other = self._tensors.get(info.name)
-                if other is not None:
-                    raise CheckpointError(
-                        f"{path}: holds {show(info.name)}, as {other.file.name} does; remove the shard that is "
-                        f"not part of the model from {INDEX_FILE}"
-                    )
             if len(self._tensors) + len(tensors) > MAX_TENSORS:
                 raise CheckpointError(f"{path}: more than {MAX_TENSORS} tensors in the checkpoint")
             try:
                 self._maps[path] = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{path}: cannot be mapped: {error}") from None
-        self._tensors.update((info.name, info) for info in tensors)
+        for info in tensors:
+            other = self._tensors.setdefault(info.name, info)
+            if other is not info and not self._equal(info, other):
+                raise CheckpointError(
+                    f"{path}: holds {show(info.name)}, as {other.file.name} does, with other values; remove the shard "
+                    f"that is not part of the model from {INDEX_FILE}"
+                )
+
+    def _equal(self, one: TensorInfo, other: TensorInfo) -> bool:
+        """Whether two places hold the same tensor; compared in pieces, as both are as large as the model has them."""
+        if (one.dtype, one.shape) != (other.dtype, other.shape):
+            return False
+        left, right = (memoryview(self._maps[info.file])[info.offset :] for info in (one, other))
+        pieces = (
+            slice(at, min(at + _COMPARED_BYTES, one.n_bytes)) for at in range(0, one.n_bytes, _COMPARED_BYTES)
+        )
+        return all(left[piece] == right[piece] for piece in pieces)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """The index's weight_map: tensor -> shard. What else an index says (total_size) only repeats the shards."""
+    data = read_file(path, MAX_JSON_BYTES)
+    if data.count(b'"') > 4 * MAX_TENSORS + 4_000:  # cheap, and bounds what parsing can cost
+        raise CheckpointError(f"{path}: more than {MAX_TENSORS} tensors")
+    weight_map = parse_json(data, str(path)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: weight_map is {show(weight_map)}, expected {{tensor: file}}")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{path}: {show(name)} is in {show(shard)}, expected a .safetensors file name"
+            )
+    n_shards = len(set(weight_map.values()))
+    if n_shards > MAX_SHARDS:
+        raise CheckpointError(f"{path}: {n_shards} shards, expected at most {MAX_SHARDS}")
+    return weight_map
+
+
+def _numbered_shards(directory: Path) -> list[Path]:
+    """The files `model-00001-of-0000N.safetensors` of a folder whose index is lost: their names say it all.
+
+    Raises:
+        CheckpointError: there are none, or one is missing; says what the folder has instead.
+    """
+    found = sorted(path.name for path in directory.glob(SHARDS))
+    numbers = [match for name in found if (match := _SHARD_NAME.fullmatch(name))]
+    counts = {int(match["count"]) for match in numbers}
+    if numbers and len(counts) == 1 and [int(m["number"]) for m in numbers] == [*range(1, counts.pop() + 1)]:
+        files = [checkpoint_file(directory, match[0]) for match in numbers]
+        return [file for file in files if file is not None]
+    others = [suffix for suffix in ("bin", "pt", "pth", "gguf") if any(directory.glob(f"*.{suffix}"))]
+    hint = f"; .{others[0]} files are not read, convert them to safetensors" if others else ""
+    if (directory / "adapter_model.safetensors").exists():
+        hint = (
+            "; it holds an adapter, merge it into its model first, for instance with PEFT's merge_and_unload"
+        )
+    raise CheckpointError(f"{directory}: neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
 
 
 def _read_header(path: Path, prefix: bytes, size: int, read: Any) -> list[TensorInfo]:

@@ -11,13 +11,18 @@ from pace.models.weights import Part, PartRows, WeightMap
 
 def llama(config: Config) -> DecoderSpec:
     """The base family; biases on all attention projections or none, on all MLP projections or none."""
-    refuse_foreign(config, also={"sliding_window": (), "layer_types": ()})
+    spec = decoder(config)
+    # Readers disagree whether Llama has windows: those that hide nothing are taken.
+    window = config.values.get("sliding_window")
+    wide = isinstance(window, int) and window >= spec.max_len
+    full = ["full_attention"] * len(spec.layers)
+    refuse_foreign(config, also={"sliding_window": (window,) if wide else (), "layer_types": (full,)})
     bias = Bias.NONE
     if config.flag("attention_bias", default=False):
         bias |= Bias.QKV | Bias.OUT
     if config.flag("mlp_bias", default=False):
         bias |= Bias.MLP
-    return replace(decoder(config), bias=bias)
+    return replace(spec, bias=bias)
 
 
 def decoder(config: Config, default_head_dim: int | None = None) -> DecoderSpec:

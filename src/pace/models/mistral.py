@@ -11,8 +11,11 @@ from pace.models.weights import WeightMap
 
 
 def mistral(config: Config) -> DecoderSpec:
-    """Llama without biases, with one sliding window for every layer or none."""
-    refuse_foreign(config, also={"attention_bias": (False,), "mlp_bias": (False,), "layer_types": ()})
+    """Llama without biases, with one sliding window for every layer or none.
+
+    attention_bias and mlp_bias are not read, as in transformers: a bias in the file would be an unexpected tensor.
+    """
+    refuse_foreign(config, also={"layer_types": ()})
     # transformers reads a missing key as 4096 and null as "no window": the difference must not be guessed.
     if "sliding_window" not in config.values:
         raise CheckpointError(

@@ -10,9 +10,11 @@ from pace.models.weights import WeightMap
 
 
 def qwen2(config: Config) -> DecoderSpec:
-    """Llama with biases on q, k and v alone, and an optional window on the upper layers."""
-    # Qwen2's biases are not optional, so an attention_bias key may only agree with them.
-    refuse_foreign(config, also={"attention_bias": (True,), "mlp_bias": (False,)})
+    """Llama with biases on q, k and v alone, and an optional window on the upper layers.
+
+    attention_bias and mlp_bias are not read, as in transformers: the file must have exactly these biases.
+    """
+    refuse_foreign(config)
     spec = base.decoder(config)
     windows = layer_windows(config, len(spec.layers))
     return replace(spec, bias=Bias.QKV, layers=tuple(LayerSpec(window=w) for w in windows))

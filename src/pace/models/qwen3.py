@@ -11,7 +11,7 @@ from pace.models.weights import Part, WeightMap
 
 def qwen3(config: Config) -> DecoderSpec:
     """Llama with an RMS norm on each query and key head; head_dim is 128 unless the config says otherwise."""
-    refuse_foreign(config, also={"mlp_bias": (False,), "use_qk_norm": (True,)})
+    refuse_foreign(config, also={"use_qk_norm": (True,)})
     spec = base.decoder(config, default_head_dim=128)
     windows = layer_windows(config, len(spec.layers))
     return replace(

@@ -73,7 +73,9 @@ def _architecture(config: Config) -> Architecture:
         found = [model_type]
     if not isinstance(found, list) or len(found) != 1 or not isinstance(found[0], str):
         raise config.error("architectures", found, f"a list with one of {', '.join(ARCHITECTURES)}")
-    known = ARCHITECTURES.get(found[0])
+    known = ARCHITECTURES.get(
+        found[0].removeprefix("FSDP")
+    )  # which sharded training puts before the class's name
     if known is None:
         raise UnsupportedModel(
             f"{config.where}: architecture {show(found[0])} is not supported; "

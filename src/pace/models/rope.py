@@ -80,8 +80,17 @@ def parse(
         CheckpointError: a parameter is missing, of the wrong type, out of range or contradicted elsewhere.
         UnsupportedModel: an unknown rope type or parameter.
     """
+    specs = [
+        _read(config, table, head_dim, partial, interleaved) for table in _parameters(config, layer_type)
+    ]
+    if specs[0] != specs[-1]:
+        raise CheckpointError(f"{config.where}: rope_parameters and rope_scaling differ; keep one of them")
+    return specs[0]
+
+
+def _read(config: Config, scaling: Config, head_dim: int, partial: bool, interleaved: bool) -> RopeSpec:
+    """One rotary embedding from the object that holds its parameters."""
     max_len = config.integer("max_position_embeddings")
-    scaling = _parameters(config, layer_type)
     kind = _kind(scaling)
     # Phi-3 and its relatives keep the pre-training length at the top level, which then has priority.
     outer = config if config.has("original_max_position_embeddings") else scaling
@@ -185,15 +194,17 @@ def _longrope_attention_factor(spec: RopeSpec) -> float:
     return math.sqrt(1 + math.log(spec.factor) / math.log(spec.original_len))
 
 
-def _parameters(config: Config, layer_type: str | None) -> Config:
-    """The object that holds the parameters: rope_parameters, rope_scaling, or an empty one."""
-    new, old = config.values.get("rope_parameters"), config.values.get("rope_scaling")
-    if new and old and _normal(new) != _normal(old):
-        raise CheckpointError(f"{config.where}: rope_parameters and rope_scaling differ; keep one of them")
-    key = "rope_parameters" if new else "rope_scaling"
-    if not new and not old:
-        return Config({}, f"{config.where}: rope_scaling")
-    table = config.table(key)
+def _parameters(config: Config, layer_type: str | None) -> list[Config]:
+    """The objects that hold the parameters: of rope_parameters and rope_scaling those that say something, else an empty
+    one. Where both do, they must mean the same: readers disagree on which of them counts."""
+    stated = [key for key in ("rope_parameters", "rope_scaling") if config.values.get(key)]
+    if not stated:
+        return [Config({}, f"{config.where}: rope_scaling")]
+    return [_of_layer(config.table(key), layer_type) for key in stated]
+
+
+def _of_layer(table: Config, layer_type: str | None) -> Config:
+    """The parameters of one type of layers, where there is a set for each."""
     nested = sorted(k for k, v in table.values.items() if isinstance(v, Mapping))
     if layer_type is not None and nested:
         if layer_type not in nested:
@@ -205,17 +216,6 @@ def _parameters(config: Config, layer_type: str | None) -> Config:
             "this architecture has one for all layers"
         )
     return table
-
-
-def _normal(parameters: object) -> object:
-    """Parameters in one spelling, without what is said elsewhere: rope_theta is compared with the top level's."""
-    if not isinstance(parameters, Mapping):
-        return parameters
-    values = {
-        key: _normal(value) for key, value in parameters.items() if value is not None and key != "rope_theta"
-    }
-    kind = values.pop("type", "default")
-    return {"rope_type": kind, **values}
 
 
 def _kind(scaling: Config) -> RopeKind:

@@ -245,7 +245,7 @@ ACTIVATIONS: Final[Mapping[str, Activation]] = {
 # config that sets one to anything else describes a model that the generic decoder would compute wrongly
 # without noticing.
 NEUTRAL: Final[Mapping[str, tuple[object, ...]]] = {
-    "quantization_config": ({},),
+    "quantization_config": (),
     "partial_rotary_factor": (1, 1.0),
     "attn_logit_softcapping": (),
     "final_logit_softcapping": (),
@@ -268,7 +268,7 @@ NEUTRAL: Final[Mapping[str, tuple[object, ...]]] = {
     "num_local_experts": (0, 1),
     "num_experts": (0, 1),
     "n_routed_experts": (0,),
-    "no_rope_layers": ([],),
+    "no_rope_layers": (),
     "attn_temperature_tuning": (False,),
     "attention_chunk_size": (),
     "is_encoder_decoder": (False,),
@@ -286,15 +286,15 @@ def refuse_foreign(config: Config, also: Mapping[str, tuple[object, ...]] | None
         also: further keys with their neutral values, for one architecture.
 
     Raises:
-        UnsupportedModel: a key has a value that is not neutral (null always is).
+        UnsupportedModel: a key has a value that is not neutral (null and an empty container always are).
     """
     for key, neutral in {**NEUTRAL, **(also or {})}.items():
         value = config.values.get(key)
-        if value is None or any(
+        if value in (None, {}, []) or any(
             value == n and isinstance(value, bool) == isinstance(n, bool) for n in neutral
         ):
             continue
-        allowed = " or ".join([repr(n) for n in neutral] + ["absent"])
+        allowed = " or ".join([show(n) for n in neutral] + ["absent"])
         raise UnsupportedModel(
             f"{config.where}: {key} is {show(value)}, which changes the model's mathematics; "
             f"this architecture supports only {allowed}"

@@ -1,0 +1,66 @@
+"""Tensor names as tools leave them: which tensor of the architecture each one means, and what the others are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from typing import Final
+
+# Modules that stand between a model and its layers: torch.compile, FSDP, activation checkpointing.
+_WRAPPERS: Final = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", re.ASCII
+)
+
+# What stands before all of it: DistributedDataParallel, DeepSpeed and Lightning, PEFT after a merge, one more model.
+_PREFIXES: Final = ("module.", "_forward_module.", "base_model.model.", "model.")
+
+IGNORED: Final = re.compile(
+    r"(?:.*\.)?rotary_emb\.(?:inv_freq|original_inv_freq|cos_cached|sin_cached)", re.ASCII
+)
+"""Tensors that are never needed: old versions of transformers stored the tables that the config describes."""
+
+_PEFT: Final = "adapter weights; merge them into the model first, for instance with PEFT's merge_and_unload"
+_FOREIGN: Final = tuple(
+    (re.compile(pattern, re.ASCII), what)
+    for pattern, what in (
+        (r"(?:^|\.)(?:lora_|base_layer\.|modules_to_save\.|ia3_)", _PEFT),
+        (
+            r"\.(?:qweight|qzeros|g_idx|weight_packed|weight_scale\w*|weight\.(?:absmax|quant_[\w.]+|nested_[\w.]+))$",
+            "quantised weights, which its config.json does not describe; take the original checkpoint",
+        ),
+        (r"^blk\.\d+\.", "names of a GGUF file; take the original checkpoint"),
+        (
+            r"(?:^|\.)layers\.\d+\.(?:attention\.w[qkvo]|feed_forward\.w[123])\.",
+            "Meta's own names; convert it with transformers, or take the checkpoint in Hugging Face's format",
+        ),
+        (
+            r"^(?:v_head|score|classifier|reward_head)\.",
+            "a head that scores texts; pace generates them, take the model without it",
+        ),
+    )
+)
+
+
+def canonical(name: str, wanted: Collection[str]) -> str:
+    """The architecture's name of a tensor; its own without wrappers where it is none of `wanted`.
+
+    Only what tools are known to add is taken off, and `model.` put where a model was saved without its head. Two tensors
+    may come to one name: the caller refuses them.
+    """
+    name = _WRAPPERS.sub("", name)
+    bare: str | None = name
+    while bare is not None:
+        for candidate in (bare, f"model.{bare}"):
+            if candidate in wanted:
+                return candidate
+        bare = next((bare[len(prefix) :] for prefix in _PREFIXES if bare.startswith(prefix)), None)
+    return name
+
+
+def foreign(names: Iterable[str]) -> str | None:
+    """What unexpected tensors are and what to do with them, naming the first that is known; None where none is."""
+    for name in names:
+        for pattern, what in _FOREIGN:
+            if pattern.search(name):
+                return f"{name!r} belongs to {what}"
+    return None
