@@ -157,7 +157,7 @@ def test_only_known_dependencies() -> None:
 def test_the_decoder_names_no_architecture() -> None:
     """Data-only files know architectures; what turns a spec into a plan does not."""
     families = {path.stem for path in (PACE / "models").glob("*.py")}
-    families -= {"__init__", "decoder", "plan", "registry", "rope", "spec", "weights"}
+    families -= {"__init__", "decoder", "names", "plan", "registry", "rope", "spec", "weights"}
     assert {"llama", "qwen3"} <= families
     pattern = re.compile(
         "|".join(sorted({re.sub(r"\d+$", "", name) for name in families} | {"gemma", "phi"})), re.I
@@ -170,7 +170,7 @@ def test_the_decoder_names_no_architecture() -> None:
 def test_families_hold_no_mathematics() -> None:
     """An architecture is data: no numpy, no operators."""
     for path in (PACE / "models").glob("*.py"):
-        if path.stem in {"__init__", "decoder", "plan", "registry", "rope", "spec", "weights"}:
+        if path.stem in {"__init__", "decoder", "names", "plan", "registry", "rope", "spec", "weights"}:
             continue
         for line, name in imports(path):
             assert name.split(".")[0] != "numpy" and name != "pace.models.plan", where(path, line)
