@@ -10,6 +10,7 @@ from ext.kit import build, chosen, packed, put, rng, rows_batch, sample_params
 
 from pace import ops
 from pace.models import plan as ir
+from pace.params import SamplingParams
 
 
 def test_sampling_reads_rows_with_gaps(team: ops.Team) -> None:
@@ -279,6 +280,38 @@ def test_samples_of_one_prompt_are_independent(team: ops.Team) -> None:
         assert (np.abs(counts - p) < 5 * np.sqrt(p * (1 - p) / n)).all()
         same = (drawn[i] == drawn[i - 1]).mean()
         assert abs(same - agree) < 5 * np.sqrt(agree * (1 - agree) / n), "as two independent draws agree"
+
+
+def test_greedy_is_decided_by_who_makes_the_parameters(team: ops.Team) -> None:
+    """9.9999999e-6 is below 1e-5 as a double and equal to it as a float: nobody decides it a second time."""
+    x = np.zeros((1, 300), np.float32)
+    x[0, 7] = 1e-7
+    history: list[Any] = [None]
+    assert SamplingParams(temperature=9.9999999e-6).greedy
+    least = np.float32(9.9999999e-6)
+    drawn = {
+        int(ops.sample(team, x, sample_params(1, temperature=least, seed=seed), history).tokens[0])
+        for seed in range(64)
+    }
+    assert len(drawn) > 10, "it is a temperature like others"
+    for wrong in (1e-6, 1e-40, -1.0, np.nan):
+        with pytest.raises(ValueError, match="row 0 has temperature"):
+            ops.sample(team, x, sample_params(1, temperature=wrong), history)
+
+
+def test_a_result_that_is_used_again_keeps_nothing(team: ops.Team) -> None:
+    """Of a step in which a row wanted more, or got any: top_ids behind a row's own are -1, and an error's all."""
+    x = rng("again").standard_normal((4, 200)).astype(np.float32)
+    first = ops.sample(team, x, sample_params(4, n_logprobs=5), [None] * 4)
+    x[3, 0] = np.nan
+    wanted = np.array([5, 2, -1, 5])
+    params = sample_params(4, n_logprobs=wanted)
+    fresh = ops.sample(team, x, params, [None] * 4)
+    again = ops.sample(team, x, params, [None] * 4, None, first)
+    assert again.top_ids is first.top_ids and again.errors.tolist() == [0, 0, 0, -1]
+    assert [a.tobytes() for a in again] == [a.tobytes() for a in fresh]
+    assert (again.top_ids >= 0).sum(axis=1).tolist() == [5, 2, 0, 0]
+    assert again.logprobs[2:].tolist() == again.ranks[2:].tolist() == [0, 0]
 
 
 def test_greedy_takes_the_lowest_of_equals(team: ops.Team) -> None:

@@ -253,6 +253,8 @@ int pace_logprobs_row(const pace_kernels *kernels, const float *logits, int voca
     float max = row_max(s.block_max, vocab);
     int status = row_status(max);
     out->token = status ? -1 : token;
+    out->rank = 0;
+    out->logprob = 0.0f;
     if (!status) logprobs(kernels, logits, vocab, max, token, n_logprobs, out, &s);
     return status;
 }
@@ -435,7 +437,7 @@ int pace_sample_row(const pace_kernels *kernels, const float *logits, const floa
         status = row_status(max);
         if (status) return status;
     }
-    int token = p->temperature < 1e-5f ? first_equal(x, vocab, max, s.block_max) : draw(kernels, x, vocab, max, p, &s);
+    int token = p->temperature == 0.0f ? first_equal(x, vocab, max, s.block_max) : draw(kernels, x, vocab, max, p, &s);
     if (p->n_logprobs >= 0) {
         s.block_max = block_max;
         logprobs(kernels, logits, vocab, raw_max, token, p->n_logprobs, out, &s);

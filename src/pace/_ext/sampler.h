@@ -19,8 +19,11 @@ enum {
     PACE_SAMPLE_EMPTY = -2,  // no token is left: all banned, not allowed or -inf
 };
 
+// Who makes the parameters decides what is greedy, once, and writes 0. Far below this the inverse would overflow.
+#define PACE_LEAST_TEMPERATURE 1e-5f
+
 struct pace_sample_params {
-    float temperature;         // 0 (below 1e-5): greedy, the filters and the seed are not used
+    float temperature;         // 0: greedy, the filters and the seed are not used; else PACE_LEAST_TEMPERATURE or more
     float top_p;               // in (0, 1]; 1: off
     float min_p;               // in [0, 1]; 0: off
     float repetition_penalty;  // > 0; 1: off; over prompt and output, logit > 0 ? l / r : l * r
@@ -54,12 +57,12 @@ struct pace_sample_result {
 size_t pace_sample_scratch(int vocab);
 
 // logits [vocab], read only, any alignment; block_max: as the kernel of that name leaves it, NULL: not known. Returns
-// 0, or a PACE_SAMPLE_ code with result->token -1 and the rest of the result undefined.
+// 0, or a PACE_SAMPLE_ code with result->token -1, rank and logprob 0, and nothing in the arrays.
 int pace_sample_row(const pace_kernels *kernels, const float *logits, const float *block_max, int vocab,
                     const struct pace_sample_params *params, struct pace_sample_result *result, void *scratch);
 
 // Fills logprob, rank and the n_logprobs best for a given token in [0, vocab): prompt
-// log-probabilities. Returns 0 or PACE_SAMPLE_NAN or PACE_SAMPLE_EMPTY.
+// log-probabilities. Returns as pace_sample_row.
 int pace_logprobs_row(const pace_kernels *kernels, const float *logits, int vocab, int32_t token, int n_logprobs,
                       struct pace_sample_result *result, void *scratch);
 

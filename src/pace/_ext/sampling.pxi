@@ -1,6 +1,7 @@
 # Part of _kernels.pyx: draws and log probabilities of a batch of logits.
 
 cdef extern from "sampler.h" nogil:
+    float PACE_LEAST_TEMPERATURE
     struct pace_sample_params:
         float temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty
         int32_t top_k, n_logprobs
@@ -38,6 +39,7 @@ cdef struct sample_job:
     const float *block_max  # [rows][blocks], or NULL
     long stride, n_blocks
     int vocab, n_logprobs
+    long n_top  # columns of the results' top_ids and top_logprobs
     const int32_t *given  # tokens to score; NULL: draw them
     const pace_sample_params *params
     pace_sample_result *results
@@ -47,16 +49,22 @@ cdef struct sample_job:
 
 cdef void sample_worker(void *arg, int tid, pace_team *team) noexcept nogil:
     cdef sample_job *j = <sample_job *>arg
-    cdef long i = 0, end = 0
+    cdef long i = 0, end = 0, top
     cdef void *scratch = pace_team_scratch(team, tid)
+    cdef pace_sample_result *r
     while pace_work_next(&j.work, tid, 1, &i, &end):
+        r = &j.results[i]
         if j.given != NULL:
-            j.errors[i] = pace_logprobs_row(j.kernels, j.logits + i * j.stride, j.vocab, j.given[i], j.n_logprobs,
-                                            &j.results[i], scratch)
+            j.errors[i] = pace_logprobs_row(j.kernels, j.logits + i * j.stride, j.vocab, j.given[i], j.n_logprobs, r,
+                                            scratch)
+            top = j.n_logprobs
         else:
             j.errors[i] = pace_sample_row(j.kernels, j.logits + i * j.stride,
                                           j.block_max + i * j.n_blocks if j.block_max != NULL else NULL, j.vocab,
-                                          &j.params[i], &j.results[i], scratch)
+                                          &j.params[i], r, scratch)
+            top = max(j.params[i].n_logprobs, 0)
+        for top in range(0 if j.errors[i] else top, j.n_top):  # a result that is used again holds another step's
+            r.top_ids[top], r.top_logprobs[top] = -1, 0.0
 
 
 cdef int32_t point(const int32_t[::1] ids, const int32_t **start) except -1:
@@ -75,6 +83,7 @@ cdef int run_rows(Team team, sample_job *job, const float[:, :] logits, int32_t[
     job.kernels = current
     job.logits, job.stride = &logits[0, 0], logits.strides[0] // 4
     job.errors = &errors[0]
+    job.n_top = top_ids.shape[1]
     for i in range(n):
         job.results[i].top_ids, job.results[i].top_logprobs = &top_ids[i, 0], &top_logprobs[i, 0]
     if pace_work_init(&job.work, team.n_threads):
@@ -131,6 +140,9 @@ def sample(Team team not None, const float[:, :] logits, maxima, const sample_re
             p[i].top_k, p[i].n_logprobs = params[i].top_k, params[i].n_logprobs
             p[i].seed, p[i].position = params[i].seed, params[i].position
             p[i].sample_index = params[i].sample_index
+            if p[i].temperature != 0 and not p[i].temperature >= PACE_LEAST_TEMPERATURE:
+                raise ValueError(f"row {i} has temperature {p[i].temperature}, expected 0 (greedy) or "
+                                 f"{PACE_LEAST_TEMPERATURE:.0e} and more")
             if p[i].n_logprobs > top_ids.shape[1] or p[i].n_logprobs > job.vocab:
                 raise ValueError(f"row {i} asks for {p[i].n_logprobs} logprobs, there is room for {top_ids.shape[1]}")
             row = history[i]
@@ -179,7 +191,6 @@ def logprobs(Team team not None, const float[:, :] logits, const int32_t[::1] to
             raise MemoryError("cannot allocate the sampling batch")
         run_rows(team, &job, logits, top_ids, top_logprobs, errors)
         for i in range(n):
-            if not errors[i]:
-                logprobs[i], ranks[i] = job.results[i].logprob, job.results[i].rank
+            logprobs[i], ranks[i] = job.results[i].logprob, job.results[i].rank
     finally:
         PyMem_Free(job.results)
