@@ -512,8 +512,9 @@ SAMPLE_DTYPE = np.dtype(
         ("sample_index", "u4"),
     ]
 )
-"""One row's sampling parameters. top_k <= 0, top_p >= 1 and min_p <= 0 are off; temperature 0 is greedy, others are at least 1e-5.
-n_logprobs: -1 none, 0 the drawn token's, n also the n best. seed, position and sample_index choose the random number."""
+"""One row's sampling parameters. top_k <= 0, top_p >= 1 and min_p <= 0 are off; temperature 0 is greedy, others are
+at least 1e-5. n_logprobs: -1 none, 0 the drawn token's, n also the n best. seed, position and sample_index choose the
+random number."""
 
 
 class SampleResult(NamedTuple):

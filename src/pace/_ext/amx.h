@@ -64,7 +64,7 @@ INLINE void amx_tile(const int halves, const int fetch, const mm_args *g) {
         }
     }
     const bf16 *a = g->a, *b = g->b;
-    const char *pf = g->prefetch;
+    uintptr_t pf = g->prefetch;
     for (long p = 0; p < g->kp; p += 16) {
         _tile_loadd(6, b, ldb);
         _tile_loadd(4, a, lda);
@@ -78,11 +78,11 @@ INLINE void amx_tile(const int halves, const int fetch, const mm_args *g) {
         }
         if (fetch == 1) {
 #pragma GCC unroll 32
-            for (int i = 0; i < 32; i++) _mm_prefetch(pf + 64 * i, _MM_HINT_T1);
+            for (uintptr_t i = 0; i < 32; i++) FETCH(pf + 64 * i, _MM_HINT_T1);
             pf += 32 * 64;
         } else if (fetch == 2) {
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) _mm_prefetch(pf + (size_t)i * lda, _MM_HINT_T1);
+            for (uintptr_t i = 0; i < 4; i++) FETCH(pf + i * lda, _MM_HINT_T1);
             pf += 64;
         }
         a += 32;
@@ -120,7 +120,7 @@ INLINE void amx_like(const int mr, const int nv, const mm_args *g) {
             for (int j = 0; j < nv; j++) {
                 const bf16 *at = b + (j / 2) * g->bps + (j % 2) * 32;
                 const __m512i w = _mm512_loadu_si512(at);
-                if (g->prefetch) _mm_prefetch(at + MM_PREFETCH_AHEAD / 2, _MM_HINT_T0);
+                if (g->prefetch) FETCH((uintptr_t)at + MM_PREFETCH_AHEAD, _MM_HINT_T0);
                 const __m512 w0 = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
                 const __m512 w1 = _mm512_castsi512_ps(_mm512_and_si512(w, high));
 #pragma GCC unroll 4

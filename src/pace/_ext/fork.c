@@ -28,8 +28,11 @@ void pace_origin_init(pace_origin *o) {
     *o->alive = 1;
 }
 
-bool pace_origin_is_here(const pace_origin *o) { return o->alive ? *o->alive != 0 : o->pid == getpid(); }
+bool pace_origin_is_here(const pace_origin *o) {
+    if (!o->alive) return o->pid == getpid();
+    return *(const volatile unsigned char *)o->alive != 0;  // no compiler sees who changes it
+}
 
 void pace_origin_destroy(pace_origin *o) {
-    if (o->alive) munmap((void *)o->alive, PAGE);
+    if (o->alive) munmap(o->alive, PAGE);
 }

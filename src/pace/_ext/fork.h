@@ -6,7 +6,7 @@
 #include <sys/types.h>
 
 typedef struct {
-    volatile unsigned char *alive;  // a page that the kernel empties in a forked child; NULL: it can't, pid decides
+    unsigned char *alive;  // a page that the kernel empties in a forked child; NULL: it can't, pid decides
     pid_t pid;
 } pace_origin;
 

@@ -131,7 +131,7 @@ static void gemm_bf16(const pace_gemm *g, long p0, long p1, long m0, long m1, vo
             a.b = g->w + p * panel;
             a.c = c;
             a.ldc = np * PACE_NR;
-            a.prefetch = np > 1 ? (const char *)a.b : (const char *)a.b + MM_PREFETCH_AHEAD;
+            a.prefetch = (uintptr_t)a.b + (np > 1 ? 0 : MM_PREFETCH_AHEAD);
             GEMM_SKINNY((int)rows, (int)np * 2, &a);
             for (long i = 0; i < np; i++) gemm_epilogue(g, p + i, m0, rows, c + i * PACE_NR, a.ldc);
         }
@@ -153,10 +153,10 @@ static void gemm_bf16(const pace_gemm *g, long p0, long p1, long m0, long m1, vo
                     a.c = c + done * PACE_NR;
                     // One tile reads a little ahead of itself. Several share the fetching of what follows: the next
                     // chunk of this panel or the first of the next, which mostly is this worker's too.
-                    a.prefetch = tiles == 1 ? (const char *)a.b + GEMM_AHEAD
+                    a.prefetch = tiles == 1 ? (uintptr_t)a.b + GEMM_AHEAD
                                  : t < GEMM_SPREAD(tiles)
-                                     ? (const char *)(a.b + kc * PACE_NR) + t * a.kp * a.prefetch_step
-                                     : NULL;
+                                     ? (uintptr_t)(a.b + kc * PACE_NR) + (uintptr_t)(t * a.kp * a.prefetch_step)
+                                     : 0;
                     gemm_tile(&state, (int)mr, &a);
                     if (k0 + kc == g->k) gemm_epilogue(g, p, m0 + done, mr, a.c, PACE_NR);
                 }
@@ -180,7 +180,7 @@ static void gemm_bf16(const pace_gemm *g, long p0, long p1, long m0, long m1, vo
                                        : k0 + kc < g->k ? g->a + mb * g->lda + k0 + kc
                                                         : NULL;
                     for (long p = pg; p < pe; p++) {
-                        a.prefetch = GEMM_FETCH_ROWS && next ? (const char *)(next + (p - pg) * 4 * g->lda) : NULL;
+                        a.prefetch = GEMM_FETCH_ROWS && next ? (uintptr_t)next + (uintptr_t)((p - pg) * 8 * g->lda) : 0;
                         a.a = g->a + (mb + done) * g->lda + k0;
                         a.b = g->w + p * panel + k0 * PACE_NR;
                         a.c = c + ((p - pg) * GEMM_MC + done) * PACE_NR;

@@ -25,7 +25,7 @@
 typedef struct {
     const bf16 *a, *b;
     float *c;
-    const char *prefetch;  // NULL, or prefetch_step (<= 128) bytes per k pair of it are brought to L2 along the way
+    uintptr_t prefetch;  // 0, or prefetch_step (<= 128) bytes per k pair from there are brought to L2 along the way
     long prefetch_step;
     long lda, ldb, bps, ldc, kp;
     int accumulate;
@@ -75,10 +75,10 @@ INLINE void mm_tile(const int mr, const int nv, const int fetch, const mm_args *
             acc[r][j] = g->accumulate ? _mm512_loadu_ps(g->c + r * g->ldc + j * 16) : _mm512_setzero_ps();
     const bf16 *a[5], *b = g->b;
     const long lda = g->lda, ldb = g->ldb, bps = g->bps;
-    const char *pf = g->prefetch;
+    uintptr_t pf = g->prefetch;
     const long step = g->prefetch_step;
 #pragma GCC unroll 5
-    for (int i = 0; i < 5; i++) a[i] = g->a + 3 * i * lda;
+    for (int i = 0; i < 5; i++) a[i] = g->a + (3 * i < mr ? 3 * i : 0) * lda;
     for (long p = 0; p < g->kp; p++) {
         __m512i w[8][MM_SPLIT];
 #pragma GCC unroll 8
@@ -86,9 +86,9 @@ INLINE void mm_tile(const int mr, const int nv, const int fetch, const mm_args *
             mm_load(w[j], b + (j / 2) * bps + (j % 2) * 32);
         }
         if (fetch) {  // to which cache: measured, see GEMM_AHEAD
-            _mm_prefetch(pf, mr >= 3 && mr <= 6 ? _MM_HINT_T0 : _MM_HINT_T1);
-            _mm_prefetch(pf + step / 2, mr >= 3 && mr <= 6 ? _MM_HINT_T0 : _MM_HINT_T1);
-            pf += step;
+            FETCH(pf, mr >= 3 && mr <= 6 ? _MM_HINT_T0 : _MM_HINT_T1);
+            FETCH(pf + (uintptr_t)(step / 2), mr >= 3 && mr <= 6 ? _MM_HINT_T0 : _MM_HINT_T1);
+            pf += (uintptr_t)step;
         }
 #pragma GCC unroll 14
         for (int r = 0; r < mr; r++) {
@@ -128,13 +128,13 @@ INLINE void mm_tile(const int mr, const int nv, const int fetch, const mm_args *
         for (int j = 0; j < 2 * nv; j++)
             acc[r][j] = g->accumulate ? _mm256_loadu_ps(g->c + r * g->ldc + j * 8) : _mm256_setzero_ps();
     const bf16 *a = g->a, *b = g->b;
-    const char *pf = g->prefetch;
+    uintptr_t pf = g->prefetch;
     const long step = g->prefetch_step;
     for (long p = 0; p < g->kp; p++) {
         if (fetch) {
-            _mm_prefetch(pf, _MM_HINT_T1);
-            _mm_prefetch(pf + step / 2, _MM_HINT_T1);
-            pf += step;
+            FETCH(pf, _MM_HINT_T1);
+            FETCH(pf + (uintptr_t)(step / 2), _MM_HINT_T1);
+            pf += (uintptr_t)step;
         }
         __m256 even[4], odd[4], w0[8], w1[8];
         // The smaller side rests in registers: two weight vectors for 3 or 4 rows, else the rows.

@@ -264,9 +264,9 @@ static cut cut_op(const pace_plan *p, const pace_op *op) {
     }
 }
 
-static void arm(const pace_plan *p, long i, int tid) {
+static void arm(pace_plan *p, long i, int tid) {
     if (i >= p->n_ops) return;
-    pace_work *w = (pace_work *)&p->ring[i & 1];
+    pace_work *w = &p->ring[i & 1];
     const long n = cut_op(p, &p->ops[i]).n;
     if (p->ops[i].kind == PACE_ATTENTION)
         pace_work_arm_shared(w, tid, n);  // tiles are sorted longest first

@@ -74,7 +74,7 @@ static void unpack_row(float *dst, const bf16 *w, long row, long k, long k_pad) 
 static void embed(float *x, const bf16 *w, long token, long k, long k_pad, float scale) {
     const bf16 *s = w + (token / PACE_NR) * k_pad * PACE_NR + (token % PACE_NR) * 2;
     for (long p = 0; p < k / 2; p++) {
-        _mm_prefetch(s + (p + 16) * 2 * PACE_NR, _MM_HINT_T0);
+        FETCH((uintptr_t)s + (uintptr_t)(p + 16) * 4 * PACE_NR, _MM_HINT_T0);
         x[2 * p] = bf16_to_f32(s[p * 2 * PACE_NR]) * scale;
         x[2 * p + 1] = bf16_to_f32(s[p * 2 * PACE_NR + 1]) * scale;
     }

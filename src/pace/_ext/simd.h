@@ -12,6 +12,10 @@
 
 #define INLINE static inline __attribute__((always_inline, unused))
 
+// Brings the cache line at an address nearer. It never faults and may lie outside every array, where a pointer may not
+// even be formed: addresses of what comes next are integers.
+#define FETCH(address, hint) _mm_prefetch((const char *)(address), hint)
+
 INLINE float bf16_to_f32(bf16 h) {
     uint32_t u = (uint32_t)h << 16;
     float f;
