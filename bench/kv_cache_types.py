@@ -72,7 +72,7 @@ def load_model(name: str, max_len: int, n_threads: int | None) -> Model:
     team = ops.Team(n_threads or ops.default_threads()[0])
     sink = PackedSink(team)
     with Checkpoint(directory) as checkpoint:
-        load_weights(ir, Tensors(checkpoint, weight_map, ir.n_layers), sink)
+        load_weights(ir, Tensors(checkpoint, weight_map, len(spec.layers)), sink)
     return Model(team, ir, sink)
 
 
