@@ -240,6 +240,14 @@ def test_chat(llm: AsyncLLM, model: Path) -> None:
             await anext(llm.chat(long, GREEDY))
         with pytest.raises(ChatTemplateError, match="template"):
             await anext(llm.chat(messages, GREEDY, chat_template="{% if"))
+        options: Any = {
+            "chat_template_kwargs": {"a": [1]},
+            "tools": [{"b": 2}],
+            "continue_final_message": True,
+        }
+        template = "{{ a }}{{ tools }}{{ messages[0].content }}!"
+        output = await anext(llm.chat(messages, GREEDY, chat_template=template, **options))
+        assert output.prompt == "[1][{'b': 2}]" + "hi " * 20
         return [output async for output in llm.chat(messages, GREEDY)]
 
     outputs = run(main())

@@ -327,6 +327,36 @@ def test_chat_keeps_a_history(
     )
 
 
+def test_chat_options(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[dict[str, Any]] = []
+    stream_chat = LLM.stream_chat
+
+    def spy(self: LLM, *args: Any, **options: Any) -> Any:
+        seen.append(options)
+        return stream_chat(self, *args, **options)
+
+    monkeypatch.setattr(LLM, "stream_chat", spy)
+    (tmp_path / "t.jinja").write_text("{{ messages[0].content }}\n")
+    (tmp_path / "tools.json").write_text('[{"type": "function"}]')
+    argv = ["chat", "--model", model, *GREEDY]
+    files = ["--chat-template", str(tmp_path / "t.jinja"), "--tools", str(tmp_path / "tools.json")]
+    monkeypatch.setattr(sys, "stdin", Stdin("one\n"))
+    assert run(capsys, *argv, *files, "--chat-template-kwargs", '{"enable_thinking": false}')[0] == 0
+    assert seen.pop() == {
+        "chat_template": "{{ messages[0].content }}",
+        "chat_template_kwargs": {"enable_thinking": False},
+        "tools": [{"type": "function"}],
+    }
+    monkeypatch.setattr(sys, "stdin", Stdin("one\n"))
+    _, _, err = run(capsys, *argv, "--chat-template", "tool_use")
+    assert seen.pop() == {"chat_template": "tool_use"} and "no chat template is called 'tool_use'" in err
+    for wrong in ("[1]", "{", "[" * 100_000):
+        _, _, err = run(capsys, *argv, "--chat-template-kwargs", wrong)
+        assert "--chat-template-kwargs" in err and "expected an object" in err
+
+
 def test_ctrl_c_stops_the_answer_only(
     model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

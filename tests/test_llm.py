@@ -108,6 +108,30 @@ def test_chat(llm: LLM) -> None:
     assert last.outputs == output.outputs
 
 
+def test_chat_options_reach_the_template(llm: LLM) -> None:
+    """Qwen3's `enable_thinking` was out of reach."""
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}{{ tools | tojson }}"
+        "{{ 'T' if enable_thinking is not defined or enable_thinking else 'N' }}{% if add_generation_prompt %}>{% endif %}"
+    )
+    messages = [{"role": "ipython", "content": "a"}, {"role": "assistant", "content": "b"}]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    options: Any = {
+        "chat_template": template,
+        "chat_template_kwargs": {"enable_thinking": False},
+        "tools": tools,
+    }
+    expected = '<ipython>a</><assistant>b</>[{"type": "function", "function": {"name": "f"}}]N>'
+    assert llm.chat(messages, GREEDY, **options)[0].prompt == expected
+    assert [*llm.stream_chat(messages, GREEDY, **options)][-1].prompt == expected
+    options = {"chat_template": template, "continue_final_message": True}
+    assert llm.chat(messages, GREEDY, **options)[0].prompt == "<ipython>a</><assistant>b"
+    assert [*llm.stream_chat(messages, GREEDY, **options)][-1].prompt == "<ipython>a</><assistant>b"
+    for wrong in ({"tools": "f"}, {"chat_template_kwargs": [1]}, {"chat_template_kwargs": {"messages": []}}):
+        with pytest.raises(RequestError, match=r"tools|chat_template_kwargs|can't be a variable"):
+            llm.chat(messages, GREEDY, **wrong)  # type: ignore[arg-type]
+
+
 def test_callers_in_threads_share_steps_and_keep_their_answers(llm: LLM) -> None:
     expected = [llm.generate(f"thread {i}", GREEDY)[0].outputs for i in range(6)]
     found: list[Any] = [None] * 6

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from pace.driver import Notify, Ticket
 from pace.engine.request import Request
 from pace.errors import RequestError, show
 from pace.frontend import Frontend
-from pace.inputs import Encoded, Messages, Prompt, deadline, n_chars
+from pace.inputs import ChatOptions, Encoded, Messages, Prompt, deadline, n_chars
 from pace.outputs import RequestOutput
 from pace.params import SamplingParams
 
@@ -81,8 +82,11 @@ class AsyncLLM(Frontend):
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
         *,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
         chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Seq[Mapping[str, Any]] | None = None,
         priority: int = 0,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
@@ -90,19 +94,24 @@ class AsyncLLM(Frontend):
 
         Args:
             messages: the conversation.
-            add_generation_prompt: end the prompt where the assistant's answer begins.
-            chat_template: a jinja2 template instead of the checkpoint's.
+            add_generation_prompt, continue_final_message, chat_template, chat_template_kwargs, tools: as `LLM.chat`.
 
         The other arguments, outputs and errors are those of `generate`.
 
         Raises:
-            ChatTemplateError: there is no template, or it refuses the messages.
+            ChatTemplateError: there is no template, or it is malformed or failed.
         """
 
-        def encode() -> list[Encoded]:
-            return self._inputs.encode_chats([messages], add_generation_prompt, chat_template)
+        options = ChatOptions(
+            add_generation_prompt, continue_final_message, chat_template, chat_template_kwargs, tools
+        )
 
-        return self._generate(encode, n_chars(messages), sampling_params, request_id, priority, timeout_s)
+        def encode() -> list[Encoded]:
+            return self._inputs.encode_chats([messages], options)
+
+        return self._generate(
+            encode, n_chars(messages) + n_chars(tools), sampling_params, request_id, priority, timeout_s
+        )
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests before the next step: their last output has finish_reason "abort".

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from pace.engine.loader import Loaded
 from pace.engine.request import Request
 from pace.errors import PaceError, RequestError, show
 from pace.params import SamplingParams
-from pace.text.chat import ChatTemplate
+from pace.text.chat import ChatTemplates
 from pace.text.tokenizer import Tokenizer
 
-__all__ = ["Encoded", "Inputs", "Messages", "Prompt", "deadline", "n_chars"]
+__all__ = ["ChatOptions", "Encoded", "Inputs", "Messages", "Prompt", "deadline", "n_chars"]
 
 Prompt = str | Mapping[str, Any]
 """Text, {"prompt": text} or {"prompt_token_ids": [...]} (optionally with the text it came from).
@@ -29,6 +29,17 @@ Messages = Seq[Mapping[str, Any]]
 """One conversation: [{"role": "user", "content": "..."}, ...]."""
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
+
+
+@dataclass(frozen=True, slots=True)
+class ChatOptions:
+    """How conversations become prompts; one for each field of the same name of `LLM.chat`."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template: str | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    tools: Seq[Mapping[str, Any]] | None = None
 
 
 @dataclass(slots=True)
@@ -45,7 +56,7 @@ class Inputs:
 
     def __init__(self, loaded: Loaded) -> None:
         self._loaded = loaded
-        self._chat_template: ChatTemplate | None = None
+        self._chat_templates: ChatTemplates | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -65,34 +76,36 @@ class Inputs:
             RequestError: a prompt has a wrong form, or can't be encoded; the message names its index.
         """
         encoded = [_parse_prompt(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
-        self._encode_texts(encoded, "prompt", add_special_tokens=True)
+        self._encode_texts(encoded, "prompt", Tokenizer.encode_batch)
         return encoded
 
-    def encode_chats(
-        self, conversations: Seq[Messages], add_generation_prompt: bool, chat_template: str | None
-    ) -> list[Encoded]:
+    def encode_chats(self, conversations: Seq[Messages], options: ChatOptions) -> list[Encoded]:
         """Token ids and text of every conversation, through a chat template.
 
         Raises:
-            ChatTemplateError: there is no template, or it refuses the messages.
-            RequestError: a conversation has a wrong form, or can't be encoded.
+            ChatTemplateError: there is no template, or it is malformed or failed.
+            RequestError: a conversation or an option has a wrong form, the template refuses it, or it can't be encoded.
         """
-        if chat_template is not None:
-            template = ChatTemplate(chat_template, special_tokens=self.tokenizer.special_tokens)
-        else:
-            if self._chat_template is None:
-                self._chat_template = ChatTemplate.load(self._loaded.tokenizer_directory, self.tokenizer)
-            template = self._chat_template
+        if self._chat_templates is None:
+            self._chat_templates = ChatTemplates.load(self._loaded.tokenizer_directory, self.tokenizer)
+        template = self._chat_templates.choose(options.chat_template, tools=options.tools)
         encoded = []
         for i, messages in enumerate(conversations):
             with _naming(f"conversation {i}"):
-                text = template.render(messages, add_generation_prompt=add_generation_prompt)
+                text = template.render(
+                    messages,
+                    add_generation_prompt=options.add_generation_prompt,
+                    continue_final_message=options.continue_final_message,
+                    tools=options.tools,
+                    variables=options.chat_template_kwargs,
+                )
             encoded.append(Encoded(None, text))
-        # The template has written the special tokens itself.
-        self._encode_texts(encoded, "conversation", add_special_tokens=False)
+        self._encode_texts(encoded, "conversation", Tokenizer.encode_chats)
         return encoded
 
-    def _encode_texts(self, prompts: Seq[Encoded], noun: str, *, add_special_tokens: bool) -> None:
+    def _encode_texts(
+        self, prompts: Seq[Encoded], noun: str, encode: Callable[[Tokenizer, Seq[str]], list[list[int]]]
+    ) -> None:
         """Fill in the ids of the prompts that have none."""
         texts = {
             i: prompt.text
@@ -103,11 +116,11 @@ class Inputs:
             return
         tokenizer = self.tokenizer
         try:
-            batch = tokenizer.encode_batch(list(texts.values()), add_special_tokens=add_special_tokens)
+            batch = encode(tokenizer, list(texts.values()))
         except RequestError:
             for i, text in texts.items():  # once more, one by one, to learn which it was
                 with _naming(f"{noun} {i}"):
-                    tokenizer.encode(text, add_special_tokens=add_special_tokens)
+                    encode(tokenizer, [text])
             raise
         for i, ids in zip(texts, batch, strict=True):
             prompts[i].ids = ids

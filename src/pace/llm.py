@@ -14,7 +14,7 @@ from pace.console import progress_bar
 from pace.driver import Inbox, Ticket
 from pace.errors import PaceError, QueueFullError, RequestError, show
 from pace.frontend import Frontend
-from pace.inputs import Encoded, Messages, Prompt, deadline
+from pace.inputs import ChatOptions, Encoded, Messages, Prompt, deadline
 from pace.outputs import RequestOutput
 from pace.params import SamplingParams
 
@@ -75,8 +75,11 @@ class LLM(Frontend):
         sampling_params: SamplingParams | Seq[SamplingParams | None] | None = None,
         use_tqdm: UseTqdm = None,
         *,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
         chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Seq[Mapping[str, Any]] | None = None,
         priority: int | Seq[int] = 0,
         timeout_s: float | None = None,
     ) -> list[RequestOutput]:
@@ -84,21 +87,30 @@ class LLM(Frontend):
 
         Args:
             messages: a conversation or a list of them.
-            add_generation_prompt: end the prompt where the assistant's answer begins.
-            chat_template: a jinja2 template instead of the checkpoint's.
+            add_generation_prompt: end the prompt where the assistant's answer begins; None: unless the last message is
+                continued.
+            continue_final_message: end the prompt inside the last message, which the output continues.
+            chat_template: the name of one of the checkpoint's templates, or a jinja2 template; None: the checkpoint's
+                default, or "tool_use" where there are tools and it has one.
+            chat_template_kwargs: further variables of the template, such as {"enable_thinking": False}.
+            tools: JSON schemas of functions that the model may call, as its template wants them.
 
         The other arguments are those of `generate`.
 
         Raises:
-            ChatTemplateError: there is no template, or it refuses the messages.
-            RequestError, CapacityError, EngineDeadError: as `generate`.
+            ChatTemplateError: there is no template, or it is malformed or failed.
+            RequestError: a message or an option has a wrong form, or the template refuses it; else as `generate`.
+            CapacityError, EngineDeadError: as `generate`.
         """
         self._driver.check()
         if not isinstance(messages, (list, tuple)):
             raise RequestError(f"messages is {show(messages)}, expected a list of messages")
         single = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Any = [messages] if single else messages
-        prompts = self._inputs.encode_chats(conversations, add_generation_prompt, chat_template)
+        options = ChatOptions(
+            add_generation_prompt, continue_final_message, chat_template, chat_template_kwargs, tools
+        )
+        prompts = self._inputs.encode_chats(conversations, options)
         return self._run(prompts, sampling_params, use_tqdm, priority, timeout_s)
 
     def stream(
@@ -132,14 +144,20 @@ class LLM(Frontend):
         messages: Messages,
         sampling_params: SamplingParams | None = None,
         *,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
         chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Seq[Mapping[str, Any]] | None = None,
         priority: int = 0,
         timeout_s: float | None = None,
     ) -> Iterator[RequestOutput]:
         """`stream` for a conversation; arguments as `chat`."""
         self._driver.check()
-        prompts = self._inputs.encode_chats([messages], add_generation_prompt, chat_template)
+        options = ChatOptions(
+            add_generation_prompt, continue_final_message, chat_template, chat_template_kwargs, tools
+        )
+        prompts = self._inputs.encode_chats([messages], options)
         return self._stream(prompts, sampling_params, priority, timeout_s)
 
     def __enter__(self) -> LLM:

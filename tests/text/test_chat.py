@@ -1,114 +1,17 @@
-"""Chat templates render as in transformers, and can't escape, hang or exhaust memory."""
+"""Chat templates render as in transformers."""
 
 from __future__ import annotations
 
-import json
-import time
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from text.chats import CHAT, TEMPLATES, TOKENS, TOOL_CHAT, TOOLS, USER, render
 
 from pace.errors import ChatTemplateError, PaceError, RequestError
-from pace.text.chat import ChatTemplate, check_messages
-
-USER = [{"role": "user", "content": "hi"}]
-CHAT = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "  What is ‘2+2’? <b>&amp;</b> "},
-    {"role": "assistant", "content": "4\n"},
-    {"role": "user", "content": "你好 👋"},
-]
-TOOL_CHAT = [
-    {"role": "user", "content": "Weather in Zürich?"},
-    {
-        "role": "assistant",
-        "content": None,
-        "tool_calls": [
-            {"type": "function", "function": {"name": "weather", "arguments": {"city": "Zürich"}}}
-        ],
-    },
-    {"role": "tool", "content": '{"t": 21}', "name": "weather"},
-]
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "weather",
-            "description": "Look out of the window",
-            "parameters": {
-                "type": "object",
-                "properties": {"city": {"type": "string"}},
-                "required": ["city"],
-            },
-        },
-    }
-]
-TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
-
-# Written for these tests after the constructs that published templates use.
-TEMPLATES = {
-    "chatml": """{% for message in messages %}
-{{- '<|im_start|>' + message['role'] + '\\n' + (message['content'] or '') + '<|im_end|>' + '\\n' }}
-{%- endfor %}
-{% if add_generation_prompt %}
-{{- '<|im_start|>assistant\\n' }}
-{%- endif %}""",
-    "headers": """{{- bos_token }}
-{%- if messages[0]['role'] == 'system' %}
-    {%- set system = messages[0]['content']|trim %}
-    {%- set messages = messages[1:] %}
-{%- else %}
-    {%- set system = "" %}
-{%- endif %}
-{{- "<|header|>system<|end|>\\n\\n" ~ system ~ "<|eot|>" }}
-{%- for message in messages %}
-    {%- if not loop.first %}{{ "\\n" }}{% endif %}
-    {{- '<|header|>' ~ message.role ~ '<|end|>\\n\\n' ~ (message.content or '')|trim ~ '<|eot|>' }}
-    {%- if loop.last and add_generation_prompt %}{{ '<|header|>assistant<|end|>' }}{% endif %}
-{%- endfor %}""",
-    "inst": """{{ bos_token }}{% for message in messages if message.role != 'system' %}
-{% if message['role'] == 'user' %}[INST] {{ message.content }} [/INST]{% elif message.role == 'assistant' %}
- {{ message['content'] or '' }}{{ eos_token }}{% endif %}{% endfor %}""",
-    "tools": """{%- macro show(tool, level) %}{{ '  ' * level }}{{ tool | tojson }}{% endmacro %}
-{%- set ns = namespace(last=-1, found=false) %}
-{%- for message in messages[::-1] %}
-    {%- set index = (messages|length - 1) - loop.index0 %}
-    {%- if not ns.found and message.role == "user" and message.content is string %}
-        {%- set ns.last = index %}{%- set ns.found = true %}
-    {%- endif %}
-{%- endfor %}
-{%- if tools %}
-    {{- "# Tools" }}
-    {%- for tool in tools %}{{- "\\n" }}{{ show(tool, 1) }}{%- endfor %}
-    {{- "\\n" ~ (tools | tojson(indent=2)) }}
-{%- endif %}
-{%- for message in messages %}
-    {%- if message.content is none %}{{ message.role }} calls
-        {%- for call in message.tool_calls %}
-            {%- if call.function is defined %}{%- set call = call.function %}{%- endif %}
-            {%- for key, value in call.arguments.items() %} {{ key }}={{ value }}{% endfor %}
-        {%- endfor %}
-    {%- else %}{{ loop.index }}/{{ loop.length }} {{ message.role }}{{ "!" if loop.index0 == ns.last }}: {{
-        message.content.strip().split('\\n')[-1].replace('&', 'and') }}
-    {%- endif %}
-    {% if message.name is defined %}name={{ message['name'] | upper }}{% endif %}
-{%- endfor %}
-{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>' }}{%- endif %}""",
-    "generation": """{% for message in messages %}{% if message.role == 'assistant' %}
-{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}
-{% else %}{{ message.role ~ ': ' ~ message.content }}
-{% endif %}{% if loop.index > 3 %}{% break %}{% endif %}{% endfor %}
-{{ unknown_variable }}{{ [3, 1, 2] | sort | join(', ') }} {{ messages | map(attribute='role') | list }}
-{{ messages | selectattr('role', 'equalto', 'user') | list | length }} {{ 7 // 2 }} {{ 2 ** 5 }}
-{{ '%05.1f' % 3.14 }}
-{{ {'b': 'é<', 'a': [1, none, true]} }} {{ 'x' in messages[0].content }} {{ messages[0] is mapping }}""",
-}
-
-
-def render(source: str, messages: Any = USER, **options: Any) -> str:
-    return ChatTemplate(source, special_tokens=TOKENS).render(messages, **options)
+from pace.text.chat import ChatTemplate, ChatTemplates
 
 
 @pytest.mark.live
@@ -134,64 +37,12 @@ def test_known_renderings() -> None:
     assert render("{{ {'é': '<&>'} | tojson }}") == '{"é": "<&>"}'
 
 
-def test_variables() -> None:
-    source = "{{ enable_thinking }}"
-    assert render(source, variables={"enable_thinking": False}) == "False"
-    for bad in ({"messages": 1}, {"bos_token": "x"}, {"_x": 1}, {"a b": 1}, {"x": [1]}, {"range": 1}, {1: 1}):
-        with pytest.raises(RequestError):
-            render(source, variables=bad)
+def test_a_refusal_is_the_requests_fault() -> None:
+    with pytest.raises(RequestError, match="'roles must alternate'"):
+        render("{{ raise_exception('roles must alternate') }}")
 
 
-# ---- messages
-
-
-@pytest.mark.parametrize(
-    ("messages", "word"),
-    [
-        ([], "empty"),
-        ("hi", "messages"),
-        (None, "messages"),
-        ([1], r"messages\[0\]"),
-        ([{"content": "x"}], "role"),
-        ([{"role": "wizard", "content": "x"}], "wizard"),
-        ([{"role": ["user"], "content": "x"}], "role"),
-        ([{"role": "user"}], "content"),
-        ([{"role": "user", "content": None}], "content"),
-        ([{"role": "assistant", "content": None}], "content"),
-        ([{"role": "user", "content": 5}], "content"),
-        ([{"role": "user", "content": {"type": "text", "text": "x"}}], "content"),
-        (
-            [{"role": "user", "content": [{"type": "image_url", "image_url": "file:///etc/passwd"}]}],
-            "image_url",
-        ),
-        ([{"role": "user", "content": [{"type": "text", "text": 1}]}], "text"),
-        ([{"role": "user", "content": ["x"]}], "content"),
-        ([{"role": "user", "content": "x", "extra": object()}], "JSON"),
-        ([{"role": "user", "content": "x", "extra": float("nan")}], "JSON"),
-        ([{"role": "user", "content": "x", "extra": {1: 2}}], "key"),
-        ([{"role": "user", "content": "x"}] * 10_001, "10001"),
-    ],
-)
-def test_bad_messages(messages: Any, word: str) -> None:
-    with pytest.raises(RequestError, match=word) as error:
-        render("{{ messages }}", messages)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 300
-
-
-def test_deep_nesting_is_refused() -> None:
-    value: Any = "x"
-    for _ in range(100):
-        value = [value]
-    with pytest.raises(RequestError, match="nested"):
-        render("", [{"role": "user", "content": "x", "extra": value}])
-
-
-def test_text_parts_are_joined() -> None:
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert check_messages([{"role": "user", "content": parts}]) == [{"role": "user", "content": "a\nb"}]
-
-
-def test_the_callers_messages_are_not_touched() -> None:
+def test_a_callers_class_brings_no_methods() -> None:
     class Sneaky(dict[str, Any]):
         def secret(self) -> str:
             return "leaked"
@@ -203,163 +54,157 @@ def test_the_callers_messages_are_not_touched() -> None:
     assert messages == [{"role": "user", "content": "x"}]
 
 
-# ---- what a hostile template can't do
-
-DOUBLE = "{% set ns = namespace(s=[1]) %}{% for i in range(60) %}{% set ns.s = [ns.s, ns.s] %}{% endfor %}"
-GROW = "{% set ns = namespace(s='a') %}{% for i in range(60) %}"
-HOSTILE = {
-    "nested loops": "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
-    "filtered loops": "{% for i in range(9999) %}{% for j in range(9999) if j < 0 %}{% endfor %}{% endfor %}",
-    "large range": "{% for i in range(1000000000) %}{% endfor %}",
-    "recursive loop": "{% for x in [[1]] recursive %}{{ loop(x) }}{% endfor %}",
-    "recursive macro": "{% macro m(s) %}{{ m(s) }}{% endmacro %}{{ m(1) }}",
-    "text times": "{{ 'a' * 2000000000 }}",
-    "times text": "{{ 2000000000 * 'a' }}",
-    "list times": "{{ [1] * 2000000000 }}",
-    "power": "{{ 10 ** 10 ** 10 }}",
-    "squares": "{% set ns = namespace(n=3) %}{% for i in range(9) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
-    "grow by plus": GROW + "{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s }}",
-    "grow by tilde": GROW + "{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",
-    "grow by block": GROW
-    + "{% set x %}{{ ns.s }}{{ ns.s }}{% endset %}{% set ns.s = x %}{% endfor %}{{ ns.s }}",
-    "grow by percent": GROW + "{% set ns.s = '%s%s' % (ns.s, ns.s) %}{% endfor %}{{ ns.s }}",
-    "grow by join": GROW + "{% set ns.s = [ns.s, ns.s] | join %}{% endfor %}{{ ns.s }}",
-    "grow by join method": GROW + "{% set ns.s = ''.join([ns.s, ns.s]) %}{% endfor %}{{ ns.s }}",
-    "grow by replace": GROW + "{% set ns.s = ns.s | replace('a', 'aa') %}{% endfor %}{{ ns.s }}",
-    "grow by replace method": GROW + "{% set ns.s = ns.s.replace('a', 'aa') %}{% endfor %}{{ ns.s }}",
-    "grow by macro": "{% macro m(s) %}{{ s }}{{ s }}{% endmacro %}{{ "
-    + "m(" * 40
-    + "'aa'"
-    + ")" * 40
-    + " }}",
-    "literal in a loop": "{% for i in range(100000) %}" + "x" * 10_000 + "{% endfor %}",
-    "literal in a macro": "{% macro m() %}" + "x" * 10_000 + "{% endmacro %}"
-    "{% for i in range(1000) %}{% for j in range(99) %}{% set y = m() %}{% endfor %}{% endfor %}",
-    "shared lists printed": DOUBLE + "{{ ns.s }}",
-    "shared lists to json": DOUBLE + "{{ ns.s | tojson }}",
-    "shared lists compared": DOUBLE + "{{ ns.s == ns.s }}",
-    "shared lists tested": DOUBLE + "{{ ns.s is eq ns.s }}",
-    "shared lists sorted": DOUBLE + "{{ [ns.s, ns.s] | sort }}",
-    "shared lists joined": DOUBLE + "{{ ns.s | join }}",
-    "shared lists formatted": DOUBLE + "{{ '%s' % ns.s }}",
-    "shared lists concatenated": DOUBLE + "{% set x = 'a' ~ ns.s %}",
-    "ljust": "{{ 'a'.ljust(1000000000) }}",
-    "width": "{{ '%1000000000d' % 1 }}",
-    "star width": "{{ '%*d' % (1000000000, 1) }}",
-    "width filter": "{{ '%1000000000d' | format(1) }}",
-    "format": "{{ '{:1000000000}'.format(1) }}",
-    "indent": "{{ 'a' | indent(1000000000) }}",
-    "json indent": "{{ [1] | tojson(indent=1000000000) }}",
-    "round": "{{ 2.5 | round(1000000000, 'ceil') }}",
-    "strftime": "{{ strftime_now('%1000000000Y') }}",
-    "class": "{{ ''.__class__.__mro__ }}",
-    "mro": "{{ [].__class__.__base__.__subclasses__() }}",
-    "attr": "{{ '' | attr('__class__') }}",
-    "mutation": "{{ messages.append(1) }}",
-    "include": "{% include '/etc/passwd' %}",
-    "import": "{% import 'os' as os %}",
-    "lipsum": "{{ lipsum(n=100000) }}",
-    "undefined": "{{ x.y.z }}",
-    "division": "{{ 1 // 0 }}",
-    "syntax": "{% if %}",
-    "unclosed": "{% for",
-    "parentheses": "{{ " + "(" * 1000 + "1" + ")" * 1000 + " }}",
-    "brackets": "{{ " + "[" * 5000 + "]" * 5000 + " }}",
-}
+# ---- what the template decides
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_template(name: str) -> None:
-    start = time.perf_counter()
-    with pytest.raises(ChatTemplateError) as error:
-        render(HOSTILE[name])
-        raise ChatTemplateError("rendered")
-    assert time.perf_counter() - start < 2
-    assert str(error.value) != "rendered"
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize("role", ["ipython", "developer", "function", "latest_reminder", "Usuário"])
+def test_templates_decide_which_roles_there_are(role: str) -> None:
+    assert render("{{ messages[0].role }}", [{"role": role, "content": "x"}]) == role
+    picky = "{% if messages[0].role != 'user' %}{{ raise_exception('only user') }}{% endif %}"
+    with pytest.raises(RequestError, match="only user"):
+        render(picky, [{"role": role, "content": "x"}])
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{{ ''['__class__'] }}",
-        "{{ raise_exception.__globals__ }}",
-        "{{ range.__self__ }}{{ cycler.__init__ }}{{ namespace.__class__ }}",
-        "{{ [''] | map(attribute='__class__') | join }}",
-        "{{ self.__init__ }}{{ self._TemplateReference__context }}",
-    ],
-)
-def test_internals_are_undefined(source: str) -> None:
-    assert render(source) == ""
-
-
-def test_hostile_template_stays_small() -> None:
-    tracemalloc = pytest.importorskip("tracemalloc")
-    tracemalloc.start()
-    try:
-        for name in ("text times", "grow by tilde", "grow by block", "grow by macro"):
-            tracemalloc.reset_peak()
-            with pytest.raises(ChatTemplateError):
-                render(HOSTILE[name])
-            assert tracemalloc.get_traced_memory()[1] < 100e6, name
-    finally:
-        tracemalloc.stop()
-
-
-def test_a_refusal_is_the_requests_fault() -> None:
-    with pytest.raises(RequestError, match="'roles must alternate'"):
-        render("{{ raise_exception('roles must alternate') }}")
-
-
-def test_long_chats_fit_the_budget() -> None:
-    messages = [
-        {"role": "user" if i % 2 == 0 else "assistant", "content": "word " * 200} for i in range(5000)
-    ]
-    start = time.perf_counter()
-    for name in ("chatml", "tools"):
-        assert len(render(TEMPLATES[name], messages)) > 4_900_000
-    assert time.perf_counter() - start < 4
-
-
-def test_budgets_are_per_rendering() -> None:
-    template = ChatTemplate("{% for i in range(90000) %}{% endfor %}ok")
-    assert [template.render(USER) for _ in range(12)] == ["ok"] * 12
-
-
-# ---- where the template comes from
-
-
-def tokenizer(folder: Path, **config: Any) -> Any:
-    return SimpleNamespace(directory=folder, config=config, special_tokens=TOKENS)
-
-
-def test_load(tmp_path: Path) -> None:
-    named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
-    assert (
-        ChatTemplate.load(tmp_path, tokenizer(tmp_path, chat_template="{{ bos_token }}")).render(USER)
-        == "<s>"
+def test_what_is_absent_stays_absent() -> None:
+    source = "{% for m in messages %}{{ m.content is defined }},{{ m.content is none }},{{ m | length }};{% endfor %}"
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    assert render(source, [call, {**call, "content": None}, {"role": "user", "content": ""}]) == (
+        "False,False,2;True,True,3;True,False,2;"
     )
-    template = ChatTemplate.load(tmp_path, tokenizer(tmp_path, chat_template=named))
-    assert template.render(USER) == "D" and template.render(USER, tools=TOOLS) == "T"
-    (tmp_path / "chat_template.jinja").write_text("file")
-    assert ChatTemplate.load(tmp_path, tokenizer(tmp_path, chat_template="x")).render(USER) == "file"
 
 
-@pytest.mark.parametrize(
-    "value", [None, 5, {}, [1], [{"name": "x"}], [{"name": "x", "template": "y"}], "x" * ((1 << 20) + 1),
-              [{"name": "default", "template": "y"}] * 2],
-)  # fmt: skip
-def test_load_refuses(tmp_path: Path, value: Any) -> None:
-    with pytest.raises(ChatTemplateError) as error:
-        ChatTemplate.load(tmp_path, tokenizer(tmp_path, chat_template=value))
-    assert "\n" not in str(error.value) and len(str(error.value)) < 1001
+def test_parts_go_to_templates_that_read_them() -> None:
+    parts = [
+        {"type": "text", "text": "a"},
+        {"type": "thinking", "thinking": "b"},
+        {"type": "text", "text": "c"},
+    ]
+    texts = [part for part in parts if part["type"] == "text"]
+    for loop in ("m.content", "m['content']", "content", "m.content | selectattr('type', 'equalto', 'text')"):
+        source = (
+            "{% for m in messages %}{% set content = m['content'] %}{% if content is string %}{{ content }}{% else %}"
+            "{% for part in " + loop + " %}<{{ part.type }}>{% endfor %}{% endif %}{% endfor %}"
+        )
+        expected = "<text><text>" if "select" in loop else "<text><thinking><text>"
+        assert render(source, [{"role": "user", "content": parts}]) == expected
+    plain = (
+        "{% for m in messages %}{{ m.content }}{% for line in m.content.split('x') %}{% endfor %}{% endfor %}"
+    )
+    assert render(plain, [{"role": "user", "content": texts}]) == "a\nc"
 
 
-def test_load_refuses_bad_files(tmp_path: Path) -> None:
-    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
-    with pytest.raises(ChatTemplateError, match="UTF-8"):
-        ChatTemplate.load(tmp_path, tokenizer(tmp_path))
+def test_a_list_that_is_no_parts_is_the_templates_business() -> None:
+    """Llama 3.1 writes the result of a tool as JSON where it isn't a text."""
+    source = "{{ messages[0].content | tojson }}"
+    for content in ([1, {"t": 21}], {"t": 21}, 5, True, None, []):
+        rendered = render(source, [{"role": "ipython", "content": content}])
+        assert rendered == {True: "true", None: "null"}.get(
+            content if isinstance(content, bool | None) else "", rendered
+        )
+    assert render(source, [{"role": "tool", "content": {"t": 21}}]) == '{"t": 21}'
 
 
-def test_templates_are_json_in_the_config() -> None:
-    assert render(json.loads(json.dumps(TEMPLATES["chatml"]))) == render(TEMPLATES["chatml"])
+def test_reasoning_has_every_name_that_templates_read() -> None:
+    source = "{{ messages[0].reasoning_content }}|{{ messages[0].thinking }}|{{ messages[0].content }}"
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        assert render(source, [{"role": "assistant", name: "why", "content": "so"}]) == "why|why|so"
+
+
+def test_variables_are_json() -> None:
+    source = "{{ enable_thinking }} {{ documents }}"
+    assert render(source, variables={"enable_thinking": False}) == "False None"
+    assert render("{{ documents[0].text }}", variables={"documents": [{"text": "d"}]}) == "d"
+    for bad in ({"messages": 1}, {"bos_token": "x"}, {"_x": 1}, {"a b": 1}, {"x": [object()]}, {"range": 1}, {1: 1},
+                {"tools": []}, {"x": float("nan")}, {"add_generation_prompt": True}, [1], "x"):  # fmt: skip
+        with pytest.raises(RequestError):
+            render(source, variables=bad)
+
+
+def test_the_clock_can_be_set() -> None:
+    clock = lambda: datetime(2024, 7, 26, 12)  # noqa: E731
+    assert ChatTemplate("{{ strftime_now('%d %b %Y') }}", clock=clock).render(USER) == "26 Jul 2024"
+    macro = "{% macro today() %}{{ strftime_now('%H') }}{% endmacro %}{{ today() }}"
+    assert ChatTemplates({"default": macro}, clock=clock).choose().render(USER) == "12"
+
+
+# ---- continuing the last message
+
+OPEN = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Sure, "}]
+
+
+def test_the_last_message_is_left_open() -> None:
+    assert render(TEMPLATES["chatml"], OPEN, continue_final_message=True) == (
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nSure, "
+    )
+    trimming = "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}[/]{% endfor %}"
+    assert render(trimming, OPEN, continue_final_message=True) == "[user]hi[/][assistant]Sure,"
+    parts = [
+        {"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b "}]}
+    ]
+    assert render(TEMPLATES["chatml"], parts, continue_final_message=True).endswith("assistant\na\nb ")
+    reading = "{% for m in messages %}{% for p in m.content %}<{{ p.text }}>{% endfor %}{% endfor %}"
+    assert render(reading, parts, continue_final_message=True) == "<a><b "
+    assert parts[0]["content"][1] == {"type": "text", "text": "b "}  # type: ignore[index]
+
+
+def test_what_cannot_be_continued_is_refused() -> None:
+    with pytest.raises(RequestError, match="choose one"):
+        render(TEMPLATES["chatml"], OPEN, continue_final_message=True, add_generation_prompt=True)
+    for final in (
+        {"role": "assistant", "content": None},
+        {"role": "assistant"},
+        {"role": "assistant", "content": []},
+    ):
+        with pytest.raises(RequestError, match="continue_final_message"):
+            render("{% for p in messages[0].content %}{% endfor %}", [final], continue_final_message=True)
+    with pytest.raises(RequestError, match="can't be continued"):
+        render("{{ messages[0].content }}", OPEN, continue_final_message=True)
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("content", ["Sure", " Sure  ", "", "a\n\n", "你好 👋"])
+@pytest.mark.parametrize("name", ["chatml", "headers", "inst"])
+def test_continuing_as_transformers(name: str, content: str) -> None:
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    messages = [*CHAT, {"role": "assistant", "content": content}]
+    (expected,), _ = utils.render_jinja_template(
+        [messages], chat_template=TEMPLATES[name], continue_final_message=True, **TOKENS
+    )
+    assert render(TEMPLATES[name], messages, continue_final_message=True) == expected
+
+
+# ---- which template
+
+
+def templates(folder: Path, **config: Any) -> ChatTemplates:
+    tokenizer: Any = SimpleNamespace(directory=folder, config=config, special_tokens=TOKENS)
+    return ChatTemplates.load(folder, tokenizer)
+
+
+def test_tools_choose_their_template(tmp_path: Path) -> None:
+    named = templates(tmp_path, chat_template={"default": "D", "tool_use": "T", "rag": "R{{ bos_token }}"})
+    assert named.choose().render(USER) == named.choose(tools=[]).render(USER) == "D"
+    assert named.choose(tools=TOOLS).render(USER, tools=TOOLS) == "T"
+    assert named.choose("rag", tools=TOOLS).render(USER) == "R<s>"
+    assert named.choose("{{ messages[0].content }}").render(USER) == "hi"
+    assert templates(tmp_path, chat_template="D").choose(tools=TOOLS).render(USER) == "D"
+
+
+def test_unknown_names_list_the_known_ones(tmp_path: Path) -> None:
+    named = templates(tmp_path, chat_template={"rag": "R", "tool_use": "T"})
+    for name, words in (
+        ("tool-use", "no chat template is called 'tool-use'.*rag, tool_use"),
+        (None, "but no default"),
+    ):
+        with pytest.raises(ChatTemplateError, match=words):
+            named.choose(name)
+    with pytest.raises(ChatTemplateError, match="has no chat template"):
+        templates(tmp_path).choose()
+    assert templates(tmp_path).choose("{{ 1 }}").render(USER) == "1"
+    with pytest.raises(RequestError, match="expected a name"):
+        named.choose(5)
+
+
+def test_a_template_is_compiled_once(tmp_path: Path) -> None:
+    named = templates(tmp_path)
+    assert named.choose("{{ 1 }}") is named.choose("{{ 1 }}")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from text.kit import CORPUS, byte_fallback, byte_level, load, save, token_ids
-from tokenizers import AddedToken, normalizers
+from tokenizers import AddedToken, normalizers, processors
 
 from pace.errors import RequestError, TokenizerError
 from pace.text.tokenizer import Tokenizer
@@ -167,3 +167,42 @@ def test_decode_token(gpt: Tokenizer, llama: Tokenizer) -> None:
     assert llama.decode_token(token_ids(llama, "brown")[0]) == "brown"
     for token_id in range(gpt._rust.get_vocab_size()):
         assert gpt.decode_token(token_id) == gpt.decode([token_id], skip_special_tokens=False)
+
+
+# ---- exactly one BOS
+
+
+def with_bos(folder: Path, *, added: bool) -> Tokenizer:
+    rust = byte_level()
+    if not added:
+        rust.post_processor = processors.ByteLevel(trim_offsets=False)
+    return load(save(folder, rust, {"bos_token": "<s>"}))
+
+
+@pytest.mark.parametrize("rendered", ["<s>hi", "hi", "<s><s>hi"])
+def test_a_chat_has_one_bos_whatever_template_and_tokenizer_say(tmp_path: Path, rendered: str) -> None:
+    """R1-Distill's template writes one and its tokenizer adds one; others leave it to the tokenizer."""
+    tokenizer = with_bos(tmp_path, added=True)
+    assert tokenizer.encode_chats([rendered]) == [tokenizer.encode("hi")]
+    assert tokenizer.encode("hi").count(0) == 1
+
+
+def test_a_rendered_chat_given_as_a_prompt_gets_no_second_bos(tmp_path: Path) -> None:
+    tokenizer = with_bos(tmp_path, added=True)
+    assert tokenizer.encode("<s>hi") == tokenizer.encode("hi")
+    assert tokenizer.encode("hi<s>").count(0) == 2  # inside a text it is the text's
+    assert tokenizer.encode("<s>") == tokenizer.encode("") == [0]
+
+
+def test_a_model_without_bos_gets_none(tmp_path: Path) -> None:
+    """Qwen's prompts have none; SmolLM2 calls its <|im_start|> BOS, and a template may write it."""
+    tokenizer = with_bos(tmp_path, added=False)
+    assert 0 not in tokenizer.encode_chats(["hi"])[0]
+    assert tokenizer.encode_chats(["<s>hi"])[0].count(0) == tokenizer.encode("<s>hi").count(0) == 1
+
+
+def test_what_is_put_behind_a_prompt_is_no_bos(tmp_path: Path) -> None:
+    rust = byte_level()
+    rust.post_processor = processors.TemplateProcessing(single="$A <s>", special_tokens=[("<s>", 0)])
+    tokenizer = load(save(tmp_path, rust))
+    assert tokenizer.encode_chats(["hi"]) == [tokenizer.encode("hi", add_special_tokens=False)]

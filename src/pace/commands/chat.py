@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
+import re
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pace.commands import options
 from pace.console import err, is_terminal, out
-from pace.errors import RequestError
+from pace.errors import RequestError, show
 
 if TYPE_CHECKING:
     from pace.llm import LLM
@@ -34,8 +37,16 @@ def add(commands: Any) -> None:
     options.add_engine_options(parser)
     parser.add_argument("--system", type=options.text_argument, metavar="TEXT", help="the system message")
     parser.add_argument(
-        "--chat-template", metavar="FILE", help="a jinja2 template instead of the checkpoint's"
+        "--chat-template",
+        metavar="FILE|NAME",
+        help="a jinja2 template instead of the checkpoint's, or which of the checkpoint's",
     )
+    parser.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="""variables of the template, such as '{"enable_thinking": false}'""",
+    )
+    parser.add_argument("--tools", metavar="FILE", help="JSON list of tools that the model may call")
     options.add_sampling_options(parser, max_tokens=1024)
     parser.add_argument(
         "--no-stats", dest="stats", action="store_false", help="don't print the memory plan and tokens/s"
@@ -44,7 +55,7 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carry the command out."""
-    template = None if args.chat_template is None else options.read_file(args.chat_template)
+    chat_options = _chat_options(args)
     params = options.sampling_params(args)
     interactive = is_terminal(sys.stdin)
     if interactive:
@@ -69,12 +80,41 @@ def run(args: argparse.Namespace) -> int:
                 messages.append({"role": "user", "content": text})
                 if args.seed is None:
                     params = params.clone(seed=options.draw_seed())
-                answer = _answer(llm, messages, params, template, args.stats)
+                answer = _answer(llm, messages, params, chat_options, args.stats)
                 if answer is None:
                     messages.pop()  # it could not even be asked
                 else:
                     messages.append({"role": "assistant", "content": answer})
     return options.EXIT_OK
+
+
+def _chat_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What is given of `LLM.chat`'s options.
+
+    Raises:
+        RequestError: a file can't be read, or is not what it must be.
+    """
+    given: dict[str, Any] = {}
+    if args.chat_template is not None:
+        # A name has neither dot nor slash as a rule; a file of that name is what was meant, where there is one.
+        is_name = not Path(args.chat_template).exists() and re.fullmatch(r"[\w-]+", args.chat_template)
+        given["chat_template"] = args.chat_template if is_name else options.read_file(args.chat_template)
+    if args.chat_template_kwargs is not None:
+        given["chat_template_kwargs"] = _json(args.chat_template_kwargs, "--chat-template-kwargs", dict)
+    if args.tools is not None:
+        given["tools"] = _json(options.read_file(args.tools), args.tools, list)
+    return given
+
+
+def _json(text: str, where: str, kind: type) -> Any:
+    expected = "an object" if kind is dict else "a list"
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{where}: not JSON: {error}; expected {expected}") from None
+    if not isinstance(value, kind):
+        raise RequestError(f"{where}: holds {show(value)}, expected {expected}")
+    return value
 
 
 def _read_line(interactive: bool) -> str | None:
@@ -94,12 +134,16 @@ def _read_line(interactive: bool) -> str | None:
 
 
 def _answer(
-    llm: LLM, messages: list[dict[str, str]], params: SamplingParams, template: str | None, stats: bool
+    llm: LLM,
+    messages: list[dict[str, str]],
+    params: SamplingParams,
+    chat_options: dict[str, Any],
+    stats: bool,
 ) -> str | None:
     """Print an answer while it grows; returns what there is of it, None where the messages were refused."""
     text, output, start = "", None, time.perf_counter()
     try:
-        stream = llm.stream_chat(messages, params, chat_template=template)
+        stream = llm.stream_chat(messages, params, **chat_options)
         with contextlib.closing(stream):  # type: ignore[type-var]  # a generator, as its docstring says
             for output in stream:
                 new = output.outputs[0].text

@@ -94,7 +94,9 @@ def add_engine_options(parser: argparse.ArgumentParser, *, tokenizer: bool = Tru
     group.add_argument("--revision", help="branch, tag or commit of a hub id")
     if tokenizer:
         group.add_argument("--tokenizer", metavar="DIR", help="take the tokenizer from there")
-        group.add_argument("--trust-tokenizer", action="store_true", help="skip the probe of an unusual tokenizer")
+        group.add_argument(
+            "--trust-tokenizer", action="store_true", help="skip the probe of an unusual tokenizer"
+        )
     group = parser.add_argument_group("engine")
     group.add_argument(
         "--max-model-len", type=positive, metavar="N", help="longest prompt and output, in tokens"

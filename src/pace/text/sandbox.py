@@ -31,7 +31,7 @@ from jinja2.visitor import NodeTransformer
 
 from pace.errors import ChatTemplateError, RequestError, show
 
-__all__ = ["Budget", "compile_template", "render"]
+__all__ = ["Budget", "Compiled", "compile_template", "render"]
 
 MAX_ITEMS = 100_000  # of one list that a template makes; also the sandbox's limit of range()
 MAX_INT_BITS = 256
@@ -70,9 +70,23 @@ class Budget:
 
 
 _BUDGET: ContextVar[Budget] = ContextVar("pace_chat_budget")
+_CLOCK: ContextVar[Callable[[], datetime]] = ContextVar("pace_chat_clock")
 
 
-def compile_template(source: str) -> jinja2.Template:
+@dataclass(frozen=True)
+class Compiled:
+    """A template ready to render.
+
+    Attributes:
+        template: Jinja's.
+        reads_parts: it loops over a message's content, so it understands lists of parts.
+    """
+
+    template: jinja2.Template
+    reads_parts: bool
+
+
+def compile_template(source: str) -> Compiled:
     """Compile a chat template for `render`.
 
     Raises:
@@ -82,10 +96,12 @@ def compile_template(source: str) -> jinja2.Template:
     token = _BUDGET.set(Budget())  # the compiler folds constants, with the same filters
     try:
         tree = environment.parse(source)
+        reads_parts = any(_is_content(loop.iter) for loop in tree.find_all(nodes.For))
         tree = _Guards().visit(tree)
         tree.set_environment(environment)
-        return jinja2.Template.from_code(
-            environment, environment.compile(tree), environment.make_globals(None)
+        code = environment.compile(tree)
+        return Compiled(
+            jinja2.Template.from_code(environment, code, environment.make_globals(None)), reads_parts
         )
     except ChatTemplateError:
         raise
@@ -101,14 +117,19 @@ def compile_template(source: str) -> jinja2.Template:
         _BUDGET.reset(token)
 
 
-def render(template: jinja2.Template, variables: Mapping[str, Any], budget: Budget) -> str:
-    """Render a compiled template within `budget`.
+def render(
+    template: jinja2.Template,
+    variables: Mapping[str, Any],
+    budget: Budget,
+    clock: Callable[[], datetime] = datetime.now,
+) -> str:
+    """Render a compiled template within `budget`; `strftime_now` asks `clock`.
 
     Raises:
         RequestError: the template called raise_exception: it does not take these messages.
         ChatTemplateError: it failed, or exceeded the budget.
     """
-    token = _BUDGET.set(budget)
+    token, clock_token = _BUDGET.set(budget), _CLOCK.set(clock)
     try:
         return template.render(variables)
     except RequestError:
@@ -123,6 +144,18 @@ def render(template: jinja2.Template, variables: Mapping[str, Any], budget: Budg
         raise ChatTemplateError(f"the chat template failed: {type(error).__name__}: {error}") from None
     finally:
         _BUDGET.reset(token)
+        _CLOCK.reset(clock_token)
+
+
+def _is_content(node: nodes.Node) -> bool:
+    """Whether an expression is a message's content itself, perhaps filtered or sliced; a call makes something else."""
+    while isinstance(node, (nodes.Filter, nodes.Getitem)) and node.node is not None:
+        if isinstance(node, nodes.Getitem) and not isinstance(node.arg, nodes.Slice):
+            return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
+        node = node.node
+    return (isinstance(node, nodes.Getattr) and node.attr == "content") or (
+        isinstance(node, nodes.Name) and node.name == "content"
+    )
 
 
 class _Counted:
@@ -481,4 +514,4 @@ def _raise_exception(message: object = "") -> NoReturn:
 def _strftime_now(pattern: str) -> str:
     if not isinstance(pattern, str) or len(pattern) > 100 or re.search(r"%[^a-zA-Z%]*\d", pattern):
         raise _OverBudget(f"strftime_now was given {show(pattern)}, expected a short format without widths")
-    return datetime.now().strftime(pattern)
+    return _CLOCK.get()().strftime(pattern)

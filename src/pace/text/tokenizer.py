@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from pace.errors import RequestError, TokenizerError, show
 from pace.log import logger
 from pace.text.added_tokens import ANCHOR, byte_form, literal_tokens
 from pace.text.tokenizer_json import decoder_kinds, guarded, load
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as RustTokenizer
 
 __all__ = ["Tokenizer"]
 
@@ -76,6 +79,7 @@ class Tokenizer:
         self.special_tokens = _special_tokens(directory, self.config)
         self.bos_token_id = self._special_id(path, "bos_token", vocabulary)
         self.eos_token_id = self._special_id(path, "eos_token", vocabulary)
+        self._prompt_bos_id = _bos_of_prompts(self._rust)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Encode one text without holding the GIL.
@@ -89,14 +93,32 @@ class Tokenizer:
         """
         return self.encode_batch([text], add_special_tokens=add_special_tokens)[0]
 
+    def encode_chats(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode what a chat template has rendered, with exactly one BOS where the tokenizer gives prompts one.
+
+        Most templates write it themselves; some leave it to the tokenizer, and some write it twice. Errors as `encode`.
+        """
+        result = []
+        for ids in self.encode_batch(texts, add_special_tokens=False):
+            n_bos = next((i for i, token_id in enumerate(ids) if token_id != self._prompt_bos_id), len(ids))
+            result.append(ids if self._prompt_bos_id is None else [self._prompt_bos_id, *ids[n_bos:]])
+        return result
+
     def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
-        """Encode several texts, in parallel and without holding the GIL; arguments and errors as `encode`."""
+        """Encode several texts, in parallel and without holding the GIL; arguments and errors as `encode`.
+
+        A text that begins with BOS, as a rendered chat does, is given no second one.
+        """
         for text in texts:
             self._check_text(text)
         # encode() would hold the GIL: a 3 MB prompt froze every other thread for 1.5 s; this one, for 7 ms.
         call = partial(self._rust.encode_batch_fast, list(texts), add_special_tokens=add_special_tokens)
         encodings = guarded(call, RequestError, "the tokenizer failed on this text")
-        return [encoding.ids for encoding in encodings]
+        result = [encoding.ids for encoding in encodings]
+        bos = self._prompt_bos_id
+        if add_special_tokens and bos is not None:
+            result = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in result]
+        return result
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Decode a whole sequence; invalid UTF-8 becomes U+FFFD.
@@ -204,6 +226,21 @@ class Tokenizer:
         if token not in vocabulary:
             raise TokenizerError(f"{path}: {name} is {show(token)}, which isn't in the vocabulary")
         return vocabulary[token]
+
+
+def _bos_of_prompts(rust: RustTokenizer) -> int | None:
+    """The token that the post-processor puts before a prompt; None where it puts none, or several."""
+    if not rust.num_special_tokens_to_add(False):
+        return None
+    # An empty prompt would not tell what is put before it from what is put behind.
+    try:
+        bare, full = (
+            guarded(partial(rust.encode, "a", add_special_tokens=special), RequestError, "").ids
+            for special in (False, True)
+        )
+    except RequestError:  # such as no token for "a", and none for the unknown
+        return None
+    return full[0] if bare and full[1 : 1 + len(bare)] == bare and full[:1] != bare[:1] else None
 
 
 def _check_vocabulary(
