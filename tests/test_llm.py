@@ -166,7 +166,7 @@ def test_a_suspended_stream_does_not_block_others(llm: LLM) -> None:
     ("prompts", "params", "message"),
     [
         (7, None, "prompts is 7"),
-        ([7], None, "prompt 0 is 7"),
+        ([7.5], None, "prompt 0 is 7.5"),
         (["a", {"text": "b"}], None, "prompt 1 has the key 'text'"),
         (["a", {}], None, "prompt 1 has neither"),
         ({"prompt": 3}, None, "prompt 0: prompt is 3"),

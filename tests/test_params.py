@@ -15,7 +15,7 @@ import pytest
 
 from pace.errors import RequestError
 from pace.outputs import CompletionOutput, Logprob, RequestOutput
-from pace.params import MAX_LOGPROBS, RequestOutputKind, SamplingParams
+from pace.params import RequestOutputKind, SamplingParams
 
 NAN, INF = float("nan"), float("inf")
 
@@ -77,14 +77,25 @@ def test_forms_are_normalised() -> None:
         *[("stop_token_ids", value) for value in ([-1], [1.0], [True], "12", 5, [1 << 31], [1] * 1025)],
         *[("max_tokens", value) for value in (0, -1, 1.5, True, 1 << 31)],
         *[("min_tokens", value) for value in (-1, 17, None, True)],
-        *[("logprobs", value) for value in (-1, MAX_LOGPROBS + 1, True, 1.0)],
-        *[("prompt_logprobs", value) for value in (-1, MAX_LOGPROBS + 1, True, 1.0)],
+        *[("logprobs", value) for value in (-2, 1 << 31, False, 1.0)],
+        *[("prompt_logprobs", value) for value in (-2, 1 << 31, False, 1.0)],
         *[("n", value) for value in (0, -1, 129, True, 2.0, "2", None)],
         *[
             ("logit_bias", value)
-            for value in ([1], "1", {"1": 1.0}, {-1: 1.0}, {1 << 31: 1.0}, {True: 1.0}, {1.0: 1})
+            for value in (
+                [1],
+                "1",
+                {"x": 1},
+                {"-1": 1},
+                {"": 1},
+                {"1.0": 1},
+                {"٣": 1},
+                {"1" * 99: 1},
+                {"1": 1, 1: 1},
+            )
         ],
-        *[("logit_bias", {1: value}) for value in (100.5, -101, NAN, INF, "1", None, True)],
+        *[("logit_bias", value) for value in ({-1: 1.0}, {1 << 31: 1.0}, {True: 1.0}, {1.0: 1})],
+        *[("logit_bias", {1: value}) for value in (NAN, "1", None, True, 10**400)],
         ("logit_bias", dict.fromkeys(range((1 << 18) + 1), 0.0)),
         *[("bad_words", value) for value in ("word", 5, [""], [1], ["x" * 1025], ["x"] * 1025, {"a": 1})],
         *[("allowed_token_ids", value) for value in ([], [-1], [1.5], [True], "12", 5, [1 << 31])],
@@ -92,6 +103,7 @@ def test_forms_are_normalised() -> None:
         *[("output_kind", value) for value in (0, 1, "delta", None)],
         *[("ignore_eos", value) for value in (1, None, "yes")],
         *[("detokenize", 0), ("skip_special_tokens", 1), ("include_stop_str_in_output", None)],
+        ("spaces_between_special_tokens", 1),
     ],
     ids=lambda value: None if isinstance(value, str) else repr(value)[:30],
 )
@@ -99,6 +111,21 @@ def test_refused(name: str, value: Any) -> None:
     with pytest.raises(RequestError, match=name) as error:
         SamplingParams(**{name: value})
     assert "\n" not in str(error.value)
+
+
+def test_logit_bias_as_json_has_it() -> None:
+    params = SamplingParams(logit_bias={"7": 250, 8: -1e9, "0009": INF, 3: -INF, 4: 1})  # type: ignore[dict-item]
+    assert params.logit_bias == {7: 100.0, 8: -100.0, 9: 100.0, 3: -100.0, 4: 1.0}
+    assert json.loads(json.dumps(dict(params.logit_bias or {}))) == {
+        "7": 100.0,
+        "8": -100.0,
+        "9": 100.0,
+        "3": -100.0,
+        "4": 1.0,
+    }
+    assert SamplingParams(logprobs=True, prompt_logprobs=True) == SamplingParams(
+        logprobs=1, prompt_logprobs=1
+    )
 
 
 def test_stop_strings_need_text() -> None:
@@ -121,7 +148,7 @@ def test_contradictions_are_refused() -> None:
 def test_messages_name_value_and_range() -> None:
     for values, message in (
         ({"n": 0}, "n is 0, expected an integer from 1 to 128"),
-        ({"logit_bias": {5: 200}}, "logit_bias of 5 is 200, expected a number from -100 to 100"),
+        ({"logit_bias": {5: "x"}}, "logit_bias of 5 is 'x', expected a number from -inf to inf"),
         (
             {"logit_bias": {"x": 1}},
             "a token id of logit_bias is 'x', expected an integer from 0 to 2147483647",
@@ -129,7 +156,7 @@ def test_messages_name_value_and_range() -> None:
         ({"bad_words": "x"}, "bad_words is 'x', expected a list of strings"),
         ({"bad_words": [""]}, "bad_words has '', expected strings of 1 to 1024 characters"),
         ({"allowed_token_ids": []}, "allowed_token_ids is empty, expected at least one id; None allows all"),
-        ({"prompt_logprobs": 21}, "prompt_logprobs is 21, expected an integer from 0 to 20"),
+        ({"prompt_logprobs": -2}, "prompt_logprobs is -2, expected an integer from -1 to 2147483647"),
         ({"output_kind": 1}, "output_kind is 1, expected RequestOutputKind.CUMULATIVE, DELTA or FINAL_ONLY"),
     ):
         with pytest.raises(RequestError) as error:
@@ -261,6 +288,12 @@ def test_check_vocab(name: str, value: Any) -> None:
     with pytest.raises(RequestError, match=f"{name} has 99, expected ids below the vocabulary's 99"):
         params.check_vocab(99)
     SamplingParams().check_vocab(1)
+
+
+def test_parameters_travel_as_a_dictionary() -> None:
+    params = SamplingParams(top_p=0.5, seed=3)
+    twin = SamplingParams(**dataclasses.asdict(params))
+    assert twin == params and twin.explicit == params.explicit == {"top_p", "seed"}
 
 
 def test_frozen() -> None:

@@ -16,6 +16,7 @@ from pace.frontend import Frontend
 from pace.inputs import ChatOptions, Encoded, Messages, Prompt, deadline, n_chars
 from pace.outputs import RequestOutput
 from pace.params import SamplingParams
+from pace.vllm_names import REQUEST_OPTIONS, takes_names
 
 __all__ = ["AsyncLLM"]
 
@@ -33,6 +34,7 @@ class AsyncLLM(Frontend):
     per step, for all its requests.
     """
 
+    @takes_names(REQUEST_OPTIONS)
     def generate(
         self,
         prompt: Prompt,
@@ -76,6 +78,7 @@ class AsyncLLM(Frontend):
 
         return self._generate(encode, n_chars(prompt), sampling_params, request_id, priority, timeout_s)
 
+    @takes_names(REQUEST_OPTIONS)
     def chat(
         self,
         messages: Messages,

@@ -34,6 +34,7 @@ T = TypeVar("T")
 ISA_TIERS = ("avx2", "avx512", "avx512vnni", "avx512bf16", "amx")
 KV_CACHE_TYPES = ("slab", "paged", "contiguous")
 KV_CACHE_DTYPES = ("bf16", "int8")
+BF16_NAMES = ("auto", "bfloat16")  # vLLM's, for the same
 ADMISSIONS = ("preempt", "reserve")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
@@ -43,6 +44,7 @@ MAX_MODEL_LEN = 1 << 24  # positions go through f32 exactly up to 2^24
 MAX_TOKENS_PER_STEP = 1 << 20
 MAX_SEQUENCES = 1 << 16
 MAX_WAITING = 1 << 24
+MAX_LOGPROBS = (1 << 31) - 1
 MAX_BYTES = 1 << 50
 MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 16, 1 << 16
 BYTE_UNITS = {"": 1, "b": 1}
@@ -206,6 +208,9 @@ class EngineConfig:
         kv_cache_dtype: "bf16", or "int8" with a scale per token and head.
         enable_prefix_caching: keep computed prompts for later requests with the same beginning (slab and
             paged; contiguous can't share).
+        generation_config: where sampling defaults come from: "auto": the checkpoint's generation_config.json; "vllm":
+            nowhere, those of `SamplingParams` hold; else a folder with a generation_config.json.
+        max_logprobs: most log probabilities that a request may ask for at each position; -1: the whole vocabulary.
         admission: "preempt": a request starts as soon as its prompt fits, and the last one gives way and is
             recomputed when memory runs out; "reserve": it starts when its longest possible output fits.
         n_threads: threads of the team; None: PACE_THREADS, else min(affinity, cgroup quota, physical cores).
@@ -230,6 +235,8 @@ class EngineConfig:
     kv_cache_memory: int | str | None = None
     kv_cache_dtype: str = "bf16"
     enable_prefix_caching: bool = True
+    generation_config: str = "auto"
+    max_logprobs: int = 20
     admission: str = "preempt"
     n_threads: int | None = None
     cpus: tuple[int, ...] | None = None
@@ -238,6 +245,10 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _check_text("model", self.model)
+        _check_text("generation_config", self.generation_config)
+        _check_int("max_logprobs", self.max_logprobs, -1, MAX_LOGPROBS)
+        if self.kv_cache_dtype in BF16_NAMES:
+            object.__setattr__(self, "kv_cache_dtype", "bf16")
         for name in ("revision", "tokenizer"):
             if getattr(self, name) is not None:
                 _check_text(name, getattr(self, name))

@@ -7,20 +7,23 @@ import os
 import weakref
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from pace.config import EngineConfig, parse_cpus
 from pace.driver import Driver
 from pace.engine.loader import Loaded, load
 from pace.inputs import Inputs
+from pace.params import SamplingParams
 from pace.text.tokenizer import Tokenizer
+from pace.vllm_names import ENGINE_OPTIONS, METHODS, AnswersByName, refuse_attribute, takes_class
 
 __all__ = ["Frontend"]
 
 F = TypeVar("F", bound="Frontend")
 
 
-class Frontend:
+@takes_class(ENGINE_OPTIONS)
+class Frontend(metaclass=AnswersByName):
     """A model, ready to generate: the base of `LLM` and `AsyncLLM`."""
 
     _on_demand = False
@@ -43,6 +46,8 @@ class Frontend:
         kv_cache_memory: int | str | None = None,
         kv_cache_dtype: str = "bf16",
         enable_prefix_caching: bool = True,
+        generation_config: str | os.PathLike[str] = "auto",
+        max_logprobs: int = 20,
         admission: str = "preempt",
         threads: int | None = None,
         cpus: Seq[int] | str | None = None,
@@ -70,6 +75,10 @@ class Frontend:
                 None: what max_num_seqs sequences of max_model_len need, at most 40 % of the available memory.
             kv_cache_dtype: "bf16", or "int8" with a scale per token and head.
             enable_prefix_caching: keep computed prompts for later requests with the same beginning.
+            generation_config: where sampling defaults come from, which apply field by field to what a request leaves
+                unset: "auto": the checkpoint's generation_config.json; "vllm": nowhere, those of `SamplingParams` hold;
+                else a folder with a generation_config.json.
+            max_logprobs: most log probabilities that a request may ask for at each position; -1: the whole vocabulary.
             admission: "preempt": a request starts as soon as its prompt fits, and may be interrupted and
                 recomputed; "reserve": it starts when its longest possible output fits.
             threads: of the engine; None: PACE_THREADS, else min(affinity, cgroup quota, physical cores).
@@ -95,6 +104,8 @@ class Frontend:
             kv_cache_memory=kv_cache_memory,
             kv_cache_dtype=kv_cache_dtype,
             enable_prefix_caching=enable_prefix_caching,
+            generation_config=os.fspath(generation_config),
+            max_logprobs=max_logprobs,
             admission=admission,
             n_threads=threads,
             cpus=parse_cpus(cpus) if isinstance(cpus, str) else cpus,  # type: ignore[arg-type]  # the config checks
@@ -132,6 +143,10 @@ class Frontend:
         """
         return self._inputs.tokenizer
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What a request without parameters runs with: the checkpoint's sampling defaults, and ours beside them."""
+        return self._inputs.default_params
+
     def stats(self) -> dict[str, Any]:
         """Counters and gauges since the model was loaded; see `Engine.stats`."""
         return self.engine.stats()
@@ -139,3 +154,8 @@ class Frontend:
     def close(self) -> None:
         """End the engine's threads; requests in flight end with an error. Calling it again does nothing."""
         self._driver.close()
+
+    if not TYPE_CHECKING:  # for a type checker every attribute would exist
+
+        def __getattr__(self, name: str) -> NoReturn:
+            refuse_attribute(type(self).__name__, name, METHODS)

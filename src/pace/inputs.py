@@ -17,10 +17,10 @@ from pace.params import SamplingParams
 from pace.text.chat import ChatTemplates
 from pace.text.tokenizer import Tokenizer
 
-__all__ = ["ChatOptions", "Encoded", "Inputs", "Messages", "Prompt", "deadline", "n_chars"]
+__all__ = ["ChatOptions", "Encoded", "Inputs", "Messages", "Prompt", "deadline", "n_chars", "prompt_list"]
 
-Prompt = str | Mapping[str, Any]
-"""Text, {"prompt": text} or {"prompt_token_ids": [...]} (optionally with the text it came from).
+Prompt = str | Seq[int] | Mapping[str, Any]
+"""Text, token ids, {"prompt": text} or {"prompt_token_ids": [...]} (optionally with the text it came from).
 
 Both mappings may have a "cache_salt": requests share cached prompts only with those of the same salt.
 """
@@ -29,6 +29,15 @@ Messages = Seq[Mapping[str, Any]]
 """One conversation: [{"role": "user", "content": "..."}, ...]."""
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
+VLLM_PROMPT_KEYS = (
+    "multi_modal_data",
+    "multi_modal_uuids",
+    "mm_processor_kwargs",
+    "media_io_kwargs",
+    "prompt_embeds",
+    "token_type_ids",
+    "prompt_token_offsets",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +77,11 @@ class Inputs:
         if self._loaded.tokenizer is None:
             raise RequestError("this model was loaded without a tokenizer; give prompt_token_ids")
         return self._loaded.tokenizer
+
+    @property
+    def default_params(self) -> SamplingParams:
+        """What a request without parameters runs with."""
+        return SamplingParams().merged_with(self._loaded.defaults.sampling)
 
     def encode(self, prompts: Seq[object]) -> list[Encoded]:
         """Token ids and text of every prompt; texts are encoded together.
@@ -166,7 +180,7 @@ class Inputs:
                     complete,
                     prompt=prompt.text,
                     stream=stream,
-                    priority=rank,
+                    priority=0 if rank is None else rank,
                     deadline_s=deadline_s,
                     cache_salt=prompt.cache_salt,
                 )
@@ -191,14 +205,44 @@ def n_chars(value: object, depth: int = 4) -> int:
     return sum(n_chars(part, depth - 1) for part in value)
 
 
+def prompt_list(prompts: object) -> Seq[object]:
+    """The prompts of a call that takes one or a list of them; an array or a tensor counts as its lists.
+
+    Raises:
+        RequestError: neither.
+    """
+    prompts = _plain(prompts)
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    if not isinstance(prompts, (list, tuple)):
+        raise RequestError(
+            f"prompts is {show(prompts)}, expected a string, token ids, a dict, or a list of them"
+        )
+    return [prompts] if prompts and isinstance(_plain(prompts[0]), int) else prompts
+
+
+def _plain(value: object) -> object:
+    """Lists and numbers in place of an array or a tensor."""
+    to_list = None if isinstance(value, type) else getattr(value, "tolist", None)
+    return to_list() if callable(to_list) else value
+
+
 def _parse_prompt(prompt: object, where: str) -> Encoded:
     if isinstance(prompt, str):
         return Encoded(None, prompt)
+    prompt = _plain(prompt)
+    if isinstance(prompt, (list, tuple)):
+        return Encoded(prompt)
     if not isinstance(prompt, Mapping):
         raise RequestError(
-            f'{where} is {show(prompt)}, expected text, {{"prompt": text}} or {{"prompt_token_ids": [...]}}'
+            f'{where} is {show(prompt)}, expected text, token ids, {{"prompt": text}} or {{"prompt_token_ids": [...]}}'
         )
+    prompt = {key: value for key, value in prompt.items() if value is not None or key not in VLLM_PROMPT_KEYS}
     unknown = [key for key in prompt if key not in PROMPT_KEYS]
+    if unknown and unknown[0] in VLLM_PROMPT_KEYS:
+        raise RequestError(
+            f"{where} has the key {show(unknown[0])}, which pace does not have: it reads text only"
+        )
     if unknown:
         raise RequestError(f"{where} has the key {show(unknown[0])}, expected {', '.join(PROMPT_KEYS)}")
     text, ids, salt = (prompt.get(key) for key in PROMPT_KEYS)

@@ -14,9 +14,10 @@ from pace.console import progress_bar
 from pace.driver import Inbox, Ticket
 from pace.errors import PaceError, QueueFullError, RequestError, show
 from pace.frontend import Frontend
-from pace.inputs import ChatOptions, Encoded, Messages, Prompt, deadline
+from pace.inputs import ChatOptions, Encoded, Messages, Prompt, deadline, prompt_list
 from pace.outputs import RequestOutput
 from pace.params import SamplingParams
+from pace.vllm_names import REQUEST_OPTIONS, takes_names
 
 __all__ = ["LLM", "Messages", "Prompt"]
 
@@ -33,6 +34,7 @@ class LLM(Frontend):
 
     _on_demand = True
 
+    @takes_names(REQUEST_OPTIONS)
     def generate(
         self,
         prompts: Prompt | Seq[Prompt],
@@ -45,7 +47,7 @@ class LLM(Frontend):
         """Complete one prompt or many together.
 
         Args:
-            prompts: see `Prompt`; a list of them, however long, runs as one batch.
+            prompts: see `Prompt`; a list of them, however long, runs as one batch. A list of ints is one prompt.
             sampling_params: for all prompts, or one for each; fields not set take the checkpoint's defaults.
                 The output kind does not matter here.
             use_tqdm: a progress bar on stderr, or what makes one in tqdm's place; None: where stderr is a terminal and
@@ -64,11 +66,11 @@ class LLM(Frontend):
             EngineDeadError: the engine failed as a whole.
         """
         self._driver.check()
-        items = [prompts] if isinstance(prompts, (str, Mapping)) else prompts
-        if not isinstance(items, (list, tuple)):
-            raise RequestError(f"prompts is {show(prompts)}, expected a string, a dict, or a list of them")
-        return self._run(self._inputs.encode(items), sampling_params, use_tqdm, priority, timeout_s)
+        return self._run(
+            self._inputs.encode(prompt_list(prompts)), sampling_params, use_tqdm, priority, timeout_s
+        )
 
+    @takes_names(REQUEST_OPTIONS)
     def chat(
         self,
         messages: Messages | Seq[Messages],
@@ -113,6 +115,7 @@ class LLM(Frontend):
         prompts = self._inputs.encode_chats(conversations, options)
         return self._run(prompts, sampling_params, use_tqdm, priority, timeout_s)
 
+    @takes_names(REQUEST_OPTIONS)
     def stream(
         self,
         prompt: Prompt,
@@ -139,6 +142,7 @@ class LLM(Frontend):
         self._driver.check()
         return self._stream(self._inputs.encode([prompt]), sampling_params, priority, timeout_s)
 
+    @takes_names(REQUEST_OPTIONS)
     def stream_chat(
         self,
         messages: Messages,

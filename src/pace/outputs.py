@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NoReturn
+
+from pace.vllm_names import OUTPUT_FIELDS, refuse_attribute
 
 __all__ = ["CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput"]
 
@@ -15,7 +18,8 @@ class Logprob:
     Attributes:
         logprob: natural log of the probability under the unmodified distribution.
         rank: 1 for the most probable token of the vocabulary, and so on.
-        decoded_token: the token's own text.
+        decoded_token: what the token adds to the text; of a character that is split over tokens, "" for all but the
+            last, which has the character.
     """
 
     logprob: float
@@ -23,8 +27,17 @@ class Logprob:
     decoded_token: str | None = None
 
 
+class _Output:
+    """Answers for the fields that vLLM's outputs have beside ours."""
+
+    if not TYPE_CHECKING:  # for a type checker every attribute would exist
+
+        def __getattr__(self, name: str) -> NoReturn:
+            refuse_attribute(type(self).__name__, name, OUTPUT_FIELDS)
+
+
 @dataclass
-class CompletionOutput:
+class CompletionOutput(_Output):
     """One completion of a prompt.
 
     Where a request's output_kind is DELTA, text, token_ids and logprobs hold only what is new since the output
@@ -38,8 +51,8 @@ class CompletionOutput:
         logprobs: for each token, {token id: Logprob} of the sampled and the most probable tokens; None where
             not asked.
         finish_reason: "stop", "length", "abort" or "error"; None while running.
-        stop_reason: the stop string or stop token id that ended the output; None for EOS and the other
-            reasons.
+        stop_reason: the stop string or token id that ended the output: of `stop`, of `stop_token_ids`, or an end token
+            of the checkpoint besides its EOS token; None for EOS and the other reasons.
     """
 
     index: int
@@ -56,7 +69,7 @@ class CompletionOutput:
 
 
 @dataclass
-class RequestMetrics:
+class RequestMetrics(_Output):
     """When things happened to one request, in seconds of `time.monotonic()`, and how many tokens were
     handled.
 
@@ -91,7 +104,7 @@ class RequestMetrics:
 
 
 @dataclass
-class RequestOutput:
+class RequestOutput(_Output):
     """A request and what it has produced so far.
 
     Attributes:

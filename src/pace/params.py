@@ -11,11 +11,11 @@ from types import MappingProxyType
 from typing import Any
 
 from pace.errors import RequestError, show
+from pace.vllm_names import SAMPLING_FIELDS, takes_class
 
-__all__ = ["GREEDY_EPS", "MAX_LOGPROBS", "MAX_N", "RequestOutputKind", "SamplingParams"]
+__all__ = ["GREEDY_EPS", "MAX_N", "RequestOutputKind", "SamplingParams"]
 
 GREEDY_EPS = 1e-5  # a temperature below this is greedy (vLLM's _SAMPLING_EPS)
-MAX_LOGPROBS = 20  # vLLM's default of --max-logprobs
 MAX_N = 128  # completions of one request; every one takes a sequence's share of the KV cache
 MAX_STOP_STRINGS = 64
 MAX_STOP_LEN = 1024  # characters of one stop string
@@ -57,9 +57,13 @@ class UnsetInt(Unset, int):
     __slots__ = ()
 
 
+@takes_class(SAMPLING_FIELDS, RequestError)
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to sample one request. All fields are checked on construction; an instance never changes.
+
+    Names and meanings are vLLM's. Fields of vLLM that pace lacks are taken where their value asks for nothing, and answered
+    by name otherwise.
 
     Attributes:
         n: completions of the prompt, in [1, 128]. They differ by their random numbers only, so greedy
@@ -78,17 +82,21 @@ class SamplingParams:
         stop_token_ids: token ids that end the output, besides the model's EOS ids.
         ignore_eos: don't stop at the model's EOS ids.
         max_tokens: output tokens at most; None: until the engine's max_model_len.
-        min_tokens: no EOS, stop id or stop string ends the output before so many tokens.
+        min_tokens: no EOS, stop id or stop string ends the output before so many tokens; EOS is not drawn before,
+            also where it is ignored.
         logprobs: also return this many most probable tokens at each position (0: only the sampled one; None:
-            none).
+            none; -1: the whole vocabulary), as far as the engine's max_logprobs allows.
         prompt_logprobs: the same for each token of the prompt but the first, which nothing predicts.
-        logit_bias: token ids to numbers in [-100, 100] that are added to their logits.
+        logit_bias: token ids, also as texts of digits, to numbers that are added to their logits; what is outside
+            [-100, 100] becomes the nearer end.
         bad_words: strings that the output must not contain, as the tokenizer writes them alone and after a
             space; the last token of each is not drawn behind its other ones. Another division of the same
             letters into tokens is not recognised, as in vLLM.
         allowed_token_ids: only these tokens can be drawn; None: all.
         detokenize: produce text; without it only token ids.
         skip_special_tokens: leave special tokens out of the text.
+        spaces_between_special_tokens: True: as the tokenizer decodes them. False changes nothing where they are left
+            out, or where the tokenizer is byte-level; elsewhere it is refused.
         include_stop_str_in_output: keep the stop string, or the stop token's text, at the end of the text.
         output_kind: what the outputs of a streamed request hold.
 
@@ -121,6 +129,7 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
@@ -151,7 +160,7 @@ class SamplingParams:
             if not allowed:
                 raise RequestError("allowed_token_ids is empty, expected at least one id; None allows all")
             put("allowed_token_ids", allowed)
-        for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
+        for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} is {show(getattr(self, name))}, expected True or False")
         if self.max_tokens is not None:
@@ -161,7 +170,10 @@ class SamplingParams:
             raise RequestError(f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}")
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
-                put(name, _int(name, getattr(self, name), 0, MAX_LOGPROBS))
+                n = (
+                    1 if getattr(self, name) is True else getattr(self, name)
+                )  # True as in OpenAI's chat requests
+                put(name, _int(name, n, -1, MAX_INT32))
         if not isinstance(self.output_kind, RequestOutputKind):
             raise RequestError(
                 f"output_kind is {show(self.output_kind)}, expected RequestOutputKind.CUMULATIVE, DELTA or "
@@ -191,6 +203,17 @@ class SamplingParams:
     def _values(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return values | {"logit_bias": None if self.logit_bias is None else dict(self.logit_bias)}
+
+    @staticmethod
+    def from_optional(**values: Any) -> SamplingParams:
+        """Parameters of which None means unset, as they come from requests with optional fields; but max_tokens=None
+        means no bound, as in the constructor.
+
+        Raises:
+            RequestError: as the constructor.
+        """
+        given = {name: value for name, value in values.items() if value is not None or name == "max_tokens"}
+        return SamplingParams(**given)
 
     def clone(self, **changes: Any) -> SamplingParams:
         """A copy with some fields changed; the others stay as they are, unset ones unset.
@@ -245,6 +268,14 @@ class SamplingParams:
             if largest >= vocab_size:
                 raise RequestError(f"{name} has {largest}, expected ids below the vocabulary's {vocab_size}")
 
+
+_FLAGS = (
+    "ignore_eos",
+    "detokenize",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "include_stop_str_in_output",
+)
 
 _EMPTY: Mapping[str, object] = {"stop": (), "stop_token_ids": (), "bad_words": ()}
 """What None becomes."""
@@ -341,11 +372,17 @@ def _logit_bias(value: object) -> Mapping[int, float] | None:
         raise RequestError(f"logit_bias is {show(value)}, expected a mapping of token ids to numbers")
     if len(value) > MAX_LISTED_IDS:
         raise RequestError(f"logit_bias has {len(value)} ids, expected at most {MAX_LISTED_IDS}")
-    return MappingProxyType(
-        {
-            _int("a token id of logit_bias", token_id, 0, MAX_INT32): _float(
-                f"logit_bias of {show(token_id)}", bias, -MAX_BIAS, MAX_BIAS
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        # JSON has no other keys than texts.
+        number = (
+            int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10 else key
+        )
+        token_id = _int("a token id of logit_bias", number, 0, MAX_INT32)
+        if token_id in biases:
+            raise RequestError(
+                f"logit_bias has token id {token_id} twice, as a number and as a text; keep one"
             )
-            for token_id, bias in value.items()
-        }
-    )
+        name = f"logit_bias of {show(key)}"
+        biases[token_id] = min(MAX_BIAS, max(-MAX_BIAS, _float(name, bias, -math.inf, math.inf)))
+    return MappingProxyType(biases)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pace.checkpoint import load_generation_defaults
+from pace.errors import CheckpointError
 from pace.params import SamplingParams
 
 
@@ -54,4 +55,33 @@ def test_do_sample_false_is_greedy(tmp_path: Path) -> None:
 def test_eos_is_the_union(tmp_path: Path) -> None:
     config = {"eos_token_id": 1, "text_config": {"eos_token_id": [2, 3]}}
     assert load(tmp_path, {"eos_token_id": [3, 4]}, config, 5).eos_token_ids == {1, 2, 3, 4, 5}
+    assert load(tmp_path, {"eos_token_id": [3, 4]}, config, 5).eos_token_id == 5  # the tokenizer's
+    assert load(tmp_path, {"eos_token_id": [3, 4]}, config).eos_token_id == 1
+    assert load(tmp_path, {"eos_token_id": [3, 4]}).eos_token_id == 3
+    assert load(tmp_path, {"eos_token_id": []}).eos_token_id is None
     assert load(tmp_path, {"eos_token_id": None}, {"eos_token_id": None}).eos_token_ids == frozenset()
+
+
+def test_sampling_defaults_from_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": 3}')
+    (tmp_path / "other" / "generation_config.json").write_text('{"top_k": 5, "eos_token_id": 4}')
+
+    def source(name: str) -> Any:
+        return load_generation_defaults(tmp_path, {}, vocab_size=100, source=name)
+
+    assert dict(source("auto").sampling) == {"temperature": 0.6} and source("auto").eos_token_ids == {3}
+    assert dict(source("vllm").sampling) == {} and source("vllm").eos_token_ids == {3}
+    other = source(str(tmp_path / "other"))
+    assert dict(other.sampling) == {"top_k": 5} and other.eos_token_ids == {3, 4} and other.eos_token_id == 3
+    for text, message in (
+        ('{"top_k": -5}', "other/generation_config.json: top_k is -5"),
+        ("", "generation_config.json"),
+    ):
+        (tmp_path / "other" / "generation_config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=message):
+            source(str(tmp_path / "other"))
+    with pytest.raises(
+        CheckpointError, match=r"generation_config: .* name a folder that has one, auto or vllm"
+    ):
+        source(str(tmp_path / "nowhere"))

@@ -173,8 +173,8 @@ class LetterTokenizer:
             raise Panic("token 91 can't be spelt")
         return {95: b"\xc3", 96: b"\xa9"}.get(token_id) or bytes([97 + token_id % 26])
 
-    def decode_token(self, token_id: int) -> str:
-        return chr(97 + token_id % 26)
+    def decode_next(self, token_ids: Sequence[int], before: Sequence[int]) -> list[str]:
+        return [chr(97 + token_id % 26) for token_id in token_ids]
 
     def is_special(self, token_id: int) -> bool:
         return False
@@ -191,7 +191,8 @@ def make_engine(
     prefix_caching: bool = True,
     reserve: bool = False,
     max_num_waiting: int = 1 << 16,
-    eos: frozenset[int] = frozenset(),
+    max_logprobs: int = -1,
+    eos: Sequence[int] = (),
     seed: int = 0,
 ) -> tuple[Engine, FakePlan]:
     """An engine over the fake model."""
@@ -219,7 +220,9 @@ def make_engine(
         vocab_size=VOCAB,
         max_model_len=max_model_len,
         max_num_waiting=max_num_waiting,
-        eos_token_ids=eos,
+        max_logprobs=max_logprobs,
+        eos_token_ids=frozenset(eos),
+        eos_token_id=eos[0] if eos else None,
         tokenizer=LetterTokenizer(),  # type: ignore[arg-type]
         seed=seed,
     )

@@ -145,7 +145,7 @@ def test_stop_string(stream: bool, include: bool) -> None:
 def test_min_tokens_hold_back_eos_stop_ids_and_stop_strings() -> None:
     free = greedy([5, 6], 20)
     eos, stop_id = free[2], free[4]
-    engine, _ = make_engine(eos=frozenset({eos}))
+    engine, _ = make_engine(eos=[eos])
     engine.add_request("eos", [5, 6], params(max_tokens=20))
     engine.add_request("ignored", [5, 6], params(max_tokens=20, ignore_eos=True))
     engine.add_request("id", [5, 6], params(max_tokens=20, ignore_eos=True, stop_token_ids=[stop_id]))
@@ -165,6 +165,53 @@ def test_min_tokens_hold_back_eos_stop_ids_and_stop_strings() -> None:
     assert (done["id"].token_ids, done["id"].stop_reason) == (free[: free.index(stop_id) + 1], stop_id)
     assert len(done["min"].token_ids) >= 12 and eos not in done["min"].token_ids[:11]
     assert len(done["text"].token_ids) == 9
+
+
+def test_min_tokens_hold_back_an_eos_that_is_ignored() -> None:
+    free = greedy([5, 6], 20)
+    engine, _ = make_engine(eos=[free[2], free[4]])
+    for name, values in (
+        ("both", {"min_tokens": 8}),
+        ("eos only", {"min_tokens": 8, "stop_token_ids": [3]}),
+        ("none", {}),
+    ):
+        engine.add_request(name, [5, 6], params(max_tokens=20, ignore_eos=True, **values))
+    done = {key: output.outputs[0].token_ids for key, output in run(engine).items()}
+    assert done["none"] == free
+    for name in ("both", "eos only"):
+        assert not {free[2], free[4]} & set(done[name][:8]) and done[name][:2] == free[:2]
+
+
+def test_only_the_models_first_eos_is_no_stop_reason() -> None:
+    free = greedy([5, 6], 20)
+    eos, end_of_turn = free[6], free[3]
+    for ids, n, reason in (
+        ([eos, end_of_turn], 4, end_of_turn),
+        ([end_of_turn, eos], 4, None),
+        ([eos], 7, None),
+    ):
+        engine, _ = make_engine(eos=ids)
+        engine.add_request("r", [5, 6], params(max_tokens=20))
+        engine.add_request("named", [5, 6], params(max_tokens=20, stop_token_ids=[ids[0]]))
+        done = {key: output.outputs[0] for key, output in run(engine).items()}
+        assert all(
+            (len(c.token_ids), c.finish_reason, c.stop_reason) == (n, "stop", reason) for c in done.values()
+        )
+    engine, _ = make_engine(eos=[eos])
+    engine.add_request("r", [5, 6], params(max_tokens=20, ignore_eos=True, stop_token_ids=[eos]))
+    assert run(engine)["r"].outputs[0].stop_reason == eos
+
+
+def test_logprobs_are_bounded_by_the_engine() -> None:
+    engine, _ = make_engine(max_logprobs=5)
+    for name in ("logprobs", "prompt_logprobs"):
+        for n in (-1, 6, 1 << 30):
+            with pytest.raises(RequestError, match=f"^{name} is {n}, expected at most 5; raise"):
+                engine.add_request("r", [5], params(**{name: n}))
+    engine.add_request("r", [5], params(logprobs=5))
+    engine, _ = make_engine()
+    request = engine.add_request("r", [5], params(logprobs=-1, prompt_logprobs=1 << 30))
+    assert (request.params.logprobs, request.params.prompt_logprobs) == (VOCAB, VOCAB)
 
 
 def test_text_leaves_the_stopping_token_out_unless_asked() -> None:

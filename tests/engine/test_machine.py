@@ -88,7 +88,7 @@ class EngineMachine(RuleBasedStateMachine):
             prefix_caching=prefix_caching,
             reserve=reserve,
             max_num_waiting=12,
-            eos=frozenset({EOS}),
+            eos=[EOS],
         )
         self.engine.scheduler.pacer = ModelPacer()
         self.asked: dict[str, dict[str, Any]] = {}  # requests in flight

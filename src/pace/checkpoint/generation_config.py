@@ -35,14 +35,22 @@ class GenerationDefaults:
     Attributes:
         sampling: values for `SamplingParams.merged_with`.
         eos_token_ids: ids that end an output, from every file that names some.
+        eos_token_id: the one of them that is meant where only one is: the tokenizer's, else the first that
+            is named.
     """
 
     sampling: Mapping[str, Any]
     eos_token_ids: frozenset[int]
+    eos_token_id: int | None = None
 
 
 def load_generation_defaults(
-    directory: Path, config: Mapping[str, Any], *, vocab_size: int, tokenizer_eos_id: int | None = None
+    directory: Path,
+    config: Mapping[str, Any],
+    *,
+    vocab_size: int,
+    tokenizer_eos_id: int | None = None,
+    source: str = "auto",
 ) -> GenerationDefaults:
     """Read the sampling defaults, and the union of the EOS ids of config.json, generation_config.json and
     tokenizer.
@@ -52,12 +60,23 @@ def load_generation_defaults(
         config: the parsed config.json.
         vocab_size: rows of the embedding; EOS ids must be below it.
         tokenizer_eos_id: id of the tokenizer's eos_token; None where it has none.
+        source: of the sampling defaults: "auto": this folder; "vllm": none; else another folder, whose
+            generation_config.json adds its EOS ids, too.
 
     Raises:
         CheckpointError: a value has the wrong type or is out of range; the message names file and value.
     """
     path = checkpoint_file(directory, GENERATION_CONFIG)
-    generation = {} if path is None else read_json(path)
+    own = generation = {} if path is None else read_json(path)
+    if source == "vllm":
+        generation = {}
+    elif source != "auto":
+        path = checkpoint_file(Path(source), GENERATION_CONFIG)
+        if path is None:
+            raise CheckpointError(
+                f"generation_config: {source} has no {GENERATION_CONFIG}; name a folder that has one, auto or vllm"
+            )
+        generation = read_json(path)
     sampling = {
         ours: generation[theirs]
         for theirs, ours in _SAMPLING_FIELDS.items()
@@ -73,17 +92,19 @@ def load_generation_defaults(
     except RequestError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
-    eos = _eos_ids(directory / "config.json", config, vocab_size)
+    eos: list[int] = []
+    if tokenizer_eos_id is not None:
+        eos += _eos_ids(directory / "tokenizer_config.json", {"eos_token_id": tokenizer_eos_id}, vocab_size)
+    eos += _eos_ids(directory / "config.json", config, vocab_size)
     text_config = config.get("text_config")
     if isinstance(text_config, Mapping):
-        eos |= _eos_ids(directory / "config.json", text_config, vocab_size)
-    eos |= _eos_ids(directory / GENERATION_CONFIG, generation, vocab_size)
-    if tokenizer_eos_id is not None:
-        eos |= _eos_ids(directory / "tokenizer_config.json", {"eos_token_id": tokenizer_eos_id}, vocab_size)
-    return GenerationDefaults(MappingProxyType(sampling), eos)
+        eos += _eos_ids(directory / "config.json", text_config, vocab_size)
+    eos += _eos_ids(directory / GENERATION_CONFIG, own, vocab_size)
+    eos += _eos_ids(Path(source) / GENERATION_CONFIG, generation, vocab_size)
+    return GenerationDefaults(MappingProxyType(sampling), frozenset(eos), eos[0] if eos else None)
 
 
-def _eos_ids(path: Path, values: Mapping[str, Any], vocab_size: int) -> frozenset[int]:
+def _eos_ids(path: Path, values: Mapping[str, Any], vocab_size: int) -> list[int]:
     value = values.get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if len(ids) > MAX_EOS_IDS:
@@ -93,4 +114,4 @@ def _eos_ids(path: Path, values: Mapping[str, Any], vocab_size: int) -> frozense
             raise CheckpointError(
                 f"{path}: eos_token_id has {show(token_id)}, expected ids from 0 to {vocab_size - 1}"
             )
-    return frozenset(ids)
+    return ids

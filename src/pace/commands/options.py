@@ -43,6 +43,8 @@ ENGINE_FIELDS = (
     "kv_cache_memory",
     "kv_cache_dtype",
     "enable_prefix_caching",
+    "generation_config",
+    "max_logprobs",
     "admission",
 )
 """Options that go into `EngineConfig` under their own names."""
@@ -112,6 +114,14 @@ def add_engine_options(parser: argparse.ArgumentParser, *, tokenizer: bool = Tru
         type=positive,
         metavar="N",
         help="tokens of one step (default: 2048, or what a benchmark needs)",
+    )
+    group.add_argument(
+        "--generation-config",
+        metavar="DIR",
+        help="sampling defaults: auto takes the checkpoint's, vllm none, else the folder's (default: auto)",
+    )
+    group.add_argument(
+        "--max-logprobs", type=int, metavar="N", help="most that --logprobs may be; -1: all (default: 20)"
     )
     group.add_argument(
         "--admission",

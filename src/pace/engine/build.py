@@ -95,7 +95,9 @@ def build_engine(
         vocab_size=plan.vocab_size,
         max_model_len=memory.max_model_len,
         max_num_waiting=config.max_num_waiting,
+        max_logprobs=config.max_logprobs,
         eos_token_ids=defaults.eos_token_ids,
+        eos_token_id=defaults.eos_token_id,
         tokenizer=tokenizer,
         seed=config.seed,
     )

@@ -51,7 +51,9 @@ class Engine:
         vocab_size: columns of the logits; token ids must be below it.
         max_model_len: longest prompt and output together, in tokens.
         max_num_waiting: sequences that may wait to run.
+        max_logprobs: most log probabilities that a request may ask for; -1: all.
         eos_token_ids: ids that end an output.
+        eos_token_id: the one of them that says nothing more as stop_reason.
         tokenizer: makes text of tokens; None: outputs have token ids only.
         seed: seeds the requests that give none.
     """
@@ -65,7 +67,9 @@ class Engine:
         vocab_size: int,
         max_model_len: int,
         max_num_waiting: int = 1 << 16,
+        max_logprobs: int = -1,
         eos_token_ids: frozenset[int] = frozenset(),
+        eos_token_id: int | None = None,
         tokenizer: Tokenizer | None = None,
         seed: int = 0,
     ) -> None:
@@ -76,11 +80,13 @@ class Engine:
             vocab_size=vocab_size,
             max_model_len=max_model_len,
             max_cached=scheduler.tables.n_blocks * scheduler.tables.block_size,
+            max_logprobs=max_logprobs,
             eos_token_ids=eos_token_ids,
             tokenizer=tokenizer,
         )
         self.max_num_waiting = max_num_waiting
         self.eos_token_ids = eos_token_ids
+        self.eos_token_id = eos_token_id
         self.seed = seed
         self._logprobs = LogprobRecorder(tokenizer)
         self._requests: dict[str, Request] = {}  # accepted and not finished
@@ -301,8 +307,8 @@ class Engine:
         n_output = seq.n_output
         if token in seq.stop_ids and n_output >= params.min_tokens:
             reason = "stop"
-            # As vLLM: the model's own EOS says nothing more, an id that the caller chose is named.
-            stop_reason = None if token in self.eos_token_ids and not params.ignore_eos else token
+            # As vLLM: the model's own EOS says nothing more, another end of the checkpoint or the caller is named.
+            stop_reason = None if token == self.eos_token_id and not params.ignore_eos else token
         elif n_output >= seq.max_output:
             reason = "length"
         if text is not None and (seq.watched or seq.has_stops or reason is not None):

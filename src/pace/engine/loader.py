@@ -95,6 +95,7 @@ def load(
             values,
             vocab_size=spec.vocab_size,
             tokenizer_eos_id=None if tokenizer is None else tokenizer.eos_token_id,
+            source=config.generation_config,
         )
         plan = lower(spec, memory.max_model_len)
         team = make_team(config)

@@ -29,6 +29,7 @@ class Preparer:
         vocab_size: token ids must be below it.
         max_model_len: longest prompt and output together, in tokens.
         max_cached: tokens that the whole KV cache holds.
+        max_logprobs: most log probabilities that a request may ask for; -1: all.
         eos_token_ids: ids that end an output.
         tokenizer: makes text of tokens; None: outputs have token ids only.
     """
@@ -39,12 +40,14 @@ class Preparer:
         vocab_size: int,
         max_model_len: int,
         max_cached: int,
+        max_logprobs: int = -1,
         eos_token_ids: frozenset[int] = frozenset(),
         tokenizer: Tokenizer | None = None,
     ) -> None:
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.max_cached = max_cached
+        self.max_logprobs = vocab_size if max_logprobs == -1 else min(max_logprobs, vocab_size)
         self.eos_token_ids = eos_token_ids
         self.tokenizer = tokenizer
 
@@ -79,6 +82,7 @@ class Preparer:
         """
         ids = self.check_prompt(prompt_ids)
         params.check_vocab(self.vocab_size)
+        params = self._check_logprobs(params)
         if isinstance(priority, bool) or not isinstance(priority, int):
             raise RequestError(f"priority is {show(priority)}, expected an integer; lower runs first")
         if cache_salt is not None and not (isinstance(cache_salt, str) and 0 < len(cache_salt) <= MAX_SALT):
@@ -110,6 +114,7 @@ class Preparer:
                 index=index,
                 priority=priority,
                 stop_ids=stop_ids,
+                eos_ids=self.eos_token_ids,
                 bad_word_ids=bad_words,
                 text=self._text_stream(ids, params),
                 watched=watched,
@@ -155,8 +160,30 @@ class Preparer:
             )
         return np.ascontiguousarray(ids, dtype=np.int32)
 
+    def _check_logprobs(self, params: SamplingParams) -> SamplingParams:
+        """The parameters with -1, the whole vocabulary, as a number."""
+        counts = {}
+        for name in ("logprobs", "prompt_logprobs"):
+            n = getattr(params, name)
+            if n is not None and (n == -1 or n > self.max_logprobs):
+                n = counts[name] = self.vocab_size if n == -1 else min(n, self.vocab_size)
+                if n > self.max_logprobs:
+                    raise RequestError(
+                        f"{name} is {getattr(params, name)}, expected at most {self.max_logprobs}; raise the engine's "
+                        "max_logprobs, -1 allows the whole vocabulary"
+                    )
+        return params.clone(**counts) if counts else params
+
     def _text_stream(self, ids: I32Array, params: SamplingParams) -> TextStream | None:
         if self.tokenizer is not None and params.detokenize:
+            if not (
+                params.spaces_between_special_tokens
+                or params.skip_special_tokens
+                or self.tokenizer.byte_level
+            ):
+                raise RequestError(
+                    "spaces_between_special_tokens is False, which this tokenizer's decoder can't; leave it True"
+                )
             return TextStream(
                 self.tokenizer,
                 ids[-64:].tolist(),  # its end tells whether a leading space is real

@@ -59,7 +59,7 @@ class Constraints:
 
     Args:
         params: penalties, min_tokens, logit_bias, allowed_token_ids.
-        stop_ids: token ids that end the output, which therefore can't be drawn before min_tokens.
+        stop_ids: token ids that can't be drawn before min_tokens: those that end the output, and EOS.
         bad_word_ids: token sequences that the output must not contain; see `bad_word_ids`.
     """
 

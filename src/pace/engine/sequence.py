@@ -41,7 +41,8 @@ class Sequence:
         max_output: output tokens at most, >= 1; n_prompt + max_output fits the engine's max_model_len.
         index: which of the request's completions this is; also the stream of its random numbers.
         priority: lower runs first.
-        stop_ids: token ids that end the output, EOS included.
+        stop_ids: token ids that end the output, EOS included unless it is ignored.
+        eos_ids: the model's; as stop_ids they can't be drawn before min_tokens, also where they are ignored.
         bad_word_ids: token sequences that the output must not contain.
         text: the output's text; None where none is wanted.
         watched: somebody waits for every token, so a pause between two of them is seen.
@@ -91,6 +92,7 @@ class Sequence:
         index: int = 0,
         priority: int = 0,
         stop_ids: frozenset[int] = frozenset(),
+        eos_ids: frozenset[int] = frozenset(),
         bad_word_ids: tuple[tuple[int, ...], ...] = (),
         text: TextStream | None = None,
         watched: bool = False,
@@ -103,7 +105,7 @@ class Sequence:
         self.key = (priority, 0, index)  # who is first: priority, then arrival; the engine numbers arrivals
         self.seed = 0  # of this request's random numbers, 0 .. 2^64 - 1; set when it is accepted
         self.stop_ids = stop_ids
-        self.constraints = Constraints(params, stop_ids, bad_word_ids)
+        self.constraints = Constraints(params, stop_ids | eos_ids, bad_word_ids)
         self.max_output = max_output
         self.watched = watched
         self.cache_salt = cache_salt

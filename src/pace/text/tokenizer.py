@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,9 @@ from pace.text.tokenizer_json import decoder_kinds, guarded, load
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
 
-__all__ = ["Tokenizer"]
+__all__ = ["MAX_CHAR_TOKENS", "Tokenizer"]
+
+MAX_CHAR_TOKENS = 3  # before the one that completes a character: it has at most four bytes
 
 PROMPT_SLACK_BYTES = 1024
 NORMALIZER_SHRINKS = 4  # NFC makes 3 bytes of 9 (Hangul), and some replacements do more
@@ -137,6 +140,44 @@ class Tokenizer:
         if self.byte_level:
             return self.token_bytes(token_id).decode("utf-8", "replace")
         return self.decode_window([token_id])
+
+    def decode_next(self, token_ids: Sequence[int], before: Sequence[int] = ()) -> list[str]:
+        """What each of several tokens adds to a text that ends in the tokens `before`.
+
+        A character that is split over tokens belongs to the one that completes it, the others have "": the
+        texts of a sequence's tokens, joined, are its text.
+
+        Args:
+            token_ids: the alternatives.
+            before: the tokens before them; the last `MAX_CHAR_TOKENS` are enough.
+        """
+        before = [token_id for token_id in before if not self.is_special(token_id)][-MAX_CHAR_TOKENS:]
+        if not self.byte_level:
+            return [self._decode_behind(token_id, before) for token_id in token_ids]
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        utf8.decode(b"".join(map(self.token_bytes, before)))
+        state, texts = utf8.getstate(), []
+        for token_id in token_ids:
+            utf8.setstate((b"", 0) if self.is_special(token_id) else state)
+            texts.append(utf8.decode(self.token_bytes(token_id)))
+        return texts
+
+    def _decode_behind(self, token_id: int, before: Sequence[int]) -> str:
+        text = self.decode_window([token_id])
+        if not self._is_fragment(token_id, text):
+            return text
+        # The shortest run of bytes that is valid with this one is the character.
+        for n in range(1, len(before) + 1):
+            if not self._is_fragment(before[-n], self.decode_window([before[-n]])):
+                break
+            text = self.decode_window([*before[-n:], token_id])
+            if not text.endswith("\ufffd"):
+                return text
+        return ""
+
+    def _is_fragment(self, token_id: int, text: str) -> bool:
+        """Whether the token that alone decodes to `text` is a part of a character."""
+        return text.endswith("\ufffd") and "\ufffd" not in (self._rust.id_to_token(token_id) or "")
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that a token of a byte-level tokenizer stands for; b"" for ids that have no
