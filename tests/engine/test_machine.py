@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pace.engine.pacing import Pacer
+from pace.engine.schedule import Schedule
+from pace.engine.scheduler import Scheduler
 from pace.engine.sequence import NO_ROW, Status
 from pace.errors import CapacityError, QueueFullError
 from pace.outputs import RequestOutput
@@ -57,8 +59,38 @@ class ModelPacer(Pacer):
         super().observe(n_decode, n_prompt, max(0.04, 0.005 * (n_decode + n_prompt)))
 
 
+class FairScheduler(Scheduler):
+    """Checks every step that it plans: who got the room."""
+
+    room = 0  # prompt rows that the last step might have had
+
+    def schedule(self) -> Schedule:
+        step = super().schedule()
+        room = self.max_num_batched_tokens - step.n_decode
+        if any(seq.watched for seq in step.seqs[: step.n_decode]):
+            room = min(room, self.pacer.allowance(step.n_decode))
+        self.room = room
+        given = dict(zip(step.seqs[step.n_decode :], step.n_new[step.n_decode :], strict=True))
+        reading = [seq for seq in self.running if seq in given or seq.n_tokens - seq.n_computed > 1]
+        assert sum(given.values()) <= room
+        cut = next((seq for seq in reading if given.get(seq, 0) < seq.n_tokens - seq.n_computed), None)
+        if cut is not None:
+            assert sum(given.values()) == room, "rows are left while somebody has tokens to run"
+            in_order = room - sum(n for seq, n in given.items() if seq.key < cut.key)
+            passed = [seq for seq in given if seq.key > cut.key]
+            assert 2 * sum(given[seq] for seq in passed) <= in_order, "half of the room is for those in order"
+            for seq in passed:
+                assert seq.priority == cut.priority, "only equals are passed"
+                assert 2 * (seq.n_tokens - seq.n_computed) < cut.n_tokens - cut.n_computed
+        return step
+
+
 class EngineMachine(RuleBasedStateMachine):
-    """Requests come, run, fork, fail, run out of time, are preempted and aborted."""
+    """Requests come, run, fork, fail, run out of time, are preempted and aborted.
+
+    The bound for the one whose priority is better than anybody's, as long as that holds: its first token comes two steps
+    at most after the steps have had room for its prompt. (With reservation rows and blocks may have to be waited for.)
+    """
 
     @initialize(
         kv_cache_type=st.sampled_from(["slab", "slab", "paged", "contiguous"]),
@@ -90,7 +122,11 @@ class EngineMachine(RuleBasedStateMachine):
             max_num_waiting=12,
             eos=[EOS],
         )
+        self.engine.scheduler.__class__ = FairScheduler
         self.engine.scheduler.pacer = ModelPacer()
+        self.best: tuple[str, int, int] | None = (
+            None  # who is first; room it has had; steps since that sufficed
+        )
         self.asked: dict[str, dict[str, Any]] = {}  # requests in flight
         self.got: dict[str, list[list[int]]] = {}  # tokens of their completions, deltas joined
         self.count = 0
@@ -186,10 +222,35 @@ class EngineMachine(RuleBasedStateMachine):
     def step(self, n: int) -> None:
         for _ in range(n):
             aborted = {name for name, asked in self.asked.items() if asked.get("aborted")}
-            outputs = self.engine.step()
-            for output in outputs:
+            waiting = self.who_is_first()
+            for output in self.engine.step():
                 self.check(output)
+            self.check_first(waiting)
             assert not aborted & set(self.asked), "an abort takes effect within one step"
+
+    def who_is_first(self) -> str | None:
+        """The request whose priority is better than any other's, while it has no token."""
+        requests = list(self.engine._requests.values())
+        first = min(requests, key=lambda request: request.seqs[0].priority, default=None)
+        if first is None or first.seqs[0].n_output or self.asked[first.request_id].get("aborted"):
+            return None
+        alone = sum(request.seqs[0].priority == first.seqs[0].priority for request in requests) == 1
+        return first.request_id if alone else None
+
+    def check_first(self, name: str | None) -> None:
+        scheduler = self.engine.scheduler
+        assert isinstance(scheduler, FairScheduler)
+        request = None if name is None else self.engine._requests.get(name)
+        if name is None or request is None or scheduler.reserve:
+            self.best = None
+            return
+        _, room, late = self.best if self.best is not None and self.best[0] == name else (name, 0, 0)
+        if request.seqs[0].n_output or request.seqs[0].status is Status.FINISHED:
+            return
+        room += scheduler.room
+        late += room >= request.seqs[0].n_prompt
+        assert late <= 2, "the best priority waits for somebody else"
+        self.best = (name, room, late)
 
     @precondition(lambda self: self.engine.scheduler.running)
     @rule(error=st.sampled_from([ValueError("broken"), Panic("broken"), MemoryError()]))

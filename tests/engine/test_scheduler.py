@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -53,10 +54,11 @@ def test_decode_rows_come_first_and_prompts_share_the_rest_in_order() -> None:
     s = scheduler()
     s.add(sequence("a", 3, 9))
     assert run(s) == [("a", 3)]
-    s.add(sequence("b", 20, 2))
-    s.add(sequence("c", 5, 2))
+    s.add(sequence("b", 20, 3))
+    s.add(sequence("c", 12, 2))
     assert run(s) == [("a", 1), ("b", 15)]
-    assert run(s) == [("a", 1), ("b", 5), ("c", 5)]
+    assert run(s) == [("a", 1), ("b", 5), ("c", 10)]
+    assert run(s) == [("a", 1), ("b", 1), ("c", 2)]
     assert run(s) == [("a", 1), ("b", 1), ("c", 1)]
     assert run(s) == [("a", 1)]
 
@@ -69,7 +71,7 @@ def test_the_head_of_the_queue_is_not_overtaken() -> None:
     s.add(sequence("small", 4, 4))
     assert [name for name, _ in run(s)] == ["a"]
     after = [run(s) for _ in range(70)]
-    assert next(names for names in after if names != [("a", 1)]) == [("large", 16)]
+    assert next(names for names in after if names != [("a", 1)]) == [("small", 4), ("large", 12)]
 
 
 def test_priority_comes_before_arrival() -> None:
@@ -78,6 +80,137 @@ def test_priority_comes_before_arrival() -> None:
         s.add(sequence(name, 2, 2, priority=priority))
     order = [name for _ in range(8) for name, _ in run(s)]
     assert order == ["first", "first", "b", "b", "c", "c", "late", "late"]
+
+
+@pytest.mark.parametrize("is_watched", [False, True])
+def test_a_better_priority_comes_before_a_prompt_that_is_being_read(is_watched: bool) -> None:
+    """The running prompt took the whole budget before the queue was looked at: 8.8 s behind 7000 tokens."""
+    s = scheduler(n_blocks=64, budget=64)
+    stream = sequence("stream", 1, 9)
+    stream.watched = is_watched
+    s.add(stream)
+    s.add(sequence("long", 700, 2))
+    run(s)
+    s.add(sequence("urgent", 20, 2, priority=-10))
+    step = run(s)
+    assert step[:2] == [("stream", 1), ("urgent", 20)] and step[2][0] == "long"
+
+
+def test_short_prompts_pass_a_long_one_which_keeps_half_of_the_room() -> None:
+    """In every step more short ones arrive than fit beside the long one, which still takes no more than twice its time."""
+    s = scheduler(n_blocks=256, n_seqs=64, budget=40)
+    s.add(sequence("long", 400, 1))
+    assert run(s) == [("long", 40)]
+    steps = []
+    for _ in range(17):
+        for i in range(3):
+            s.add(sequence(f"short {len(steps)} {i}", 10, 1))
+        steps.append(dict(run(s)))
+    assert [step["long"] for step in steps] == [20] * 16 + [40]
+    assert [len(step) for step in steps] == [3] * 16 + [1]
+
+
+def test_a_prompt_half_as_long_does_not_pass() -> None:
+    """Each would have half of the room, which takes more from the first than it gives to the second."""
+    s = scheduler(n_blocks=64, budget=40)
+    s.add(sequence("first", 200, 1))
+    s.add(sequence("second", 100, 1))
+    assert run(s) == [("first", 40)]
+
+
+def test_a_worse_priority_does_not_pass() -> None:
+    s = scheduler(n_blocks=64, budget=40)
+    s.add(sequence("running", 60, 1, priority=1))
+    run(s)
+    s.add(sequence("first", 200, 1))
+    s.add(sequence("waiting", 4, 1, priority=1))
+    assert run(s) == [("first", 40)]
+
+
+def test_one_that_passes_leaves_a_row_and_blocks_for_the_head() -> None:
+    for n_seqs, n_blocks, may_pass in ((2, 64, False), (3, 64, True), (4, 17, False), (4, 18, True)):
+        s = scheduler(n_blocks=n_blocks, n_seqs=n_seqs, budget=32, reserve=False)
+        s.add(sequence("first", 100, 1))  # 7 blocks
+        s.add(sequence("head", 160, 1))  # 10 blocks
+        s.add(sequence("short", 4, 1))
+        assert ("short" in dict(run(s))) == may_pass
+
+
+def test_who_comes_first_takes_the_rows_and_blocks_of_those_behind() -> None:
+    s = scheduler(n_seqs=2, n_blocks=8, reserve=False)
+    s.add(sequence("a", 4, 60))
+    s.add(sequence("b", 4, 60, priority=1))
+    run(s)
+    s.add(sequence("rows", 4, 2, priority=-1))
+    assert run(s) == [("a", 1), ("rows", 4)]
+    assert s.n_preemptions == 1
+    run(s)
+    s.add(sequence("blocks", 110, 1, priority=-2))
+    assert run(s) == [("blocks", 16)]
+    assert s.n_preemptions == 2 and s.n_waiting == 2
+
+
+def test_with_reservation_nothing_is_taken_back() -> None:
+    s = scheduler(n_seqs=1)
+    s.add(sequence("a", 4, 9))
+    run(s)
+    s.add(sequence("urgent", 4, 2, priority=-1))
+    assert [run(s) for _ in range(8)] == [[("a", 1)]] * 8
+    assert run(s) == [("urgent", 4)] and s.n_preemptions == 0
+
+
+def test_nobody_is_held_for_a_worse_priority() -> None:
+    s = scheduler(n_blocks=256, budget=64)
+    s.add(sequence("worse", 400, 1, fill=1, priority=1))
+    run(s)
+    s.add(sequence("better", 400, 1, fill=1))
+    assert run(s) == [("better", 64)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    arrivals=st.lists(
+        st.tuples(st.integers(0, 12), st.integers(1, 300), st.integers(1, 10), st.integers(-1, 1)),
+        min_size=1,
+        max_size=16,
+    ),
+    budget=st.integers(20, 70),
+)
+def test_nobody_waits_longer_than_its_fair_bound(
+    arrivals: list[tuple[int, int, int, int]], budget: int
+) -> None:
+    """Where rows and blocks suffice: at least half of a step's room is for a prompt and those that come before it."""
+    n = len(arrivals)
+    s = scheduler(n_blocks=1024, n_seqs=n, budget=budget)
+    half = (budget - n + 2) // 2  # of the room of any step in which one does not decode
+    requests = sorted(
+        (tick, i, sequence(str(i), n_prompt, n_output, priority=priority))
+        for i, (tick, n_prompt, n_output, priority) in enumerate(arrivals)
+    )
+    seqs = [seq for _, _, seq in requests]
+    born: dict[Sequence, int] = {}
+    ahead: dict[Sequence, int] = {}  # rows of it and of those that come before it, while it waits
+    for tick in range(2000):
+        for _, _, seq in requests:
+            if seq not in born and arrivals[int(seq.request_id)][0] <= tick:
+                s.add(seq)
+                born[seq], ahead[seq] = tick, 0
+        waiting = [seq for seq in born if seq.n_output == 0]
+        if len(born) == n and not waiting:
+            break
+        before = {seq: seq.n_computed for seq in born}
+        run(s)
+        for seq in waiting:
+            ahead[seq] += sum(
+                min(other.n_computed, other.n_prompt) - min(before[other], other.n_prompt)
+                for other in born
+                if other.key <= seq.key
+            )
+            n_steps = tick + 1 - born[seq]
+            assert n_steps <= -(-ahead[seq] // half)
+            unread = sum(other.n_prompt for other in born if other.key <= seq.key)
+            assert n_steps <= -(-unread // half)
+    assert all(seq.n_output for seq in seqs)
 
 
 def test_a_finished_sequence_in_the_queue_is_dropped() -> None:

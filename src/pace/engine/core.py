@@ -15,7 +15,8 @@ from pace.engine.prepare import Preparer
 from pace.engine.request import Request
 from pace.engine.runner import PromptScores, Runner
 from pace.engine.sampler import LogprobsResult, Sampler, SampleResult, derive_seed
-from pace.engine.scheduler import Schedule, Scheduler
+from pace.engine.schedule import Schedule
+from pace.engine.scheduler import Scheduler
 from pace.engine.sequence import Sequence, Status
 from pace.errors import (
     ForkError,

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from pace.engine.sampler import LogprobsResult
-from pace.engine.scheduler import Schedule
+from pace.engine.schedule import Schedule
 from pace.engine.sequence import Sequence
 from pace.kvcache import blocks_for
 from pace.models import plan

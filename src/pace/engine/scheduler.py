@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import heapq
 from bisect import insort
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from enum import Enum, auto
 from operator import attrgetter
 
 from pace.engine.pacing import Pacer
+from pace.engine.queue import WaitingQueue
+from pace.engine.schedule import Schedule
 from pace.engine.sequence import NO_ROW, Sequence, Status
 from pace.kvcache import KVTables, Reuse, blocks_for
 
-__all__ = ["Schedule", "Scheduler"]
+__all__ = ["Scheduler"]
 
 HOLD_TOKENS = 64
 """Shared tokens for which a sequence waits until the one that is computing them has done so. Fewer are computed again:
@@ -21,50 +21,39 @@ that costs less than a step of waiting."""
 _key = attrgetter("key")
 
 
-@dataclass(slots=True)
-class Schedule:
-    """One step: sequences with the number of their pending tokens to run, decoding ones first.
+def _n_pending(seq: Sequence) -> int:
+    return seq.n_tokens - seq.n_computed
 
-    Attributes:
-        seqs: in the order of the batch.
-        n_new: tokens of each, >= 1.
-        n_tokens: sum of n_new.
-        n_decode: leading sequences that run their only pending token.
-        admitted: those of seqs that start with this step.
-    """
 
-    seqs: list[Sequence] = field(default_factory=list)
-    n_new: list[int] = field(default_factory=list)
-    n_tokens: int = 0
-    n_decode: int = 0
-    admitted: list[Sequence] = field(default_factory=list)
+class _Admission(Enum):
+    """What became of a sequence that might start."""
 
-    def add(self, seq: Sequence, n_new: int) -> None:
-        """Run the next `n_new` pending tokens of a sequence."""
-        self.seqs.append(seq)
-        self.n_new.append(n_new)
-        self.n_tokens += n_new
-
-    def split(self) -> Iterator[Schedule]:
-        """The same step as one step per sequence."""
-        for i, (seq, n_new) in enumerate(zip(self.seqs, self.n_new, strict=True)):
-            yield Schedule(
-                [seq], [n_new], n_new, int(i < self.n_decode), [seq] if seq in self.admitted else []
-            )
+    STARTED = auto()
+    HELD = auto()  # until somebody else has computed what it needs
+    NO_ROOM = auto()  # rows or blocks are short
 
 
 class Scheduler:
     """Priority, then first come, first served, under a budget of tokens per step.
 
-    Decoding sequences run in every step, one row each, so that nobody's stream stops while a prompt is read; what is
-    left of the budget goes to prompts in order, the last one cut to fit. While somebody watches tokens arrive, `Pacer`
-    lowers the budget to what keeps the gaps short. The head of the queue is never overtaken.
+    Decoding sequences run in every step, one row each, so that nobody's stream stops while a prompt is read. What is
+    left of the budget, the step's *room*, goes to prompts by (priority, arrival), whether they have started or wait. Of
+    the one for which it does not suffice, prompts of the same priority that are less than half as long may pass, the
+    shortest first; together they get half of the rest at most. (A prompt of a that is passed by one of b < a tokens ends
+    b later, the other one a - b sooner, when each has half: that pays from a = 2 b on.) While somebody watches tokens
+    arrive, `Pacer` lowers the budget to what keeps the gaps short.
+
+    So in every step at least half of the room goes to prompts in order, and all of it while the first one's priority is
+    better than any other's. Rows and blocks are handed out in order too: whoever passes leaves room for the head of the
+    queue, and while that does not fit, nobody else starts.
 
     Memory is handed out in one of two ways. With `reserve`, a sequence starts when its longest possible output fits, and
-    nothing has to be taken back. Otherwise it starts when its prompt fits; when blocks run out, the last of the running
-    sequences gives its own back, waits, and computes its tokens again later: the same tokens, by law 1.
+    nothing has to be taken back. Otherwise it starts when its prompt fits; when blocks run out, or the head of the queue
+    comes before sequences that run, the last of the running ones gives its own back, waits, and computes its tokens
+    again later: the same tokens, by law 1.
 
-    A sequence whose prompt begins like one that is being computed right now waits for it rather than computing the same.
+    A sequence whose prompt begins like one that is being computed right now waits for it rather than computing the same,
+    unless the other's priority is worse.
 
     Args:
         tables: block tables; their rows bound the running sequences.
@@ -90,17 +79,19 @@ class Scheduler:
         self.windowed = windowed
         self.pacer = Pacer()
         self.running: list[Sequence] = []  # by key: the first is the last to be preempted
-        self.n_waiting = 0
         self.n_preemptions = 0
-        self._waiting: list[
-            tuple[tuple[int, int, int], Sequence]
-        ] = []  # heap; finished ones are dropped on the way
+        self._queue = WaitingQueue()
+        self._fresh: set[Sequence] = set()  # started, and has not run since
         self._blocked: tuple[Sequence, int] | None = None  # who did not fit, and how many blocks there were
+
+    @property
+    def n_waiting(self) -> int:
+        """Sequences that have not started, preempted ones included."""
+        return len(self._queue)
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence."""
-        heapq.heappush(self._waiting, (seq.key, seq))
-        self.n_waiting += 1
+        self._queue.add(seq)
 
     def remove(self, seq: Sequence, *, forget: bool = False) -> None:
         """Free what a sequence that is about to finish holds.
@@ -114,30 +105,23 @@ class Scheduler:
             tokens = None if forget else seq.tokens[: seq.n_computed]
             self.tables.close(seq.row, tokens, forget=forget)
             seq.row = NO_ROW
-        elif seq.status is Status.WAITING:
-            self.n_waiting -= 1
+            self._fresh.discard(seq)
+        else:
+            self._queue.discard(seq)
         self._blocked = None
 
     def schedule(self) -> Schedule:
         """Choose the next step; empty only where nothing waits or runs."""
         step = Schedule()
+        if not self.reserve:
+            self._make_way()
         prompts, is_watched = self._decode(step)
         budget = self.max_num_batched_tokens
         if is_watched:
             budget = min(budget, step.n_decode + self.pacer.allowance(step.n_decode))
-        for seq in prompts:
-            n_new = min(seq.n_tokens - seq.n_computed, budget - step.n_tokens)
-            if n_new == 0:
-                break
-            step.add(seq, n_new)
-        while self._waiting and step.n_tokens < budget:
-            seq = self._waiting[0][1]
-            if seq.status is Status.WAITING:
-                if not self._admit(seq):
-                    break
-                step.admitted.append(seq)
-                step.add(seq, min(seq.n_tokens - seq.n_computed, budget - step.n_tokens))
-            heapq.heappop(self._waiting)
+        self._read(step, prompts, budget - step.n_tokens)
+        if self._fresh:
+            step.admitted = [seq for seq in step.seqs if seq in self._fresh]
         return step
 
     def ran(self, step: Schedule) -> None:
@@ -152,6 +136,7 @@ class Scheduler:
                 self.tables.remember_tail(seq.row, seq.tokens, seq.n_prompt)
             if self.windowed:
                 self.tables.release_before(seq.row, n_computed)
+        self._fresh.difference_update(step.admitted)
 
     def _decode(self, step: Schedule) -> tuple[list[Sequence], bool]:
         """Add a row for every decoding sequence; returns those that still read, and whether anybody watches."""
@@ -162,7 +147,7 @@ class Scheduler:
         while at < len(running):  # preemption shortens the list from its end
             seq = running[at]
             at += 1
-            if seq.n_tokens - seq.n_computed > 1:
+            if _n_pending(seq) > 1:
                 prompts.append(seq)
             elif self._extend(seq):
                 step.add(seq, 1)
@@ -184,18 +169,113 @@ class Scheduler:
         self.running.remove(seq)
         self.tables.close(seq.row, seq.tokens[: seq.n_computed])
         seq.preempt()
+        self._fresh.discard(seq)
         self.add(seq)
         self.n_preemptions += 1
         self._blocked = None
 
-    def _admit(self, seq: Sequence) -> bool:
-        """Start the head of the queue, if it fits."""
+    def _make_way(self) -> None:
+        """Start those at the head of the queue that come before sequences that run, at the cost of these."""
+        room = self.max_num_batched_tokens
+        while room > 0 and self.running:
+            head = self._queue.head()
+            if head is None or head.key > self.running[-1].key:
+                return
+            admission = self._admit(head)
+            if admission is _Admission.STARTED:
+                room -= _n_pending(head)
+            elif admission is _Admission.HELD or not self._would_fit(head):
+                return
+            else:
+                self._preempt(self.running[-1])
+
+    def _would_fit(self, head: Sequence) -> bool:
+        """Whether the running sequences that come after `head` hold enough for it."""
+        size = self.tables.block_size
+        after = [blocks_for(seq.n_tokens, size) for seq in self.running if seq.key > head.key]
+        return bool(after) and self.tables.n_available + sum(after) >= blocks_for(head.n_tokens, size)
+
+    def _read(self, step: Schedule, prompts: list[Sequence], room: int) -> None:
+        """Give `room` rows to prompts in order, those in the queue among them.
+
+        Args:
+            prompts: running ones, by key.
+        """
+        is_open = has_room = True  # whether the queue's head may start; whether anybody in it may
+        at = 0
+        while room > 0:
+            seq = prompts[at] if at < len(prompts) else None
+            head = self._queue.head() if is_open else None
+            if head is not None and (seq is None or head.key < seq.key):
+                admission = self._admit(head)
+                if admission is not _Admission.STARTED:
+                    is_open, has_room = False, admission is _Admission.HELD
+                    continue
+                seq = head
+            elif seq is not None:
+                at += 1
+            else:
+                return
+            n_pending = _n_pending(seq)
+            if n_pending > room:
+                step.add(seq, room - self._pass(step, seq, prompts[at:], room // 2, has_room))
+                return
+            step.add(seq, n_pending)
+            room -= n_pending
+
+    def _pass(self, step: Schedule, long: Sequence, behind: list[Sequence], room: int, has_room: bool) -> int:
+        """Give up to `room` rows to prompts that are less than half as long as `long`, for which the step's don't suffice.
+
+        Args:
+            behind: running prompts that come after it.
+            has_room: somebody from the queue may start.
+
+        Returns:
+            Rows given.
+        """
+        most = (_n_pending(long) - 1) // 2
+        short = [seq for seq in behind if seq.priority == long.priority and _n_pending(seq) <= most]
+        short.sort(key=_n_pending, reverse=True)
+        left = room
+        while left > 0:
+            queued = self._queue.shortest() if has_room else None
+            if (
+                queued is not None
+                and queued.priority == long.priority
+                and queued.n_tokens <= min(most, _n_pending(short[-1]) if short else most)
+            ):
+                has_room = self._may_pass(queued) and self._admit(queued) is _Admission.STARTED
+                if not has_room:
+                    continue
+                seq = queued
+            elif short:
+                seq = short.pop()
+            else:
+                break
+            n_new = min(_n_pending(seq), left)
+            step.add(seq, n_new)
+            left -= n_new
+        return room - left
+
+    def _may_pass(self, seq: Sequence) -> bool:
+        """Whether a row and blocks for the head of the queue are left when `seq`, further behind, starts."""
+        tables, head = self.tables, self._queue.head()
+        if head is None or seq is head:
+            return True
+        need = sum(
+            blocks_for(one.max_cached if self.reserve else one.n_tokens, tables.block_size)
+            for one in (seq, head)
+        )
+        return tables.n_open + 2 <= len(tables.array) and tables.n_available >= need
+
+    def _admit(self, seq: Sequence) -> _Admission:
+        """Start a sequence from the queue, if it fits."""
         tables = self.tables
         if tables.n_open == len(tables.array) or self._blocked == (seq, tables.n_available):
-            return False
+            return _Admission.NO_ROOM
         reuse = self._find(seq)
         if self._is_computed_now(seq, 0 if reuse is None else reuse.n_tokens):
-            return False
+            return _Admission.HELD
         row = None
         if self.reserve:
             row = tables.open(seq.max_cached, reuse, seq.cache_salt)
@@ -205,11 +285,12 @@ class Scheduler:
             if row is not None:
                 tables.close(row)
             self._blocked = (seq, tables.n_available)
-            return False
+            return _Admission.NO_ROOM
+        self._queue.discard(seq)
         seq.start(row, 0 if reuse is None else reuse.n_tokens)
-        self.n_waiting -= 1
+        self._fresh.add(seq)
         insort(self.running, seq, key=_key)
-        return True
+        return _Admission.STARTED
 
     def _headroom(self) -> int:
         """Blocks to spare when a sequence starts: one for each that may need another, or it would be preempted at once."""
@@ -247,7 +328,8 @@ class Scheduler:
             return False
         token = seq.tokens[last]
         return any(
-            other.n_tokens - other.n_computed > 1
+            _n_pending(other) > 1
+            and other.priority <= seq.priority
             and other.n_tokens > last
             and other.tokens[last] == token
             and (other.request_id == seq.request_id or self._will_be_found(other, seq, n_known))

@@ -51,6 +51,7 @@ class Sequence:
 
     __slots__ = (
         "cache_salt",
+        "cancelled",
         "constraints",
         "cumulative_logprob",
         "finish_reason",
@@ -113,6 +114,7 @@ class Sequence:
         self.n_text = 0  # output tokens that the text covers
         self.has_stops = bool(params.stop)
         self.status = Status.WAITING
+        self.cancelled = False  # must not start any more; its end follows
         self.tokens = prompt_ids  # the prompt alone until `start`, then with room for the output
         self.n_prompt = self.n_tokens = len(prompt_ids)
         self.last_token = int(
