@@ -460,3 +460,13 @@ def test_capacity_names_the_knob(model: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("pace.engine.memory.available_bytes", lambda: 1 << 20)
     with pytest.raises(CapacityError, match="max_num_batched_tokens"):
         LLM(model)
+
+
+def test_the_lengths_that_rope_was_not_chosen_for_are_told_at_load(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = write_checkpoint(tmp_path, rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    for max_model_len, told in ((512, False), (None, True), (600, True)):
+        caplog.clear()
+        with LLM(model, threads=1, max_model_len=max_model_len):
+            assert ("with max_model_len 512 none does" in caplog.text) is told

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,7 +137,12 @@ class AsyncLLM(Frontend):
         return self
 
     async def __aexit__(self, *exception: object) -> None:
-        await asyncio.to_thread(self.close)
+        try:
+            closing = asyncio.get_running_loop().run_in_executor(None, self.close)
+        except RuntimeError:  # no thread can be started
+            self.close()
+        else:
+            await closing
 
     def _start(self, *args: Any) -> None:
         super()._start(*args)
@@ -156,16 +162,20 @@ class AsyncLLM(Frontend):
             request_id = f"request-{next(self._ids)}"
         elif not isinstance(request_id, str) or not request_id:
             raise RequestError(f"request_id is {show(request_id)}, expected a non-empty string, or None")
-        ids, deadline_s = iter([request_id]), deadline(timeout_s)
+        deadline_s = deadline(timeout_s)
 
         def make() -> Request:
             (request,) = self._inputs.requests(
-                encode(), params, ids, stream=True, priority=priority, deadline_s=deadline_s
+                encode(), params, iter([request_id]), stream=True, priority=priority, deadline_s=deadline_s
             )
             return request
 
         loop = asyncio.get_running_loop()
-        request = make() if size <= MAX_INLINE_CHARS else await loop.run_in_executor(self._encoders, make)
+        encoding = None
+        if size > MAX_INLINE_CHARS:
+            with suppress(RuntimeError):  # no thread can be started: then it takes the loop's time
+                encoding = loop.run_in_executor(self._encoders, make)
+        request = make() if encoding is None else await encoding
         ticket = _AsyncTicket(request, _Waker(loop))
         try:
             self._driver.submit(ticket)

@@ -13,11 +13,13 @@ from typing import TypeAlias
 
 from pace.engine.core import Engine
 from pace.engine.request import Request
-from pace.errors import EngineDeadError, ForkError, PaceError, RequestError, one_line, show
+from pace.errors import CapacityError, EngineDeadError, ForkError, PaceError, RequestError, one_line, show
 from pace.outputs import CompletionOutput, RequestOutput
 from pace.params import RequestOutputKind
 
 __all__ = ["Driver", "Inbox", "Notify", "Ticket", "merged"]
+
+NO_THREADS = "raise the limit on processes (ulimit -u, or the container's pids limit)"
 
 Notify: TypeAlias = "Callable[[list[Ticket]], None]"
 
@@ -108,7 +110,10 @@ class Driver:
         self._closing = False
         self._ended: Callable[[], PaceError] | None = None  # why nothing can be asked any more
         self._thread = threading.Thread(target=self._run, name="pace-engine", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # the only one that it raises here
+            raise CapacityError(f"the engine needs a thread of its own: {error}; {NO_THREADS}") from None
 
     def check(self) -> None:
         """Raises ForkError, EngineDeadError or PaceError where the engine can't be used any more."""

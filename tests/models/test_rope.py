@@ -194,3 +194,17 @@ def test_layers_use_their_own_table(golden_model: Callable[[str], Model]) -> Non
     np.testing.assert_array_equal(one[0], two[0])  # position 0 does not rotate
     assert relative_error(two, one) > 1e-2
     assert relative_error(two, swapped) > 1e-2
+
+
+def test_sequences_that_differ_from_transformers_are_told() -> None:
+    """dynamic and longrope choose by max_model_len, transformers by the length of each sequence."""
+    dynamic, longrope = parse(VARIANTS["dynamic"]), parse(VARIANTS["longrope"])
+    for spec, threshold in ((dynamic, dynamic.max_len), (longrope, 1024)):
+        assert rope.length_note(spec, threshold) is None and rope.length_note(spec, 1) is None
+        note = rope.length_note(spec, threshold + 1)
+        assert note is not None and f"max_model_len {threshold} none" in note and str(threshold + 1) in note
+    assert rope.length_note(replace(longrope, long_factor=longrope.short_factor), 1025) is None
+    others = [
+        parse(values) for name, values in VARIANTS.items() if not name.startswith(("dynamic", "longrope"))
+    ]
+    assert len(others) > 3 and all(rope.length_note(spec, 1 << 20) is None for spec in others)

@@ -20,6 +20,7 @@ from pace.engine.memory import MemoryPlan, plan_memory
 from pace.engine.packing import PackedSink, invent_weights
 from pace.errors import CheckpointError, ConfigError
 from pace.log import logger
+from pace.models import rope
 from pace.models.decoder import lower
 from pace.models.plan import Plan
 from pace.models.registry import parse_config
@@ -168,6 +169,8 @@ def _plan_memory(config: EngineConfig, spec: DecoderSpec) -> MemoryPlan:
             memory.max_model_len,
             spec.max_len,
         )
+    for note in {rope.length_note(r, memory.max_model_len) for r in spec.ropes} - {None}:
+        logger.warning("%s", note)
     logger.info("memory plan: %s", memory.describe())
     return memory
 

@@ -118,6 +118,26 @@ def context_len(spec: RopeSpec) -> int:
     return spec.max_len
 
 
+def length_note(spec: RopeSpec, max_model_len: int) -> str | None:
+    """Which sequences get other frequencies than transformers gives them, which chooses by their length; None: none do."""
+    if spec.kind == "dynamic" and max_model_len > spec.max_len:
+        return (
+            f"dynamic RoPE is scaled once, for max_model_len {max_model_len}, where transformers scales with the length of "
+            f"the sequence: shorter ones differ from it; with max_model_len {spec.max_len} none does"
+        )
+    if (
+        spec.kind == "longrope"
+        and max_model_len > spec.original_len
+        and spec.long_factor != spec.short_factor
+    ):
+        return (
+            f"longrope takes its long factors for every sequence, as max_model_len is {max_model_len}, where transformers "
+            f"takes the short ones up to {spec.original_len} tokens: such sequences differ from it; with max_model_len "
+            f"{spec.original_len} none does"
+        )
+    return None
+
+
 def build(spec: RopeSpec, max_model_len: int) -> Rope:
     """The table of frequencies for an engine whose sequences have at most `max_model_len` tokens."""
     i = np.arange(0, spec.rotary_dim, 2, dtype=np.float64)  # [rotary_dim / 2]

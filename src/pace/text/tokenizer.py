@@ -14,7 +14,7 @@ from pace.checkpoint.config_json import checkpoint_file, read_json
 from pace.errors import RequestError, TokenizerError, show
 from pace.log import logger
 from pace.text.added_tokens import ANCHOR, byte_form, literal_tokens
-from pace.text.tokenizer_json import decoder_kinds, guarded, load
+from pace.text.tokenizer_json import NoThreads, decoder_kinds, guarded, load
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
@@ -83,6 +83,7 @@ class Tokenizer:
         self.bos_token_id = self._special_id(path, "bos_token", vocabulary)
         self.eos_token_id = self._special_id(path, "eos_token", vocabulary)
         self._prompt_bos_id = _bos_of_prompts(self._rust)
+        self._has_threads = True
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Encode one text without holding the GIL.
@@ -114,14 +115,26 @@ class Tokenizer:
         """
         for text in texts:
             self._check_text(text)
-        # encode() would hold the GIL: a 3 MB prompt froze every other thread for 1.5 s; this one, for 7 ms.
-        call = partial(self._rust.encode_batch_fast, list(texts), add_special_tokens=add_special_tokens)
-        encodings = guarded(call, RequestError, "the tokenizer failed on this text")
-        result = [encoding.ids for encoding in encodings]
+        result = self._encode_all(list(texts), add_special_tokens)
         bos = self._prompt_bos_id
         if add_special_tokens and bos is not None:
             result = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in result]
         return result
+
+    def _encode_all(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        message = "the tokenizer failed on this text"
+        if self._has_threads:
+            # encode() would hold the GIL: a 3 MB prompt froze every other thread for 1.5 s; this one, for 7 ms.
+            call = partial(self._rust.encode_batch_fast, texts, add_special_tokens=add_special_tokens)
+            try:
+                return [encoding.ids for encoding in guarded(call, RequestError, message)]
+            except NoThreads:
+                self._has_threads = False
+                logger.warning(
+                    "the tokenizer can't start threads, texts are encoded one by one, under the GIL"
+                )
+        encode = partial(self._rust.encode, add_special_tokens=add_special_tokens)
+        return [guarded(partial(encode, text), RequestError, message).ids for text in texts]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Decode a whole sequence; invalid UTF-8 becomes U+FFFD.

@@ -22,8 +22,12 @@ MAX_TOKENIZER_BYTES = 128 << 20  # the largest in use (262k tokens, indented) is
 MAX_TEMPLATE_TOKENS = 64  # special tokens that the post-processor adds to a prompt
 
 
+class NoThreads(Exception):
+    """The Rust library could not start the threads that it wanted to use; calls for one text need none."""
+
+
 def guarded(call: Any, error: type[RequestError] | type[TokenizerError], message: str) -> Any:
-    """Call into the Rust library; what it raises becomes `error`."""
+    """Call into the Rust library; what it raises becomes `error`, or NoThreads where that is the reason."""
     try:
         return call()
     except Exception as cause:
@@ -32,6 +36,8 @@ def guarded(call: Any, error: type[RequestError] | type[TokenizerError], message
         # A Rust panic is not an Exception, and would pass through every handler above this one.
         if type(cause).__name__ != "PanicException":
             raise
+        if "ThreadPoolBuildError" in str(cause):
+            raise NoThreads from None
         raise error(f"{message}: internal error of the tokenizers library: {cause}") from None
 
 
