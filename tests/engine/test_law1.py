@@ -141,7 +141,7 @@ class Lab:
             MAX_LEN,
             copy=pool.copy,
             prefix_caching=prefix_caching,
-            max_window=window,
+            reach=window,
         )
         return Engine(
             Runner(
@@ -163,7 +163,6 @@ class Lab:
                 max_tokens,
                 reserve=reserve,
                 prefix_caching=prefix_caching and not contiguous,
-                windowed=window is not None,
             ),
             vocab_size=plan.vocab_size,
             max_model_len=MAX_LEN,

@@ -17,7 +17,7 @@ class Tables(BlockTables):
     """With a record of what was copied, and short forms."""
 
     def __init__(
-        self, n_blocks: int = 16, max_seqs: int = 4, caching: bool = True, max_window: int | None = None
+        self, n_blocks: int = 16, max_seqs: int = 4, caching: bool = True, reach: int | None = None
     ) -> None:
         self.copied: list[tuple[int, int, int]] = []
         super().__init__(
@@ -27,7 +27,7 @@ class Tables(BlockTables):
             512,
             copy=lambda src, dst, n: self.copied.append((src, dst, n)),
             prefix_caching=caching,
-            max_window=max_window,
+            reach=reach,
         )
 
     def run(self, n_tokens: int, reserve: int = 0, tokens: I32Array = TOKENS) -> int:
@@ -97,7 +97,8 @@ def test_cached_blocks_that_are_taken_back_leave_the_free_ones() -> None:
     assert promised is not None
     tables.close(promised)
     reuse = tables.match(TOKENS, None, 4 * SIZE)
-    assert tables.fits(5 * SIZE, 1, reuse) and not tables.fits(5 * SIZE, 2, reuse)
+    assert tables.fits(5 * SIZE, 2, reuse), "an eighth of 6 blocks is none"
+    assert not tables.fits(7 * SIZE, 0, reuse)
     row = tables.open(5 * SIZE, reuse)
     assert row is not None and (tables.n_free, tables.n_available) == (2, 1)
 
@@ -335,7 +336,7 @@ def test_forget_covers_what_was_written_behind_a_cut_prefix() -> None:
 
 
 def test_forget_leaves_blocks_that_were_released_and_taken_by_others() -> None:
-    tables = Tables(n_blocks=4, max_window=32)
+    tables = Tables(n_blocks=4, reach=32)
     row = tables.open(0)
     assert row is not None and tables.extend(row, 2 * SIZE)
     tables.release_before(row, 2 * SIZE)
@@ -347,7 +348,7 @@ def test_forget_leaves_blocks_that_were_released_and_taken_by_others() -> None:
 
 
 def test_windows_release_what_nobody_sees() -> None:
-    tables = Tables(max_window=40)
+    tables = Tables(reach=40)
     row = tables.run(5 * SIZE, reserve=5 * SIZE)
     tables.release_before(row, 70)  # sees 31 ..
     assert tables.n_used == 5
@@ -371,12 +372,13 @@ def test_windows_release_what_nobody_sees() -> None:
 
 
 def test_blocks_that_were_released_before_they_were_committed_are_not_indexed() -> None:
-    tables = Tables(max_window=32)
+    tables = Tables(reach=32)
     row = tables.open(0)
     assert row is not None and tables.extend(row, 4 * SIZE)
     tables.release_before(row, 4 * SIZE)
     tables.commit(row, TOKENS, 4 * SIZE)
-    assert tables.found(512) == 0 and tables.stats()["cached_blocks"] == 1
+    assert tables.found(3 * SIZE) == 0 and tables.stats()["cached_blocks"] == 1
+    assert tables.found(512) == 4 * SIZE, "a query there sees nothing of the others"
 
 
 def test_equal_rows_index_one_of_them() -> None:

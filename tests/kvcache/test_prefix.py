@@ -44,9 +44,10 @@ class Held:
     def find(
         self, tokens: I32Array, salt: str | None = None, limit: int | None = None
     ) -> tuple[list[int], int, int]:
-        found = self.index.find(tokens, self.index.root(salt), len(tokens) if limit is None else limit)
-        assert len(found.digests) == len(found.blocks)
-        return found.blocks, found.tail, found.n_tail
+        chain = self.index.chain(tokens, self.index.root(salt), len(tokens) if limit is None else limit)
+        assert len(chain.digests) == len(chain.blocks) + 1
+        n_bytes = len(chain.blocks) * self.index.block_bytes
+        return chain.blocks, *self.index.best_child(chain.digests[-1], chain.data[n_bytes:])
 
 
 def test_whole_blocks_then_the_best_partial_one() -> None:
@@ -106,9 +107,9 @@ def test_a_collision_finds_nothing() -> None:
     root = index.root(None)
     block = pool.allocate()
     assert index.insert(block, root, index.digest(root, b""), token_bytes(mine[:SIZE]))
-    assert index.find(yours, root, SIZE).blocks == []
-    assert index.find(mine, root, SIZE).blocks == [block]
-    assert index.find(mine, index.root("other"), SIZE).blocks == [], "the parent is compared too"
+    assert index.chain(yours, root, SIZE).blocks == []
+    assert index.chain(mine, root, SIZE).blocks == [block]
+    assert index.chain(mine, index.root("other"), SIZE).blocks == [], "the parent is compared too"
     assert not index.insert(pool.allocate(), root, index.digest(root, b""), token_bytes(yours[:SIZE]))
     assert len(index) == 1
 
@@ -229,7 +230,7 @@ def test_eviction_removes_the_entry_and_dropping_frees_the_block() -> None:
         pool.release(blocks[-1])
     pool.reserve(1)
     assert pool.allocate() == blocks[0]
-    assert index.find(chunks[0], root, SIZE).blocks == [] and len(index) == 1
+    assert index.chain(chunks[0], root, SIZE).blocks == [] and len(index) == 1
     index.drop(blocks[1])
     index.drop(blocks[1])
     assert len(index) == 0

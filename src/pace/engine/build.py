@@ -63,7 +63,7 @@ def build_engine(
         contiguous=contiguous,
     )
     executor = ops.Plan(team, plan, sink.weights, kv_pool, max_tokens, max_seqs, n_logit_rows, config.kernels)
-    max_window = _max_window(plan)
+    reach = _reach(plan)
     tables = make_tables(
         config.kv_cache_type,
         memory.n_blocks,
@@ -72,14 +72,13 @@ def build_engine(
         memory.max_model_len,
         copy=kv_pool.copy,
         prefix_caching=config.enable_prefix_caching,
-        max_window=max_window,
+        reach=reach,
     )
     scheduler = Scheduler(
         tables,
         max_tokens,
         reserve=config.admission == "reserve",
         prefix_caching=config.enable_prefix_caching and not contiguous,
-        windowed=max_window is not None,
     )
     engine = Engine(
         Runner(
@@ -104,7 +103,7 @@ def build_engine(
     return engine, executor
 
 
-def _max_window(plan: Plan) -> int | None:
+def _reach(plan: Plan) -> int | None:
     """The longest window of all layers; None where a layer sees everything."""
     windows = [op.window for op in plan.ops if isinstance(op, Attention)]
     return max(w for w in windows if w is not None) if windows and None not in windows else None

@@ -80,7 +80,7 @@ class Engine:
         self.preparer = Preparer(
             vocab_size=vocab_size,
             max_model_len=max_model_len,
-            max_cached=scheduler.tables.n_blocks * scheduler.tables.block_size,
+            max_cached=scheduler.tables.capacity,
             max_logprobs=max_logprobs,
             eos_token_ids=eos_token_ids,
             tokenizer=tokenizer,

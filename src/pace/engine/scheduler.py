@@ -10,7 +10,7 @@ from pace.engine.pacing import Pacer
 from pace.engine.queue import WaitingQueue
 from pace.engine.schedule import Schedule
 from pace.engine.sequence import NO_ROW, Sequence, Status
-from pace.kvcache import KVTables, Reuse, blocks_for
+from pace.kvcache import KVTables, Reuse
 
 __all__ = ["Scheduler"]
 
@@ -60,7 +60,6 @@ class Scheduler:
         max_num_batched_tokens: rows of one step, at least as many as the tables have.
         reserve: see above.
         prefix_caching: look for computed prompts.
-        windowed: every layer has a window, so blocks behind it can be freed.
     """
 
     def __init__(
@@ -70,13 +69,11 @@ class Scheduler:
         *,
         reserve: bool = False,
         prefix_caching: bool = True,
-        windowed: bool = False,
     ) -> None:
         self.tables = tables
         self.max_num_batched_tokens = max_num_batched_tokens
         self.reserve = reserve
         self.prefix_caching = prefix_caching
-        self.windowed = windowed
         self.pacer = Pacer()
         self.running: list[Sequence] = []  # by key: the first is the last to be preempted
         self.n_preemptions = 0
@@ -134,7 +131,7 @@ class Scheduler:
             if n_before < seq.n_prompt <= n_computed:
                 # Others can begin where this prompt ends, though its last block is not full.
                 self.tables.remember_tail(seq.row, seq.tokens, seq.n_prompt)
-            if self.windowed:
+            if self.tables.has_reach:
                 self.tables.release_before(seq.row, n_computed)
         self._fresh.difference_update(step.admitted)
 
@@ -191,9 +188,8 @@ class Scheduler:
 
     def _would_fit(self, head: Sequence) -> bool:
         """Whether the running sequences that come after `head` hold enough for it."""
-        size = self.tables.block_size
-        after = [blocks_for(seq.n_tokens, size) for seq in self.running if seq.key > head.key]
-        return bool(after) and self.tables.n_available + sum(after) >= blocks_for(head.n_tokens, size)
+        after = [seq.n_tokens for seq in self.running if seq.key > head.key]
+        return bool(after) and self.tables.has_room([head.n_tokens], after)
 
     def _read(self, step: Schedule, prompts: list[Sequence], room: int) -> None:
         """Give `room` rows to prompts in order, those in the queue among them.
@@ -216,12 +212,20 @@ class Scheduler:
                 at += 1
             else:
                 return
-            n_pending = _n_pending(seq)
-            if n_pending > room:
-                step.add(seq, room - self._pass(step, seq, prompts[at:], room // 2, has_room))
+            n_new = min(_n_pending(seq), self.tables.max_step)
+            if n_new > room:
+                self._add(step, seq, room - self._pass(step, seq, prompts[at:], room // 2, has_room))
                 return
-            step.add(seq, n_pending)
-            room -= n_pending
+            self._add(step, seq, n_new)
+            room -= n_new
+
+    def _add(self, step: Schedule, seq: Sequence, n_new: int) -> None:
+        """Run tokens of a prompt, for all of which there are blocks since it was admitted."""
+        if not self.tables.extend(seq.row, seq.n_computed + n_new):
+            raise RuntimeError(
+                f"{n_new} tokens of {seq.request_id} do not fit, though its prompt was promised room"
+            )
+        step.add(seq, n_new)
 
     def _pass(self, step: Schedule, long: Sequence, behind: list[Sequence], room: int, has_room: bool) -> int:
         """Give up to `room` rows to prompts that are less than half as long as `long`, for which the step's don't suffice.
@@ -252,8 +256,8 @@ class Scheduler:
                 seq = short.pop()
             else:
                 break
-            n_new = min(_n_pending(seq), left)
-            step.add(seq, n_new)
+            n_new = min(_n_pending(seq), left, self.tables.max_step)
+            self._add(step, seq, n_new)
             left -= n_new
         return room - left
 
@@ -262,16 +266,13 @@ class Scheduler:
         tables, head = self.tables, self._queue.head()
         if head is None or seq is head:
             return True
-        need = sum(
-            blocks_for(one.max_cached if self.reserve else one.n_tokens, tables.block_size)
-            for one in (seq, head)
-        )
-        return tables.n_open + 2 <= len(tables.array) and tables.n_available >= need
+        need = [one.max_cached if self.reserve else one.n_tokens for one in (seq, head)]
+        return tables.n_open + 2 <= tables.n_rows and tables.has_room(need)
 
     def _admit(self, seq: Sequence) -> _Admission:
         """Start a sequence from the queue, if it fits."""
         tables = self.tables
-        if tables.n_open == len(tables.array) or self._blocked == (seq, tables.n_available):
+        if tables.n_open == tables.n_rows or self._blocked == (seq, tables.n_available):
             return _Admission.NO_ROOM
         reuse = self._find(seq)
         if self._is_computed_now(seq, 0 if reuse is None else reuse.n_tokens):
@@ -280,10 +281,8 @@ class Scheduler:
         if self.reserve:
             row = tables.open(seq.max_cached, reuse, seq.cache_salt)
         elif tables.fits(seq.n_tokens, self._headroom(), reuse):
-            row = tables.open(0, reuse, seq.cache_salt)
-        if row is None or not tables.extend(row, seq.n_tokens):
-            if row is not None:
-                tables.close(row)
+            row = tables.open(seq.n_tokens, reuse, seq.cache_salt)
+        if row is None:
             self._blocked = (seq, tables.n_available)
             return _Admission.NO_ROOM
         self._queue.discard(seq)
@@ -294,11 +293,7 @@ class Scheduler:
 
     def _headroom(self) -> int:
         """Blocks to spare when a sequence starts: one for each that may need another, or it would be preempted at once."""
-        size = self.tables.block_size
-        n_growing = sum(
-            blocks_for(seq.max_cached, size) > blocks_for(seq.n_tokens, size) for seq in self.running
-        )
-        return min(n_growing, self.tables.n_blocks // 8)
+        return sum(self.tables.grows(seq.n_tokens, seq.max_cached) for seq in self.running)
 
     def _find(self, seq: Sequence) -> Reuse | None:
         """What of a sequence is in the cache; its last token always runs, as somebody must make the logits."""

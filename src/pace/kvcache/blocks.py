@@ -8,16 +8,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pace.kvcache.found import FoundBlocks
+from pace.kvcache.group import BlockReuse, GroupTables, Reach
 from pace.kvcache.pool import BlockPool, blocks_for
 from pace.kvcache.prefix import Entry, PrefixIndex, token_bytes
-from pace.kvcache.tables import CopyBlock, KVTables, Reuse
+from pace.kvcache.tables import CopyBlock, ReleasedError, Reuse
 from pace.models.plan import I32Array
 
 __all__ = ["BlockTables"]
 
 CLOSED = -1  # in place of a row's capacity and next commit: nobody owns the row
 NEVER = sys.maxsize
-GROUP = 32  # keys that attention reads together; whoever writes the first one of them clears their V
 
 
 @dataclass(slots=True)
@@ -25,10 +26,10 @@ class Row:
     """What is known of an open row besides its table.
 
     Attributes:
-        promise: blocks that the row may hold for certain, shared ones included.
-        owed: of these, the ones that it does not hold yet; the pool has them reserved.
+        promise: entries that its table may have for certain, shared ones included.
+        owed: blocks for these that it does not hold yet, and may hold at once; the pool has them reserved.
         n_blocks: entries of its table, released ones included.
-        n_released: of these, the leading ones that a window has left behind; they are not the row's any more.
+        n_released: of these, the leading ones that nobody sees any more; they are not the row's.
         n_reused: the leading ones that somebody else has filled.
         chain: digests of the whole blocks that are committed, behind the root; empty without an index.
         left: what the row has indexed in blocks that it doesn't hold any more.
@@ -43,15 +44,18 @@ class Row:
     left: list[Entry] = field(default_factory=list)
 
 
-class BlockTables(KVTables):
+class BlockTables(GroupTables):
     """Rows of a single preallocated array of block indices; no list is converted in a step.
 
     A block with several holders is never written. Prefixes are shared in whole blocks, which are full, and what follows
     them is copied; so a row can only come to write a shared block after `truncate` into it, and then the next `extend`
     copies it first. All operations are O(blocks that change hands), `open` and `close` of a row thus O(its blocks).
 
+    With a reach a row lets go of blocks at one end and takes others at the other, so a shared block saves it no memory: the
+    pool charges every holder, and a promise of what a row holds at once is good for any length.
+
     Args:
-        n_blocks, block_size, max_seqs, max_len, copy, prefix_caching, max_window: as in `make_tables`.
+        n_blocks, block_size, max_seqs, max_len, copy, prefix_caching, reach, max_step: as in `make_tables`.
 
     Raises:
         ConfigError: a size is out of range.
@@ -66,20 +70,25 @@ class BlockTables(KVTables):
         *,
         copy: CopyBlock,
         prefix_caching: bool = False,
-        max_window: int | None = None,
+        reach: int | None = None,
+        max_step: int | None = None,
     ) -> None:
-        self.pool = BlockPool(n_blocks, block_size)
+        self.pool = BlockPool(n_blocks, block_size, charge_shared=reach is not None)
         self.index = PrefixIndex(self.pool) if prefix_caching else None
+        self.n_rows = max_seqs
         self.n_blocks = n_blocks
-        self.block_size = block_size
+        self.block_size = self.column_tokens = block_size
+        self.has_reach = reach is not None
+        self.max_step = max_len if max_step is None or reach is None else max_step
         self.array: I32Array = np.zeros((max_seqs, blocks_for(max_len, block_size)), dtype=np.int32)
         self._copy = copy
-        self._max_window = max_window
+        self.reach = Reach(reach, block_size, self.max_step)
         self._free_rows = list(range(max_seqs - 1, -1, -1))
         self._rows: list[Row | None] = [None] * max_seqs
-        # Beside the rows, because every step looks at these two: a list costs half as much as an attribute.
+        # Beside the rows, because every step looks at these: a list costs half as much as an attribute.
         self._capacity = [CLOSED] * max_seqs  # tokens that the row may hold without further ado
         self._commit_at = [CLOSED] * max_seqs  # tokens with which the next block is full
+        self._release_at = [NEVER] * max_seqs  # position from which on a further block is unseen
         self._epoch = 0  # of changes; what `match` and `fork` found is valid for one
         self._query = 0  # limit of the last match, until it is counted
         self._n_queries = self._n_query_tokens = self._n_hit_tokens = self._n_copies = 0
@@ -99,11 +108,17 @@ class BlockTables(KVTables):
         """Rows in use."""
         return len(self._rows) - len(self._free_rows)
 
+    @property
+    def capacity(self) -> int:
+        """Tokens of the longest row that fits when there is no other."""
+        longest = self.array.shape[1]
+        fits = longest if self.reach.blocks_at_once(longest) <= self.n_blocks else self.n_blocks
+        return fits * self.block_size
+
     def open(self, reserve: int, reuse: Reuse | None = None, salt: str | None = None) -> int | None:
         """Take a row; see `KVTables.open`."""
         query, self._query = self._query, 0
-        if reuse is not None and reuse.epoch != self._epoch:
-            raise RuntimeError("the tables have changed since this prefix was found; match or fork again")
+        reuse = self._valid(reuse)
         promise = blocks_for(reserve, self.block_size)
         if promise > self.array.shape[1]:
             raise RuntimeError(f"can't promise {reserve} tokens; a table has {self.array.shape[1]} blocks")
@@ -130,16 +145,37 @@ class BlockTables(KVTables):
             return True
         return self._grow(row, n_tokens)
 
+    def room(self, row: int) -> int:
+        """Tokens that the row may hold without further ado."""
+        self._row(row)
+        return self._capacity[row]
+
+    def can_extend(self, row: int, n_tokens: int) -> bool:
+        """Whether `extend` would succeed now."""
+        if n_tokens <= self._capacity[row]:
+            return True
+        state = self._row(row)
+        return self._n_missing(row, state, n_tokens) - state.owed <= self.n_available
+
+    def can_truncate(self, row: int, n_tokens: int) -> bool:
+        """Whether the row holds what a query at `n_tokens` sees."""
+        return self._row(row).n_released <= self.reach.unseen_blocks(n_tokens)
+
     def truncate(self, row: int, n_tokens: int) -> None:
         """Let the row hold only its first `n_tokens`; see `KVTables.truncate`."""
         state = self._row(row)
-        if not state.n_released * self.block_size <= n_tokens <= self._capacity[row]:
+        if not 0 <= n_tokens <= self._capacity[row]:
             raise RuntimeError(
                 f"truncate of row {row} to {n_tokens} tokens, which holds up to {self._capacity[row]}"
             )
+        if not self.can_truncate(row, n_tokens):
+            raise ReleasedError(
+                f"truncate of row {row} to {n_tokens} tokens: the first {state.n_released * self.block_size} are released, "
+                "a query there sees some of them"
+            )
         self._epoch += 1
         keep = blocks_for(n_tokens, self.block_size)
-        self._release(state, row, max(keep, state.n_released), state.n_blocks)
+        self._release(state, row, keep, state.n_blocks)
         state.n_blocks = keep
         state.n_reused = min(state.n_reused, keep)
         del state.chain[n_tokens // self.block_size + 1 :]
@@ -149,7 +185,7 @@ class BlockTables(KVTables):
         if n_cut:
             if self.pool.refcount(int(self.array[row, keep - 1])) > 1:
                 self._capacity[row] = n_tokens
-                shared = 1
+                shared = int(self.reach.n_tokens is None)  # else the row has been charged for it
             else:
                 self._own_last(row, state, n_cut)
         self._settle(state, shared)
@@ -166,6 +202,7 @@ class BlockTables(KVTables):
         self._release(state, row, state.n_released, state.n_blocks)
         self._rows[row] = None
         self._capacity[row] = self._commit_at[row] = CLOSED
+        self._release_at[row] = NEVER
         self._free_rows.append(row)
 
     def commit(self, row: int, tokens: I32Array, n_valid: int) -> None:
@@ -189,26 +226,23 @@ class BlockTables(KVTables):
                 int(self.array[row, whole]), state.chain[-1], token_bytes(tokens[start:n_valid])
             )
 
-    def match(self, tokens: I32Array, salt: str | None, limit: int) -> Reuse | None:
-        """Find the longest cached prefix; see `KVTables.match`. O(limit)."""
+    def find(self, tokens: I32Array, salt: str | None, limit: int) -> FoundBlocks | None:
+        """What is cached of tokens[:limit]; see `GroupTables.find`. O(limit)."""
         if self.index is None:
             return None
         if len(tokens) < limit:
             raise RuntimeError(f"match of {limit} tokens, {len(tokens)} were given")
-        self._query = limit
         root = self.index.root(salt)
-        found = self.index.find(tokens, root, limit)
-        tail, n_tail = found.tail, found.n_tail
-        if n_tail and self.pool.refcount(tail) == 0 and self.n_free - self._n_cached(found.blocks) == 1:
-            # `open` can't copy it, there is no other block; it takes the block itself. That may hold anything behind the
-            # n_tail tokens, so whole groups alone are of use.
-            n_tail = n_tail // GROUP * GROUP
-            tail = tail if n_tail else -1
-        n_tokens = len(found.blocks) * self.block_size + n_tail
-        if n_tokens == 0:
+        return FoundBlocks(self.index, self.pool, self.reach, tokens, root, limit, self._epoch)
+
+    def match(self, tokens: I32Array, salt: str | None, limit: int) -> Reuse | None:
+        """Find the longest cached prefix; see `KVTables.match`. O(limit)."""
+        found = self.find(tokens, salt, limit)
+        if found is None:
             return None
-        digests = (root, *found.digests)
-        return Reuse(n_tokens, tuple(found.blocks), tail, n_tail, 0, digests, self._epoch)
+        self._query = limit
+        n_tokens = found.longest(limit)
+        return found.reuse(n_tokens) if n_tokens else None
 
     def fork(self, row: int, n_tokens: int) -> Reuse | None:
         """The first `n_tokens` of a live row; see `KVTables.fork`."""
@@ -217,36 +251,25 @@ class BlockTables(KVTables):
             raise RuntimeError(
                 f"fork of row {row} at {n_tokens} tokens, which holds up to {self._capacity[row]}"
             )
-        if state.n_released > self._n_unseen(n_tokens) // self.block_size:
+        first = self.reach.unseen_blocks(n_tokens)
+        if state.n_released > first:
             return None
         self._query = 0
         whole, n_tail = divmod(n_tokens, self.block_size)
         blocks: list[int] = self.array[row, : whole + 1].tolist()
         tail = blocks[whole] if n_tail else -1
         digests = tuple(state.chain[: whole + 1])
-        return Reuse(n_tokens, tuple(blocks[:whole]), tail, n_tail, state.n_released, digests, self._epoch)
+        return BlockReuse(n_tokens, tuple(blocks[:whole]), tail, n_tail, first, digests, self._epoch)
 
     def release_before(self, row: int, position: int) -> None:
-        """Free the blocks that a window has left behind; see `KVTables.release_before`."""
-        if self._max_window is None:
-            return
-        state = self._row(row)
-        end = min(self._n_unseen(position), self._capacity[row]) // self.block_size
-        if end <= state.n_released:
-            return
-        self._epoch += 1
-        self._release(state, row, state.n_released, end)
-        state.n_released = end
-        state.n_reused = max(state.n_reused, end)
-
-    def _n_unseen(self, position: int) -> int:
-        """Leading tokens that no query at `position` or later sees, in whole groups."""
-        return 0 if self._max_window is None else max(0, position - self._max_window + 1) // GROUP * GROUP
+        """Free the blocks that nobody sees any more; see `KVTables.release_before`."""
+        if position >= self._release_at[row]:
+            self._let_go(row, position)
 
     def fits(self, n_tokens: int, headroom: int = 0, reuse: Reuse | None = None) -> bool:
         """Whether a row of `n_tokens` could be opened now; see `KVTables.fits`."""
-        need = self._need(blocks_for(n_tokens, self.block_size), reuse)
-        return bool(self._free_rows) and need + headroom <= self.n_available
+        need = self._need(blocks_for(n_tokens, self.block_size), self._valid(reuse))
+        return bool(self._free_rows) and need + min(headroom, self.n_blocks // 8) <= self.n_available
 
     def stats(self) -> dict[str, int]:
         """Counters since the start; see `KVTables.stats`."""
@@ -266,19 +289,33 @@ class BlockTables(KVTables):
             raise RuntimeError(f"row {row} is not open")
         return state
 
-    def _need(self, n_blocks: int, reuse: Reuse | None) -> int:
-        """Free blocks that a row of n_blocks takes: new ones, and cached ones that it takes back."""
+    def _valid(self, reuse: Reuse | None) -> BlockReuse | None:
         if reuse is None:
-            return n_blocks
-        n_cached = self._n_cached(reuse.blocks[reuse.n_released :])
-        return max(n_blocks - len(reuse.blocks), int(reuse.n_tail > 0)) + n_cached
+            return None
+        if not isinstance(reuse, BlockReuse) or reuse.epoch != self._epoch:
+            raise RuntimeError("the tables have changed since this prefix was found; match or fork again")
+        return reuse
+
+    def _need(self, n_blocks: int, reuse: BlockReuse | None) -> int:
+        """Available blocks that a row of n_blocks takes: new ones, cached ones that it takes back, and charged ones."""
+        if reuse is None:
+            return self.reach.blocks_at_once(n_blocks)
+        n_begun = len(reuse.blocks) + int(reuse.n_tail > 0)
+        if self.reach.n_tokens is None:
+            return max(n_blocks, n_begun) - len(reuse.blocks) + self._n_cached(reuse.blocks)
+        n_held = n_begun - reuse.n_released
+        return n_held + self._n_owed(n_blocks, n_begun, n_held)
+
+    def _n_owed(self, promise: int, n_blocks: int, n_held: int) -> int:
+        """Blocks that a row with n_blocks entries, of which it holds n_held, must still be able to take."""
+        return max(0, min(promise - n_blocks, self.reach.blocks_at_once(promise) - n_held))
 
     def _n_cached(self, blocks: Iterable[int]) -> int:
         """How many of the blocks nobody holds."""
         refcount = self.pool.refcount
         return sum(refcount(block) == 0 for block in blocks)
 
-    def _start_with(self, reuse: Reuse, row: Row, table: I32Array) -> None:
+    def _start_with(self, reuse: BlockReuse, row: Row, table: I32Array) -> None:
         """Share and copy what `reuse` names; there are free blocks enough."""
         blocks = list(reuse.blocks)
         for block in blocks[reuse.n_released :]:
@@ -302,10 +339,22 @@ class BlockTables(KVTables):
         """Recompute what every step looks at."""
         self._capacity[number] = row.n_blocks * self.block_size
         self._commit_at[number] = NEVER if self.index is None else len(row.chain) * self.block_size
+        self._release_at[number] = self.reach.position_beyond(row.n_released)
+
+    def _let_go(self, row: int, position: int) -> None:
+        state = self._row(row)
+        end = min(self.reach.unseen_blocks(position), self._capacity[row] // self.block_size)
+        self._epoch += 1
+        self._release(state, row, state.n_released, end)
+        state.n_released = end
+        state.n_reused = max(state.n_reused, end)
+        self._release_at[row] = self.reach.position_beyond(end)
+        self._settle(state, 0)
 
     def _settle(self, row: Row, n_more: int) -> None:
         """Reserve what of the promise the row does not hold, and `n_more` blocks; less where others hold them."""
-        want = max(0, row.promise - row.n_blocks + n_more)
+        n_held = row.n_blocks - row.n_released
+        want = max(0, self._n_owed(row.promise, row.n_blocks, n_held) + n_more)
         if want < row.owed:
             self.pool.unreserve(row.owed - want)
         else:
@@ -316,34 +365,51 @@ class BlockTables(KVTables):
     def _grow(self, row: int, n_tokens: int) -> bool:
         state = self._row(row)
         need = blocks_for(n_tokens, self.block_size)
-        if need > self.array.shape[1]:
-            raise RuntimeError(
-                f"row {row} can't hold {n_tokens} tokens; a table has {self.array.shape[1]} blocks"
-            )
         held = state.n_blocks
-        last = int(self.array[row, held - 1]) if self._capacity[row] < held * self.block_size else -1
-        copies = last >= 0 and self.pool.refcount(last) > 1  # cut by `truncate` while others held it
-        n_new = need - held + copies
+        n_new = self._n_missing(row, state, n_tokens)
         n_extra = max(0, n_new - state.owed)
         if not self.pool.reserve(n_extra):
             return False
         self._epoch += 1
         state.owed += n_extra - n_new
         n_cut = self._capacity[row] % self.block_size
-        if copies:
-            block = self.pool.allocate()
-            self._copy(last, block, n_cut)
-            self._n_copies += 1
-            self.pool.release(last)
-            self.array[row, held - 1] = block
-        if last >= 0:
-            self._own_last(row, state, n_cut)
+        if n_cut:
+            self._unshare_last(row, state, n_cut)
         if need > held:
             self.array[row, held:need] = [self.pool.allocate() for _ in range(need - held)]
         state.n_blocks = need
         self._capacity[row] = need * self.block_size
         self._settle(state, 0)
         return True
+
+    def _n_missing(self, row: int, state: Row, n_tokens: int) -> int:
+        """Blocks that the row takes to hold n_tokens: new ones, and one for a copy of its last one."""
+        need = blocks_for(n_tokens, self.block_size)
+        if need > self.array.shape[1]:
+            raise RuntimeError(
+                f"row {row} can't hold {n_tokens} tokens; a table has {self.array.shape[1]} blocks"
+            )
+        copies = self.reach.n_tokens is None and self._is_cut(row, state)  # else charged already
+        return need - state.n_blocks + copies
+
+    def _is_cut(self, row: int, state: Row) -> bool:
+        """Whether `truncate` has cut the last block while others held it, and they still do."""
+        return self._capacity[row] % self.block_size > 0 and (
+            self.pool.refcount(int(self.array[row, state.n_blocks - 1])) > 1
+        )
+
+    def _unshare_last(self, row: int, state: Row, n_cut: int) -> None:
+        """The last block was cut after n_cut tokens: copy it where others hold it too."""
+        last = int(self.array[row, state.n_blocks - 1])
+        if self.pool.refcount(last) > 1:
+            self.pool.release(last)
+            if self.reach.n_tokens is not None:
+                self.pool.reserve(1)  # what the row was charged for the other
+            block = self.pool.allocate()
+            self._copy(last, block, n_cut)
+            self._n_copies += 1
+            self.array[row, state.n_blocks - 1] = block
+        self._own_last(row, state, n_cut)
 
     def _own_last(self, row: int, state: Row, n_valid: int) -> None:
         """The last block is the row's alone, and what follows its first n_valid tokens will be overwritten."""

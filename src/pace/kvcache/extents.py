@@ -11,120 +11,90 @@ extent are taken.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+import sys
+from dataclasses import dataclass
 from math import isqrt
 
 import numpy as np
 
+from pace.kvcache.group import BlockReuse, GroupTables, Reach
+from pace.kvcache.holes import Holes
 from pace.kvcache.pool import blocks_for, check_sizes
-from pace.kvcache.tables import CopyBlock, KVTables, Reuse
+from pace.kvcache.tables import CopyBlock, ReleasedError, Reuse
 from pace.models.plan import I32Array
 
-__all__ = ["ExtentTables", "Holes"]
+__all__ = ["ExtentTables"]
 
 CLOSED = -1  # in place of a row's capacity: nobody owns the row
+NEVER = sys.maxsize
 
 
-class Holes:
-    """The free blocks as maximal runs, in ascending order. Every operation is O(runs), at most one more than extents.
+@dataclass(slots=True)
+class Extent:
+    """Where a row lies.
 
-    Args:
-        n_blocks: all of them free at first.
+    Attributes:
+        start: its first block.
+        size: its blocks.
+        head: entry of the row's imaginary table that lies at `start`: so far has it slid.
+        unseen: leading entries of that table that nobody sees any more, >= head.
+        promise: blocks that it keeps when it shrinks.
     """
 
-    def __init__(self, n_blocks: int) -> None:
-        self.n_free = n_blocks
-        self._starts = [0]
-        self._sizes = [n_blocks]
-
-    @property
-    def largest(self) -> int:
-        """Blocks of the largest run."""
-        return max(self._sizes, default=0)
-
-    def take(self, size: int) -> int | None:
-        """Take `size` consecutive blocks from the first run that has them; the first of them (0 for a size of 0), None
-        where no run is that long."""
-        if size == 0:
-            return 0
-        for i, run in enumerate(self._sizes):
-            if run >= size:
-                start = self._starts[i]
-                self._shorten(i, size)
-                return start
-        return None
-
-    def take_at(self, start: int, size: int) -> bool:
-        """Take the `size` blocks from `start` on; False, and nothing happens, where they aren't all free."""
-        i = bisect_right(self._starts, start) - 1
-        if i < 0 or self._starts[i] + self._sizes[i] < start + size:
-            return False
-        before = start - self._starts[i]
-        if before:
-            self._starts.insert(i, self._starts[i])
-            self._sizes.insert(i, before)
-            i += 1
-            self._starts[i] = start
-            self._sizes[i] -= before
-        self._shorten(i, size)
-        return True
-
-    def give(self, start: int, size: int) -> None:
-        """Free the `size` blocks from `start` on, and join them with the runs before and behind."""
-        i = bisect_left(self._starts, start)
-        overlaps = (i > 0 and self._starts[i - 1] + self._sizes[i - 1] > start) or (
-            i < len(self._starts) and start + size > self._starts[i]
-        )
-        if overlaps:
-            raise RuntimeError(f"blocks {start} .. {start + size - 1} are freed, some of which are free")
-        self._starts.insert(i, start)
-        self._sizes.insert(i, size)
-        self.n_free += size
-        for left in (i, i - 1):
-            if 0 <= left < len(self._starts) - 1 and (
-                self._starts[left] + self._sizes[left] == self._starts[left + 1]
-            ):
-                self._sizes[left] += self._sizes.pop(left + 1)
-                del self._starts[left + 1]
-
-    def _shorten(self, i: int, size: int) -> None:
-        self.n_free -= size
-        if self._sizes[i] == size:
-            del self._starts[i], self._sizes[i]
-        else:
-            self._starts[i] += size
-            self._sizes[i] -= size
+    start: int
+    size: int
+    head: int
+    unseen: int
+    promise: int
 
 
-class ExtentTables(KVTables):
-    """One extent per row, `array[row, 0]` being its first block.
+class ExtentTables(GroupTables):
+    """One extent per row; `array[row, 0]` is the block in which its token 0 lies, or would lie if it hadn't slid.
 
     O(1): `extend` within the extent, `commit`. O(rows): `open`, `close`, `truncate`, and `extend` where the blocks behind
     the extent are free; else `extend` moves the row, one copy per block. `fork` copies all of the source when it is opened.
     An extent that was promised is taken whole by `open`: it is never moved, and nothing is available twice.
 
+    With a reach an extent grows no longer than what a row holds at once, then it slides: what is seen is copied to its
+    beginning. It does that once in `max_step` tokens or more, so a token costs `reach / max_step` copies of a token.
+
     Args:
-        n_blocks, block_size, max_seqs, max_len, copy: as in `make_tables`.
+        n_blocks, block_size, max_seqs, max_len, copy, reach, max_step: as in `make_tables`.
 
     Raises:
         ConfigError: a size is out of range.
     """
 
     def __init__(
-        self, n_blocks: int, block_size: int, max_seqs: int, max_len: int, *, copy: CopyBlock
+        self,
+        n_blocks: int,
+        block_size: int,
+        max_seqs: int,
+        max_len: int,
+        *,
+        copy: CopyBlock,
+        reach: int | None = None,
+        max_step: int | None = None,
     ) -> None:
         check_sizes(n_blocks, block_size)
+        self.n_rows = max_seqs
         self.n_blocks = n_blocks
         self.block_size = block_size
+        self.column_tokens = 0
+        self.has_reach = reach is not None
+        self.max_step = max_len if max_step is None or reach is None else max_step
         self.array: I32Array = np.zeros((max_seqs, 1), dtype=np.int32)
         self._copy = copy
+        self.reach = Reach(reach, block_size, self.max_step)
         self._max_blocks = blocks_for(max_len, block_size)
-        self._segment = max(1, isqrt(self._max_blocks))  # blocks by which an extent grows
+        self._max_size = self.reach.blocks_at_once(self._max_blocks)  # blocks that an extent needs at most
+        self._segment = max(1, isqrt(self._max_size))  # blocks by which an extent grows
         self._holes = Holes(n_blocks)
         self._free_rows = list(range(max_seqs - 1, -1, -1))
-        self._capacity = [CLOSED] * max_seqs  # tokens of the extent
-        self._n_tokens = [0] * max_seqs  # tokens of it that may be written: what a move copies
-        self._promise = [0] * max_seqs  # blocks that the row keeps when it shrinks
+        self._extents: list[Extent | None] = [None] * max_seqs
+        self._capacity = [CLOSED] * max_seqs  # tokens up to the extent's end
+        self._n_tokens = [0] * max_seqs  # tokens that may be written: what a move copies
+        self._release_at = [NEVER] * max_seqs  # position from which on a further block is unseen
         self._epoch = 0  # of changes; a `fork` is valid for one
         self._n_copies = self._n_moves = 0
 
@@ -141,31 +111,36 @@ class ExtentTables(KVTables):
     @property
     def n_open(self) -> int:
         """Rows in use."""
-        return len(self._capacity) - len(self._free_rows)
+        return self.n_rows - len(self._free_rows)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of the longest row that fits when there is no other."""
+        return (self._max_blocks if self._max_size <= self.n_blocks else self.n_blocks) * self.block_size
 
     def open(self, reserve: int, reuse: Reuse | None = None, salt: str | None = None) -> int | None:
         """Take a row; see `KVTables.open`. Nothing is indexed, so the salt has no effect."""
-        if reuse is not None and reuse.epoch != self._epoch:
-            raise RuntimeError("the tables have changed since this fork; fork again")
-        n_tokens = 0 if reuse is None else reuse.n_tokens
-        promise = blocks_for(reserve, self.block_size)
-        need = max(promise, blocks_for(n_tokens, self.block_size))
-        self._check_len(need)
-        start = self._holes.take(need) if self._free_rows else None
+        reuse = self._valid(reuse)
+        self._check_len(blocks_for(reserve, self.block_size))
+        size = self._size(reserve, reuse)
+        start = self._holes.take(size) if self._free_rows else None
         if start is None:
             return None
         row = self._free_rows.pop()
         self._epoch += 1
-        self.array[row, 0] = start
-        self._capacity[row] = need * self.block_size
-        self._n_tokens[row] = n_tokens
-        self._promise[row] = promise
+        first = 0 if reuse is None else reuse.n_released
+        promise = self._most(reserve)
+        self._extents[row] = extent = Extent(start, size, first, first, promise)
+        self._n_tokens[row] = 0
+        self._place(row, extent)
         if reuse is not None:
-            for i, block in enumerate(reuse.blocks):
+            self._n_tokens[row] = reuse.n_tokens
+            blocks = reuse.blocks[first:]
+            for i, block in enumerate(blocks):
                 self._copy(block, start + i, self.block_size)
             if reuse.n_tail:
-                self._copy(reuse.tail, start + len(reuse.blocks), reuse.n_tail)
-            self._n_copies += blocks_for(n_tokens, self.block_size)
+                self._copy(reuse.tail, start + len(blocks), reuse.n_tail)
+            self._n_copies += len(blocks) + int(reuse.n_tail > 0)
         return row
 
     def extend(self, row: int, n_tokens: int) -> bool:
@@ -176,23 +151,55 @@ class ExtentTables(KVTables):
             self._n_tokens[row] = n_tokens
         return True
 
+    def room(self, row: int) -> int:
+        """Tokens that the row may hold without further ado."""
+        self._extent(row, 0)
+        return self._capacity[row]
+
+    def can_extend(self, row: int, n_tokens: int) -> bool:
+        """Whether `extend` would succeed now."""
+        if n_tokens <= self._capacity[row]:
+            return True
+        extent = self._extent(row, 0)
+        end = blocks_for(n_tokens, self.block_size)
+        self._check_len(end)
+        whole, slid = end - extent.head, end - extent.unseen
+        return (
+            (whole <= self._max_size and self._has_behind(extent, whole))
+            or slid <= extent.size
+            or self._holes.largest_with(extent.start, extent.size) >= slid
+        )
+
+    def can_truncate(self, row: int, n_tokens: int) -> bool:
+        """Whether the row holds what a query at `n_tokens` sees."""
+        return self._extent(row, n_tokens).unseen <= self.reach.unseen_blocks(n_tokens)
+
     def truncate(self, row: int, n_tokens: int) -> None:
         """Let the row hold only its first `n_tokens`; see `KVTables.truncate`. The extent keeps whole segments."""
-        held = self._held(row, n_tokens)
+        extent = self._extent(row, n_tokens)
+        if not self.can_truncate(row, n_tokens):
+            raise ReleasedError(
+                f"truncate of row {row} to {n_tokens} tokens: the first {extent.unseen * self.block_size} are released, "
+                "a query there sees some of them"
+            )
         self._epoch += 1
-        keep = max(self._promise[row], min(held, self._in_segments(blocks_for(n_tokens, self.block_size))))
-        if keep < held:
-            self._holes.give(int(self.array[row, 0]) + keep, held - keep)
-            self._capacity[row] = keep * self.block_size
+        used = blocks_for(n_tokens, self.block_size) - extent.head
+        keep = max(extent.promise, min(extent.size, self._in_segments(used)))
+        if keep < extent.size:
+            self._holes.give(extent.start + keep, extent.size - keep)
+            extent.size = keep
+            self._place(row, extent)
         self._n_tokens[row] = min(self._n_tokens[row], n_tokens)
 
     def close(self, row: int, tokens: I32Array | None = None, forget: bool = False) -> None:
         """Free the row; see `KVTables.close`. Nothing is remembered, so there is nothing to forget."""
-        held = self._held(row, 0)
+        extent = self._extent(row, 0)
         self._epoch += 1
-        if held:
-            self._holes.give(int(self.array[row, 0]), held)
+        if extent.size:
+            self._holes.give(extent.start, extent.size)
+        self._extents[row] = None
         self._capacity[row] = CLOSED
+        self._release_at[row] = NEVER
         self._free_rows.append(row)
 
     def commit(self, row: int, tokens: I32Array, n_valid: int) -> None:
@@ -201,26 +208,39 @@ class ExtentTables(KVTables):
     def remember_tail(self, row: int, tokens: I32Array, n_valid: int) -> None:
         """Nothing: extents are not indexed."""
 
+    def find(self, tokens: I32Array, salt: str | None, limit: int) -> None:
+        """None: extents are not indexed."""
+        return
+
     def match(self, tokens: I32Array, salt: str | None, limit: int) -> Reuse | None:
         """None: extents are not indexed."""
         return None
 
-    def fork(self, row: int, n_tokens: int) -> Reuse:
-        """The first `n_tokens` of a live row, all of which `open` copies; see `KVTables.fork`."""
-        self._held(row, n_tokens)
-        start = int(self.array[row, 0])
+    def fork(self, row: int, n_tokens: int) -> Reuse | None:
+        """The first `n_tokens` of a live row, which `open` copies; see `KVTables.fork`."""
+        extent = self._extent(row, n_tokens)
+        first = self.reach.unseen_blocks(n_tokens)
+        if extent.unseen > first:
+            return None
         whole, n_tail = divmod(n_tokens, self.block_size)
-        tail = start + whole if n_tail else -1
-        return Reuse(n_tokens, tuple(range(start, start + whole)), tail, n_tail, 0, (), self._epoch)
+        origin = extent.start - extent.head
+        blocks = (0,) * first + tuple(range(origin + first, origin + whole))
+        return BlockReuse(n_tokens, blocks, origin + whole if n_tail else -1, n_tail, first, (), self._epoch)
 
     def release_before(self, row: int, position: int) -> None:
-        """Nothing: an extent keeps its head, because its other blocks are counted from there."""
+        """Let the extent slide when it must grow next; see `KVTables.release_before`."""
+        if position >= self._release_at[row]:
+            extent = self._extent(row, 0)
+            self._epoch += 1
+            end = min(self.reach.unseen_blocks(position), self._capacity[row] // self.block_size)
+            extent.unseen = max(extent.unseen, end)
+            self._place(row, extent)
 
     def fits(self, n_tokens: int, headroom: int = 0, reuse: Reuse | None = None) -> bool:
         """Whether a row of `n_tokens` could be opened now; see `KVTables.fits`."""
-        n_tokens = max(n_tokens, 0 if reuse is None else reuse.n_tokens)
-        need = blocks_for(n_tokens, self.block_size)
-        return bool(self._free_rows) and need <= self._holes.largest and need + headroom <= self._holes.n_free
+        need = self._size(n_tokens, self._valid(reuse))
+        spare = min(headroom, self.n_blocks // 8)
+        return bool(self._free_rows) and need <= self._holes.largest and need + spare <= self._holes.n_free
 
     def stats(self) -> dict[str, int]:
         """Counters since the start; see `KVTables.stats`."""
@@ -234,52 +254,86 @@ class ExtentTables(KVTables):
             "cached_blocks": 0,
         }
 
-    def _held(self, row: int, n_tokens: int) -> int:
-        """Blocks of the extent of an open row, which has room for n_tokens."""
-        if not 0 <= row < len(self._capacity) or self._capacity[row] == CLOSED:
+    def _extent(self, row: int, n_tokens: int) -> Extent:
+        """The extent of an open row, which has room for n_tokens."""
+        extent = self._extents[row] if 0 <= row < self.n_rows else None
+        if extent is None:
             raise RuntimeError(f"row {row} is not open")
-        if n_tokens > self._capacity[row]:
+        if not 0 <= n_tokens <= self._capacity[row]:
             raise RuntimeError(f"row {row} has no {n_tokens} tokens, it holds up to {self._capacity[row]}")
-        return self._capacity[row] // self.block_size
+        return extent
+
+    def _valid(self, reuse: Reuse | None) -> BlockReuse | None:
+        if reuse is None:
+            return None
+        if not isinstance(reuse, BlockReuse) or reuse.epoch != self._epoch:
+            raise RuntimeError("the tables have changed since this fork; fork again")
+        return reuse
+
+    def _size(self, n_tokens: int, reuse: BlockReuse | None) -> int:
+        """Blocks of an extent for n_tokens that begins with `reuse`."""
+        size = self._most(n_tokens)
+        if reuse is None:
+            return size
+        return max(size, blocks_for(reuse.n_tokens, self.block_size) - reuse.n_released)
 
     def _check_len(self, n_blocks: int) -> None:
         if n_blocks > self._max_blocks:
             raise RuntimeError(f"a row can't hold {n_blocks} blocks, max_len is {self._max_blocks} of them")
 
+    def _place(self, row: int, extent: Extent) -> None:
+        """Note where an extent lies and ends."""
+        self.array[row, 0] = extent.start - extent.head
+        self._capacity[row] = min(extent.head + extent.size, self._max_blocks) * self.block_size
+        self._release_at[row] = self.reach.position_beyond(extent.unseen)
+
     def _in_segments(self, n_blocks: int) -> int:
-        """n_blocks, rounded up to whole segments, of which the last one ends at max_len."""
-        return min(blocks_for(n_blocks, self._segment) * self._segment, self._max_blocks)
+        """n_blocks, rounded up to whole segments, of which the last one ends where no extent needs more."""
+        return max(n_blocks, min(blocks_for(n_blocks, self._segment) * self._segment, self._max_size))
+
+    def _has_behind(self, extent: Extent, size: int) -> bool:
+        """Whether an extent can have `size` blocks where it lies."""
+        return extent.size > 0 and self._holes.has(extent.start + extent.size, size - extent.size)
 
     def _grow(self, row: int, n_tokens: int) -> bool:
-        """Extend in place by whole segments, or by what is needed; else move to where either fits."""
-        held = self._held(row, 0)
-        need = blocks_for(n_tokens, self.block_size)
-        self._check_len(need)
-        start = int(self.array[row, 0])
-        sizes = (self._in_segments(need), need)
-        for size in sizes:
-            if held and self._holes.take_at(start + held, size - held):
-                self._epoch += 1
-                self._capacity[row] = size * self.block_size
-                return True
+        """Extend in place by whole segments, or by what is needed; else slide; else move to where either fits."""
+        extent = self._extent(row, 0)
+        end = blocks_for(n_tokens, self.block_size)
+        self._check_len(end)
+        whole, slid = end - extent.head, end - extent.unseen  # sizes without and with letting go of the head
+        if whole <= self._max_size:
+            for size in (self._in_segments(whole), whole):
+                if self._has_behind(extent, size):
+                    self._holes.take_at(extent.start + extent.size, size - extent.size)
+                    extent.size = size
+                    self._epoch += 1
+                    self._place(row, extent)
+                    return True
+        if slid <= extent.size:
+            self._move(row, extent, extent.start, extent.size)
+            return True
         # The old place is given up first: the new one may overlap it.
-        if held:
-            self._holes.give(start, held)
-        for size in sizes:
-            place = self._holes.take(size)
-            if place is not None:
-                self._epoch += 1
-                self._move(start, place, self._n_tokens[row])
-                self.array[row, 0] = place
-                self._capacity[row] = size * self.block_size
+        if extent.size:
+            self._holes.give(extent.start, extent.size)
+        for size in (self._in_segments(slid), slid):
+            start = self._holes.take(size)
+            if start is not None:
+                self._move(row, extent, start, size)
                 return True
-        if held:
-            self._holes.take_at(start, held)
+        if extent.size:
+            self._holes.take_at(extent.start, extent.size)
         return False
 
-    def _move(self, src: int, dst: int, n_tokens: int) -> None:
-        """Copy the blocks of n_tokens in the order in which none is overwritten before it is copied."""
-        n_blocks = blocks_for(n_tokens, self.block_size)
-        for i in range(n_blocks) if dst < src else range(n_blocks - 1, -1, -1):
-            self._copy(src + i, dst + i, min(self.block_size, n_tokens - i * self.block_size))
-        self._n_moves += n_blocks
+    def _move(self, row: int, extent: Extent, start: int, size: int) -> None:
+        """Let the row lie at `start`, without its unseen head."""
+        self._epoch += 1
+        n_tokens = self._n_tokens[row] - extent.unseen * self.block_size
+        n_blocks = max(0, blocks_for(n_tokens, self.block_size))
+        src = extent.start + extent.unseen - extent.head
+        # In the order in which none is overwritten before it is copied.
+        order = range(n_blocks) if start < src else range(n_blocks - 1, -1, -1)
+        for i in order if start != src else ():
+            self._copy(src + i, start + i, min(self.block_size, n_tokens - i * self.block_size))
+            self._n_moves += 1
+        extent.start, extent.size, extent.head = start, size, extent.unseen
+        self._place(row, extent)

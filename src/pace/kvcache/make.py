@@ -5,7 +5,8 @@ from __future__ import annotations
 from pace.errors import ConfigError, show
 from pace.kvcache.blocks import BlockTables
 from pace.kvcache.extents import ExtentTables
-from pace.kvcache.tables import CopyBlock, KVTables
+from pace.kvcache.group import GroupTables
+from pace.kvcache.tables import CopyBlock
 
 __all__ = ["KV_CACHE_TYPES", "make_tables"]
 
@@ -21,9 +22,10 @@ def make_tables(
     *,
     copy: CopyBlock,
     prefix_caching: bool,
-    max_window: int | None = None,
-) -> KVTables:
-    """The tables of one engine.
+    reach: int | None = None,
+    max_step: int | None = None,
+) -> GroupTables:
+    """The tables of one group of layers; see `join_groups`.
 
     Args:
         kv_cache_type: "slab" and "paged" differ in the block size alone; "contiguous" gives every sequence one extent.
@@ -33,7 +35,8 @@ def make_tables(
         max_len: longest sequence in tokens.
         copy: copies within the pool, as `ops.KVPool.copy`.
         prefix_caching: keep an index of what the blocks hold; contiguous, which can't share, ignores it.
-        max_window: tokens that the widest sliding window sees, its own included; None where a layer sees everything.
+        reach: tokens that a query sees at most, its own included; None: all.
+        max_step: tokens that a step adds to a row at most, which counts where there is a reach; None: max_len.
 
     Raises:
         ConfigError: a value is out of range.
@@ -42,12 +45,14 @@ def make_tables(
         raise ConfigError(
             f"kv_cache_type is {show(kv_cache_type)}, expected one of {', '.join(KV_CACHE_TYPES)}"
         )
-    if max_seqs < 1 or max_len < 1 or (max_window is not None and max_window < 1):
-        raise ConfigError(
-            f"max_seqs is {max_seqs}, max_len {max_len}, max_window {max_window}; expected at least 1 of each"
-        )
+    sizes = {"max_seqs": max_seqs, "max_len": max_len, "reach": reach, "max_step": max_step}
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ConfigError(f"{name} is {size}, expected at least 1")
     if kv_cache_type == "contiguous":
-        return ExtentTables(n_blocks, block_size, max_seqs, max_len, copy=copy)
+        return ExtentTables(
+            n_blocks, block_size, max_seqs, max_len, copy=copy, reach=reach, max_step=max_step
+        )
     return BlockTables(
         n_blocks,
         block_size,
@@ -55,5 +60,6 @@ def make_tables(
         max_len,
         copy=copy,
         prefix_caching=prefix_caching,
-        max_window=max_window,
+        reach=reach,
+        max_step=max_step,
     )

@@ -1,7 +1,7 @@
 """Blocks of the KV cache: who holds how many, which are free, and which free ones are still worth something.
 
 This is bookkeeping only. The memory itself is `ops.KVPool`, in which one block index means the same block in every
-layer, so that one table per sequence serves all layers. Blocks that nobody has reached yet are not touched: the
+layer of a group, so that one table per sequence serves all of them. Blocks that nobody has reached yet are not touched: the
 operating system maps KV memory on first use.
 """
 
@@ -65,9 +65,11 @@ class BlockPool:
     Args:
         n_blocks: blocks in all.
         block_size: tokens per block, a power of two of at least 16.
+        charge_shared: every further holder of a block counts as if it held one of its own. Where holders let go of blocks
+            and take new ones, as windows do, a promise can be kept only so: what the last holder gives back is free.
 
     Attributes:
-        n_reserved: blocks that were promised by `reserve` and not taken yet.
+        n_reserved: blocks that were promised by `reserve` and not taken yet, and those charged.
         n_evicted: cached blocks that were taken so far.
         on_evict: called with a cached block that is being taken; its mark is gone already.
 
@@ -77,6 +79,7 @@ class BlockPool:
 
     __slots__ = (
         "_cached",
+        "_charge_shared",
         "_fresh",
         "_marked",
         "_refs",
@@ -87,8 +90,11 @@ class BlockPool:
         "on_evict",
     )
 
-    def __init__(self, n_blocks: int, block_size: int = DEFAULT_BLOCK_SIZE) -> None:
+    def __init__(
+        self, n_blocks: int, block_size: int = DEFAULT_BLOCK_SIZE, *, charge_shared: bool = False
+    ) -> None:
         check_sizes(n_blocks, block_size)
+        self._charge_shared = charge_shared
         self.n_blocks = n_blocks
         self.block_size = block_size
         self.n_reserved = 0
@@ -150,6 +156,8 @@ class BlockPool:
             if self.n_available < 1:
                 raise RuntimeError(f"retain of cached block {block}, but every free block is promised")
             del self._cached[block]
+        elif self._charge_shared and not self.reserve(1):
+            raise RuntimeError(f"retain of block {block}, which is charged, but no block is available")
         self._refs[block] = refs + 1
 
     def release(self, block: int) -> bool:
@@ -163,6 +171,8 @@ class BlockPool:
                 self._cached[block] = None
             else:
                 self._fresh.append(block)
+        elif self._charge_shared:
+            self.n_reserved -= 1
         return refs == 0
 
     def mark(self, block: int) -> None:

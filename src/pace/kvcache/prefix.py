@@ -6,10 +6,11 @@ secret key per index, so that nobody can compute a collision; and tokens and par
 a collision would find nothing.
 
 Sharing is finer than blocks: a slab is 256 tokens, and a system prompt of 1000 must be found whole. So the index also
-knows partly filled blocks (*tails*), and keeps for every digest the blocks that continue it, sorted by their tokens. `find`
-ends with the one of these that agrees with most of the tokens; the caller copies so much of it. In sorted order that is
-one of the two between which the tokens belong, so a search looks at two blocks, however many users one prompt has; and
-whoever chooses the tokens can make no search longer, as there is no table of hashes to fill unevenly.
+knows partly filled blocks (*tails*), and keeps for every digest the blocks that continue it, sorted by their tokens.
+Behind the whole blocks, `best_child` is the one of these that agrees with most of the tokens; the caller copies so much of
+it. In sorted order that is one of the two between which the tokens belong, so a search looks at two blocks, however many
+users one prompt has; and whoever chooses the tokens makes no search longer, as there is no table of hashes to fill
+unevenly.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 from pace.kvcache.pool import BlockPool
 from pace.models.plan import I32Array
 
-__all__ = ["MIN_TAIL", "Entry", "Found", "PrefixIndex", "token_bytes"]
+__all__ = ["MIN_TAIL", "Chain", "Entry", "PrefixIndex", "token_bytes"]
 
 MIN_TAIL = 16
 """Tokens that copying a part of a block must save at least. Fewer run in the same step as what follows them."""
@@ -52,13 +53,20 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """The longest cached prefix: whole blocks, their digests behind the root, then n_tail tokens of block `tail`."""
+class Chain:
+    """The whole blocks of some tokens.
 
+    Attributes:
+        data: the tokens, in `token_bytes`.
+        digests: of the root, then of each block that was looked at.
+        blocks: each of these, -1 where the index has none.
+        gaps: indices of the latter; of blocks that were not looked at, the first.
+    """
+
+    data: bytes
     digests: list[bytes]
     blocks: list[int]
-    tail: int
-    n_tail: int
+    gaps: list[int]
 
 
 class PrefixIndex:
@@ -66,7 +74,7 @@ class PrefixIndex:
 
     An entry lives until its block is evicted by the pool, dropped by the block's owner, or until a newer entry says all
     that it says; so no tail is the beginning of a sibling, a block with the same parent. There is at most one entry for a
-    block, and nothing else grows. Every operation but `find` hashes and compares one block's tokens, and searches its n
+    block, and nothing else grows. Every operation but `chain` hashes and compares one block's tokens, and searches its n
     siblings: O(log n) comparisons, and a move of 8 bytes per sibling.
 
     Args:
@@ -144,30 +152,38 @@ class PrefixIndex:
             self._remove(block)
             self._pool.unmark(block)
 
-    def find(self, tokens: I32Array, root: bytes, limit: int) -> Found:
-        """The longest indexed prefix of tokens[:limit]: O(blocks), then O(log n) comparisons with n blocks behind them."""
+    def chain(self, tokens: I32Array, root: bytes, limit: int, *, gaps: bool = False) -> Chain:
+        """The indexed whole blocks of tokens[:limit], up to the first one that is missing, or all with `gaps`: O(blocks).
+
+        Behind a gap the digests alone vouch for the tokens that lead there.
+        """
         data = token_bytes(tokens[:limit])
         step = self.block_bytes
-        digests: list[bytes] = []
+        digests = [root]
         blocks: list[int] = []
-        parent = root
+        missing: list[int] = []
         for at in range(0, len(data) - step + 1, step):
             piece = data[at : at + step]
+            parent = digests[-1]
             digest = self.digest(parent, piece)
-            block = self._by_digest.get(digest)
-            if block is None:
-                break
-            entry = self._entries[block]
-            if entry.data != piece or entry.parent != parent:
-                break
+            block = self._by_digest.get(digest, -1)
+            if block >= 0:
+                entry = self._entries[block]
+                if entry.data != piece or entry.parent != parent:
+                    block = -1
+            if block < 0:
+                missing.append(at // step)
+                if not gaps:
+                    break
             digests.append(digest)
             blocks.append(block)
-            parent = digest
-        tail, n_tail = self._best_child(parent, data[len(blocks) * step :])
-        return Found(digests, blocks, tail, n_tail)
+        return Chain(data, digests, blocks, missing)
 
-    def _best_child(self, parent: bytes, data: bytes) -> tuple[int, int]:
-        """The block behind `parent` that agrees with most of `data`, and the tokens; -1, 0 below `MIN_TAIL`."""
+    def best_child(self, parent: bytes, data: bytes) -> tuple[int, int]:
+        """The block behind `parent` that agrees with most of `data`, and the tokens; -1, 0 below `MIN_TAIL`.
+
+        O(log n) comparisons for the n blocks behind it.
+        """
         best, n_best = -1, 0
         if len(data) >= MIN_TAIL * TOKEN_BYTES:
             siblings = self._children.get(parent, [])

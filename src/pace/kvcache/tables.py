@@ -1,8 +1,9 @@
-"""What the engine sees of the KV cache: rows of tables that lead from sequences to their blocks.
+"""What the engine sees of the KV cache: rows of tables that lead from sequences to what they hold.
 
-Two implementations: `BlockTables` (slab and paged: any block anywhere, shared between rows) and `ExtentTables`
-(contiguous: consecutive blocks, never shared). All of it is bookkeeping; the memory is `ops.KVPool`, and what must
-be copied in it is copied by a callable that is passed in.
+The layers of a model form groups of one KV shape and one reach, and each group has memory and tables of its own:
+`BlockTables` (slab and paged: any block anywhere, shared between rows) or `ExtentTables` (contiguous: consecutive
+blocks, never shared). `GroupedTables` makes several of them look like one. All of it is bookkeeping; the memory is
+`ops.KVPool`, and what must be copied in it is copied by a callable that is passed in.
 
 One thread at a time calls a `KVTables`; nothing here locks.
 """
@@ -10,18 +11,26 @@ One thread at a time calls a `KVTables`; nothing here locks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pace.models.plan import I32Array
 
-__all__ = ["CopyBlock", "KVTables", "Reuse"]
+if TYPE_CHECKING:
+    from pace.kvcache.group import GroupTables
+
+__all__ = ["CopyBlock", "KVTables", "ReleasedError", "Reuse"]
 
 CopyBlock = Callable[[int, int, int], object]
 """copy(src, dst, n_tokens): the first n_tokens of block src, in all layers, to another block dst.
 
 What lies behind them in their group of 32 must be harmless there (V of 0): attention multiplies it by 0.
 """
+
+
+class ReleasedError(RuntimeError):
+    """A row was to go back to where a query sees what the row has released since."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,43 +41,41 @@ class Reuse:
 
     Attributes:
         n_tokens: tokens of it.
-        blocks: the blocks that they fill whole.
-        tail: the block whose first `n_tail` tokens follow, which are copied; -1 where n_tail is 0.
-        n_tail: n_tokens - len(blocks) * block_size.
-        n_released: leading entries of `blocks` that are stale, because no window reaches them.
-        digests: the chain of the prefix index, its root first; empty without an index.
-        epoch: state of the tables for which it was made.
     """
 
     n_tokens: int
-    blocks: tuple[int, ...]
-    tail: int
-    n_tail: int
-    n_released: int
-    digests: tuple[bytes, ...]
-    epoch: int
 
 
 class KVTables(ABC):
-    """Rows of block tables, one per running sequence, and the blocks behind them.
+    """Rows, one per running sequence, and what they hold of every group of layers.
 
-    A sequence owns its row from `open` to `close`. Token p of it lies in block `array[row, p // block_size]`
-    (contiguous: `array[row, 0] + p // block_size`) at p % block_size. Unused entries are stale, never out of range.
+    A sequence owns its row from `open` to `close`. What is *held* is somebody's; a *cached* block is free, but the prefix
+    index knows its content, which lasts until the block is needed; a *promised* one is free, but only for the row that
+    `open` promised it to.
 
-    Blocks are *free* while nobody holds them. A free block may still be *cached*: the prefix index knows its content,
-    which lasts until the block is needed. A *promised* block is free, but only for the row that `open` promised it to.
+    A group with a reach holds no more than a query sees, and the tokens of one step: call `release_before` between two
+    steps, and extend a row by at most `max_step` tokens at a time, so that its promise suffices for any length.
 
     Misuse (a row that is not open, more tokens than max_len) raises RuntimeError.
 
     Attributes:
-        array: i32 [max_seqs, columns], gathered by the runner; contiguous has 1 column.
+        n_rows: rows in all.
         n_blocks: blocks in all.
-        block_size: tokens per block.
+        block_size: tokens per block, the largest of all groups: what is indexed while a row grows, and how finely.
+        has_reach: whether some group has one, so that `release_before` is to be called.
+        max_step: tokens that a row may be extended by in one step; max_len where nothing has a reach.
     """
 
-    array: I32Array
+    n_rows: int
     n_blocks: int
     block_size: int
+    has_reach: bool
+    max_step: int
+
+    @property
+    @abstractmethod
+    def groups(self) -> tuple[GroupTables, ...]:
+        """The tables of each group of layers."""
 
     @property
     @abstractmethod
@@ -90,13 +97,18 @@ class KVTables(ABC):
         """Blocks that somebody holds."""
         return self.n_blocks - self.n_free
 
+    @property
+    @abstractmethod
+    def capacity(self) -> int:
+        """Tokens of the longest row that fits when there is no other."""
+
     @abstractmethod
     def open(self, reserve: int, reuse: Reuse | None = None, salt: str | None = None) -> int | None:
         """Take a row.
 
         Args:
-            reserve: tokens in all, `reuse` included, for which blocks are promised: `extend` up to there never fails.
-                0 promises nothing.
+            reserve: tokens in all, `reuse` included, for which blocks are promised: `extend` up to there never fails, in
+                steps of `max_step` where there is a reach. 0 promises nothing.
             reuse: the row starts with these `reuse.n_tokens` tokens, nothing is to be computed for them. It must come
                 from a `match` or `fork` since which nothing was called that changes the tables.
             salt: as in `match`; what this row computes is found under it alone. A `reuse` brings its own, which counts.
@@ -121,7 +133,10 @@ class KVTables(ABC):
         """Let the row hold only its first `n_tokens`: O(dropped blocks).
 
         The promise stays. Only where a *shared* block is dropped or cut (a matched or forked prefix, or what others have
-        matched of this row) and no other is available can growing back fail.
+        matched of this row) and no other is available can growing back fail; never in a group with a reach.
+
+        Raises:
+            ReleasedError: a query at `n_tokens` sees what `release_before` has freed; nothing has changed.
         """
 
     @abstractmethod
@@ -146,7 +161,7 @@ class KVTables(ABC):
 
     @abstractmethod
     def match(self, tokens: I32Array, salt: str | None, limit: int) -> Reuse | None:
-        """Find the longest cached prefix.
+        """Find the longest cached prefix: of every group what a query behind it sees.
 
         Args:
             tokens: i32 [n], n >= limit.
@@ -160,20 +175,29 @@ class KVTables(ABC):
     @abstractmethod
     def fork(self, row: int, n_tokens: int) -> Reuse | None:
         """The first `n_tokens` of a live row, for `open`: whole blocks are shared and the tail is copied; contiguous copies
-        everything. None where a window has already left behind what a query at `n_tokens` sees."""
+        everything. None where a query at `n_tokens` sees what the row has released."""
 
     @abstractmethod
     def release_before(self, row: int, position: int) -> None:
-        """Free the blocks that no query at `position` or later can see: all keys before position - max_window + 1, in
-        whole groups of 32, because attention reads such groups.
+        """Free what no query at `position` or later can see: in a group with a reach all keys before position - reach + 1,
+        in whole groups of 32, because attention reads such groups.
 
-        Their table entries are stale from now on, their content may still be found by `match`. Nothing happens without a
-        window, and in contiguous tables.
+        Their table entries are stale from now on, their content may still be found by `match`. One comparison where
+        there is nothing to free.
         """
 
     @abstractmethod
     def fits(self, n_tokens: int, headroom: int = 0, reuse: Reuse | None = None) -> bool:
-        """Whether `open(0, reuse)` and `extend` to `n_tokens` would succeed now and leave `headroom` blocks available."""
+        """Whether `open(n_tokens, reuse)` would succeed now and leave `headroom` blocks available: of each group, and at
+        most an eighth of it."""
+
+    @abstractmethod
+    def has_room(self, coming: Iterable[int], leaving: Iterable[int] = ()) -> bool:
+        """Whether rows of so many tokens would fit if others of so many were closed, none of which share anything."""
+
+    @abstractmethod
+    def grows(self, n_tokens: int, max_tokens: int) -> bool:
+        """Whether a row of `n_tokens` takes further blocks before it has `max_tokens`."""
 
     @abstractmethod
     def stats(self) -> dict[str, int]:
@@ -181,5 +205,6 @@ class KVTables(ABC):
 
         queries: rows opened after a `match`; query_tokens: their limits; hit_tokens: what they reused of these;
         evictions: cached blocks whose content was given up for new; copies: blocks copied to be shared or forked;
-        moves: blocks copied to grow an extent; cached_blocks: blocks that the index knows now, held or free.
+        moves: blocks copied to grow an extent, or to let it slide; cached_blocks: blocks that the index knows now,
+        held or free.
         """
