@@ -155,14 +155,17 @@ def test_only_known_dependencies() -> None:
             )
 
 
+SHARED = {"__init__", "common", "config", "decoder", "names", "plan", "registry", "rope", "spec", "weights"}
+"""Files of models/ that are no family's."""
+
+
 def test_the_decoder_names_no_architecture() -> None:
     """Data-only files know architectures; what turns a spec into a plan does not."""
     families = {path.stem for path in (PACE / "models").glob("*.py")}
-    families -= {"__init__", "decoder", "names", "plan", "registry", "rope", "spec", "weights"}
+    families -= SHARED
     assert {"llama", "qwen3"} <= families
-    pattern = re.compile(
-        "|".join(sorted({re.sub(r"\d+$", "", name) for name in families} | {"gemma", "phi"})), re.I
-    )
+    stems = sorted({re.sub(r"[\d_]+$", "", name) for name in families})
+    pattern = re.compile(rf"\b(?:{'|'.join(stems)})(?:\b|[\d_-])", re.I)
     for name in ("decoder.py", "plan.py"):
         found = pattern.search((PACE / "models" / name).read_text())
         assert not found, f"{name} names {found and found.group()}"
@@ -171,7 +174,7 @@ def test_the_decoder_names_no_architecture() -> None:
 def test_families_hold_no_mathematics() -> None:
     """An architecture is data: no numpy, no operators."""
     for path in (PACE / "models").glob("*.py"):
-        if path.stem in {"__init__", "decoder", "names", "plan", "registry", "rope", "spec", "weights"}:
+        if path.stem in SHARED:
             continue
         for line, name in imports(path):
             assert name.split(".")[0] != "numpy" and name != "pace.models.plan", where(path, line)

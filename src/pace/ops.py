@@ -248,6 +248,18 @@ class KVPool:
         self._pool.copy(src, dst, n_tokens)
 
 
+class MappedTable(NamedTuple):
+    """A table whose rows are read where the checkpoint file has them.
+
+    Args:
+        rows: [n, k], a view of the mapped file; bf16 as uint16.
+        dtype: "bf16", "f16" or "f32".
+    """
+
+    rows: npt.NDArray[Any]
+    dtype: str
+
+
 class Plan:
     """A compiled plan: `models.plan.Plan` bound to weights, a KV pool and a thread team.
 
@@ -267,7 +279,7 @@ class Plan:
         self,
         team: Team,
         plan: ir.Plan,
-        weights: Mapping[str, PackedMatrix | F32],
+        weights: Mapping[str, PackedMatrix | F32 | MappedTable],
         kv_pool: KVPool,
         max_tokens: int,
         max_seqs: int,
@@ -316,7 +328,7 @@ class Plan:
         if name is None:
             return None
         weight = self._weights[name]
-        if isinstance(weight, PackedMatrix):
+        if not isinstance(weight, np.ndarray):
             raise TypeError(f"weight {name} is a matrix, the operator needs a vector")
         return weight
 
@@ -461,6 +473,8 @@ def _check_supported(op: ir.Op, plan: ir.Plan) -> None:
         neutral = {"positions": None, "add": False, "post": 1.0, "mapped": False}
     elif isinstance(op, ir.Norm):
         neutral = {"groups": 1, "scale": None}
+        if op.kind not in _NORMS:
+            raise ConfigError(f"{op.name}: no kernel computes norm {op.kind!r}")
     elif isinstance(op, ir.Gemm):
         neutral = {"cap": None, "other": None}
         if op.act not in _ACTS:

@@ -146,7 +146,7 @@ class Reference:
         self._store(op.dst, y)
 
     def _rope_kv(self, op: RopeKV, batch: Batch) -> dict[str, Array]:
-        kv, positions = self.plan.kv[op.kv], batch.positions()
+        kv, positions = self.plan.kv[op.kv], self._positions(op.src, batch)
         x = self._slots[op.src]
         heads = x.reshape(len(x), x.shape[1] // kv.head_dim, kv.head_dim)  # [T, H + 2 G, D], or fewer
         q, k, v = np.split(heads, [op.n_heads, op.n_heads + kv.n_kv_heads], axis=1)
@@ -194,12 +194,13 @@ class Reference:
         q = x.reshape(len(x), op.n_heads, self.plan.kv[op.kv].head_dim)  # [T, H, D]
         sinks = self._vector(op.sinks)
         out = np.empty_like(q)
+        positions, sequence = self._positions(op.src, batch), self._sequences(op.src, batch)
         for s in range(batch.n_seqs):
-            rows = slice(int(batch.q_start[s]), int(batch.q_start[s + 1]))
+            rows = sequence == s
             kv_positions = np.arange(int(batch.kv_len[s]), dtype=np.int32)  # [kv_len]
             cells = self._cells_of(batch.block_tables[s], kv_positions)
             k, v, v_scale = (cache[op.kv][cells] for cache in (self.k, self.v, self.v_scale))
-            out[rows] = self._attend(op, q[rows], k, v, v_scale, batch.positions()[rows], sinks)
+            out[rows] = self._attend(op, q[rows], k, v, v_scale, positions[rows], sinks)
         self._store(op.dst, out.reshape(x.shape))
 
     def _attend(
@@ -245,6 +246,16 @@ class Reference:
     def _round(self, value: Array) -> Array:
         return value if self.rounding is None else round_bf16(value)
 
+    def _positions(self, slot: str, batch: Batch) -> I32Array:
+        """Position of every row of a slot."""
+        positions = batch.positions()
+        return positions if self.plan.slots[slot].rows == "tokens" else positions[batch.logit_rows]
+
+    def _sequences(self, slot: str, batch: Batch) -> I32Array:
+        """Sequence of every row of a slot."""
+        sequences = np.repeat(np.arange(batch.n_seqs, dtype=np.int32), np.diff(batch.q_start))
+        return sequences if self.plan.slots[slot].rows == "tokens" else sequences[batch.logit_rows]
+
     def _cells(self, batch: Batch, positions: I32Array) -> Array:
         """KV cell of every row: [T]."""
         parts = [
@@ -278,6 +289,8 @@ def norm(
     axes: tuple[int, ...] = (-1,),
 ) -> Array:
     """Normalise x over `axes`, the last one among them; of that only the first `width` columns count and change."""
+    if kind == "none":
+        return x
     counted = np.arange(x.shape[-1]) < (x.shape[-1] if width is None else width)
     if kind == "layer":
         x = np.where(counted, x - x.mean(axis=axes, keepdims=True, where=counted), 0)

@@ -62,7 +62,7 @@ def load(directory: Path, max_model_len: int) -> Model:
     plan = lower(spec, max_model_len)
     sink = DenseSink()
     with Checkpoint(directory) as checkpoint:
-        load_weights(plan, Tensors(checkpoint, weight_map, len(plan.kv)), sink)
+        load_weights(plan, Tensors(checkpoint, weight_map, len(spec.layers)), sink)
     return Model(spec, plan, weight_map, sink.weights)
 
 

@@ -30,12 +30,13 @@ def test_operators_of_a_two_layer_model() -> None:
 def test_slots_are_consistent(name: str) -> None:
     """Every operator's operands exist, were written before, and have the widths, dtypes and rows it needs."""
     plan = plan_of(name)
-    spec = parse_config(tiny.CASES[name].config)[0]
     written: set[str] = set()
     for op in plan.ops:
         dst = plan.slots[op.dst]
         if isinstance(op, Embed):
-            assert (dst.width, dst.dtype, dst.rows) == (plan.dim, "f32", "tokens")
+            assert dst.rows == "tokens"
+            assert dst.dtype == "f32" or not op.add
+            assert not op.add or op.dst in written
             written.add(op.dst)
             continue
         src = plan.slots[op.src]
@@ -46,19 +47,29 @@ def test_slots_are_consistent(name: str) -> None:
         else:
             assert src.rows == dst.rows
         if isinstance(op, Norm):
-            assert (src.dtype, dst.dtype, src.width) == ("f32", "bf16", dst.width)
+            assert (src.dtype, src.width) == ("f32", dst.width)
+            assert dst.dtype == "f32" if op.add else op.src != op.dst or dst.dtype == "f32"
+            assert not op.add or op.dst in written
         elif isinstance(op, Gemm):
             assert src.dtype == "bf16"
-            assert dst.dtype == ("bf16" if op.epilogue == "gated" else "f32")
-            assert op.epilogue != "add" or op.dst in written
+            assert op.epilogue != "add" or (op.dst in written and dst.dtype == "f32")
+            assert op.epilogue == "gated" or sum(b.n for b in op.blocks) in (0, dst.width)
+            assert op.columns is None or op.columns.n == src.width
+            if op.epilogue == "mul":
+                assert op.other in written
+                other = plan.slots[op.other]
+                assert (other.dtype, other.rows) == ("f32", dst.rows)
+                assert op.at + dst.width <= other.width
         elif isinstance(op, RopeKV):
-            assert (src.width, src.dtype) == (spec.q_dim + 2 * spec.kv_dim, "f32")
-            assert (dst.width, dst.dtype) == (spec.q_dim, "bf16")
-            assert op.rope is not None
-            assert 0 <= op.rope < len(plan.ropes)
+            kv = plan.kv[op.kv]
+            n = op.n_heads + (0 if not op.append else kv.n_kv_heads * (1 if op.k_is_v else 2))
+            assert (src.width, src.dtype) == (n * kv.head_dim, "f32")
+            assert (dst.width, dst.dtype) == (op.n_heads * kv.head_dim, "bf16")
+            assert op.rope is None or 0 <= op.rope < len(plan.ropes)
+            assert src.rows == "tokens" or not op.append
         elif isinstance(op, Attention):
-            assert (src.width, dst.width, src.dtype, dst.dtype) == (spec.q_dim, spec.q_dim, "bf16", "bf16")
-            assert op.scale == spec.head_dim**-0.5
+            width = op.n_heads * plan.kv[op.kv].head_dim
+            assert (src.width, dst.width, src.dtype, dst.dtype) == (width, width, "bf16", "bf16")
         written.add(op.dst)
     assert written == set(plan.slots)
     assert plan.slots[plan.logits].width == plan.vocab_size

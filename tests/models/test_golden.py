@@ -109,7 +109,8 @@ def test_trace_holds_every_operator(golden_model: Golden) -> None:
             if name in model.plan.slots:
                 slot = model.plan.slots[name]
                 assert value.shape == (9 if slot.rows == "tokens" else 2, slot.width)
-    assert runner.trace["layers.0.rope"]["k"].shape == (9, model.spec.n_kv_heads, model.spec.head_dim)
+    shape = model.plan.kv[0].n_kv_heads, model.plan.kv[0].head_dim
+    assert runner.trace["layers.0.rope"]["k"].shape == (9, *shape)
 
 
 def test_unwritten_cells_are_not_read(golden_model: Golden) -> None:

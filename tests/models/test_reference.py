@@ -13,6 +13,7 @@ from golden.harness import BLOCK_SIZE, batch_of
 from pace.models.plan import (
     Activation,
     Attention,
+    Blocks,
     Embed,
     Gemm,
     KVLayer,
@@ -378,11 +379,16 @@ def test_weights_of_every_operator() -> None:
         name: Slot(name, width, *f32)  # type: ignore[arg-type]
         for name, width in (("x", 24), ("qkv", QKV_DIM), ("qk", wide), ("q", Q_DIM), ("h", 20))
     }
+    qkv = tuple(
+        Blocks(part, n, HEAD_DIM - 2, HEAD_DIM)  # type: ignore[arg-type]
+        for part, n in (("q", N_HEADS), ("k", N_KV_HEADS), ("v", N_KV_HEADS))
+    )
+    gated, columns = (Blocks("gate", 1, 20, 32), Blocks("up", 1, 20, 32)), Blocks("all", 3, 5, 8)
     ops: tuple[Op, ...] = (
         Embed("e", "x", "table", positions="p", n_positions=66, offset=2, mapped=True),
         Norm("n", "x", "x", None, groups=3, scale="s"),
         Norm("m", "x", "x", "m", "m.bias", "layer", groups=3),
-        Gemm("g", "x", "qkv", "qkv", "qkv.bias"),
+        Gemm("g", "x", "qkv", "qkv", "qkv.bias", blocks=qkv, columns=columns),
         RopeKV("r", "qkv", "q", N_HEADS, 0, qk_norm="rms", q_norm="qn", k_norm="kn", norm_scope="full"),
         Attention("a", "q", "q", N_HEADS, 0, 1.0, sinks="sinks"),
         Gemm("g2", "x", "qk", "qk"),
@@ -396,13 +402,13 @@ def test_weights_of_every_operator() -> None:
         "s": WeightShape(1),
         "m": WeightShape(8),
         "m.bias": WeightShape(8),
-        "qkv": WeightShape(QKV_DIM, 24, (Q_DIM, KV_DIM, KV_DIM)),
-        "qkv.bias": WeightShape(QKV_DIM, None, (Q_DIM, KV_DIM, KV_DIM)),
-        "qn": WeightShape(Q_DIM),
-        "kn": WeightShape(KV_DIM),
+        "qkv": WeightShape(QKV_DIM, 24, qkv, columns),
+        "qkv.bias": WeightShape(QKV_DIM, None, qkv),
+        "qn": WeightShape(Q_DIM, None, (Blocks("all", N_HEADS, HEAD_DIM, HEAD_DIM),)),
+        "kn": WeightShape(KV_DIM, None, (Blocks("all", N_KV_HEADS, HEAD_DIM, HEAD_DIM),)),
         "sinks": WeightShape(N_HEADS),
-        "qk": WeightShape(wide, 24, (Q_DIM, KV_DIM)),
-        "qn2": WeightShape(HEAD_DIM),
-        "gu": WeightShape(64, 24, (20, 20)),
-        "gu.bias": WeightShape(64, None, (20, 20)),
+        "qk": WeightShape(wide, 24, (Blocks("all", 1, wide, wide),)),
+        "qn2": WeightShape(HEAD_DIM, None, (Blocks("all", 1, HEAD_DIM, HEAD_DIM),)),
+        "gu": WeightShape(64, 24, gated),
+        "gu.bias": WeightShape(64, None, gated),
     }

@@ -13,8 +13,9 @@ from golden.harness import Model, prefill, relative_error
 
 from pace.errors import CheckpointError
 from pace.models import rope
+from pace.models.config import Config
 from pace.models.plan import Rope, RopeKV
-from pace.models.spec import Config, LayerSpec, RopeSpec
+from pace.models.spec import RopeSpec
 from pace.reference import rotate
 
 BASE: dict[str, Any] = {"max_position_embeddings": 4096, "rope_theta": 10000.0}
@@ -104,7 +105,7 @@ def test_partial_frequencies_match_transformers() -> None:
         num_attention_heads=4,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
     )
-    spec = parse({"rope_type": "default", "partial_rotary_factor": 0.25}, head_dim=80, partial=True)
+    spec = parse({"rope_type": "default", "partial_rotary_factor": 0.25}, head_dim=80, share=1.0)
     table = rope.build(spec, 4096)
     assert table.rotary_dim == 20
     np.testing.assert_allclose(table.inv_freq, StableLmRotaryEmbedding(config).inv_freq.numpy(), rtol=1e-6)
@@ -183,9 +184,7 @@ def test_layers_use_their_own_table(golden_model: Callable[[str], Model]) -> Non
 
     model = golden_model("llama-mha")
     other = replace(model.spec.ropes[0], theta=500.0)
-    spec = replace(
-        model.spec, ropes=(model.spec.ropes[0], other), layers=(LayerSpec(rope=0), LayerSpec(rope=1))
-    )
+    spec = replace(model.spec, ropes=(model.spec.ropes[0], other)).with_mixers(rope=[0, 1])
     plan = lower(spec, 64)
     assert [op.rope for op in plan.ops if isinstance(op, RopeKV)] == [0, 1]
     tokens = tiny.prompt("llama-mha")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pace import ops
 from pace.models.plan import F32Array, Plan
@@ -18,7 +20,7 @@ class PackedSink:
 
     def __init__(self, team: ops.Team) -> None:
         self.team = team
-        self.weights: dict[str, ops.PackedMatrix | F32Array] = {}
+        self.weights: dict[str, ops.PackedMatrix | F32Array | ops.MappedTable] = {}
 
     def matrix(self, name: str, n: int, k: int, parts: Iterator[SourcePart]) -> None:
         """Pack a matrix [n, k] part by part."""
@@ -31,10 +33,14 @@ class PackedSink:
         """Keep a vector [n]."""
         self.weights[name] = values
 
+    def table(self, name: str, rows: npt.NDArray[Any], dtype: str) -> None:
+        """Keep a view of a mapped table [n, k]."""
+        self.weights[name] = ops.MappedTable(rows, dtype)
+
     @property
     def n_bytes(self) -> int:
-        """Bytes of everything received."""
-        return sum(weight.nbytes for weight in self.weights.values())
+        """Bytes of everything received; a mapped table is the file's."""
+        return sum(w.nbytes for w in self.weights.values() if not isinstance(w, ops.MappedTable))
 
 
 def invent_weights(plan: Plan, sink: PackedSink) -> None:

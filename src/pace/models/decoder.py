@@ -6,8 +6,11 @@
         x += down_proj(act(gate_proj(norm(x))) * up_proj(norm(x)))
     logits = lm_head(norm(x))
 
-Fusions: q, k and v are one Gemm, gate and up one gated Gemm, the residual additions are epilogues, the
-append to the KV cache belongs to the rotation. After the last layer's attention only the rows that need
+Where the norms stand (`Placement`) is the business of two methods: `enter` makes the input of attention or MLP,
+`leave` adds its result to the stream.
+
+Fusions: q, k and v are one Gemm, gate and up one gated Gemm, the residual additions are epilogues, the append to
+the KV cache belongs to the rotation. Behind the attention of the last layer that appends, only the rows that need
 logits go on.
 
 This file knows numbers and enums only; which architecture they came from is not visible here.
@@ -15,10 +18,13 @@ This file knows numbers and enums only; which architecture they came from is not
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pace.errors import ConfigError
 from pace.models import rope
 from pace.models.plan import (
     Attention,
+    Blocks,
     Dtype,
     Embed,
     Gemm,
@@ -31,7 +37,10 @@ from pace.models.plan import (
     Select,
     Slot,
 )
-from pace.models.spec import Bias, DecoderSpec, QKNorm
+from pace.models.spec import AttentionSpec, Bias, DecoderSpec, DenseSpec, LearnedPositions, Placement
+
+HEAD_STEP = 16
+"""Heads are padded with zero columns to a multiple of what the attention kernels read at once."""
 
 
 def lower(spec: DecoderSpec, max_model_len: int) -> Plan:
@@ -48,22 +57,59 @@ def lower(spec: DecoderSpec, max_model_len: int) -> Plan:
         raise ConfigError(f"max_model_len is {max_model_len}, expected at least 1 token")
     model = _Lowering(spec)
     x = model.embed()
-    for i in range(len(spec.layers)):
-        attended = model.attention(i, x)
-        if i == len(spec.layers) - 1:
+    inputs = model.layer_inputs(x)
+    parallel = spec.placement is Placement.PARALLEL
+    for i, layer in enumerate(spec.layers):
+        h = model.enter(f"layers.{i}.attn", x)
+        attended = model.attention(i, layer.mixer, h)
+        if i == model.owners[-1]:  # nothing is appended from here on
             x, attended = model.select(x), model.select(attended)
-        model.project_out(i, attended, x)
-        model.mlp(i, x)
+            h = model.select(h) if parallel else h
+            inputs = None if inputs is None else model.select(inputs)
+        model.project_out(i, layer.mixer, attended, x)
+        h = h if parallel else model.enter(f"layers.{i}.mlp", x)
+        model.mlp(i, layer.ffn, h, x)
+        if inputs is not None:
+            model.add_input(i, inputs, x)
     logits = model.head(x)
     return Plan(
         slots=model.slots,
         ops=tuple(model.ops),
         ropes=tuple(rope.build(r, max_model_len) for r in spec.ropes),
-        kv=tuple(KVLayer(spec.n_kv_heads, spec.head_dim, layer.window) for layer in spec.layers),
+        kv=kv_layers(spec),
         vocab_size=spec.vocab_size,
         dim=spec.dim,
         logits=logits.name,
     )
+
+
+def kv_layers(spec: DecoderSpec) -> tuple[KVLayer, ...]:
+    """The layers that own keys and values. One keeps as many tokens as the farthest of its readers sees."""
+    layers = []
+    for owner in _owners(spec):
+        mixers = [m for i, m in enumerate(_mixers(spec)) if i == owner or m.kv_from == owner]
+        windows = [m.window for m in mixers]
+        reach = None if None in windows else max(w for w in windows if w is not None)
+        layers.append(KVLayer(mixers[0].n_kv_heads, padded(mixers[0].head_dim), reach))
+    return tuple(layers)
+
+
+def padded(head_dim: int) -> int:
+    """Columns of a head in the plan."""
+    return -(-head_dim // HEAD_STEP) * HEAD_STEP
+
+
+def _mixers(spec: DecoderSpec) -> list[AttentionSpec]:
+    return [layer.mixer for layer in spec.layers]
+
+
+def _owners(spec: DecoderSpec) -> list[int]:
+    """Layers with keys and values of their own, ascending."""
+    return [i for i, mixer in enumerate(_mixers(spec)) if mixer.kv_from is None]
+
+
+def _with_positions(embed: Embed, positions: LearnedPositions) -> Embed:
+    return replace(embed, positions="positions", n_positions=positions.n, offset=positions.offset)
 
 
 class _Lowering:
@@ -71,82 +117,229 @@ class _Lowering:
 
     def __init__(self, spec: DecoderSpec) -> None:
         self.spec = spec
+        self.owners = _owners(spec)
         self.slots: dict[str, Slot] = {}
         self.ops: list[Op] = []
 
     def embed(self) -> Slot:
-        """x = table[token], the residual stream: f32 [T, dim]."""
-        x = self.slot("x", self.spec.dim, "f32", "tokens")
-        self.ops.append(Embed("embed", x.name, "embed"))
+        """x = table[token] (+ positions), the residual stream: f32 [T, dim]."""
+        spec = self.spec
+        x = self.slot("x", spec.dim, "f32", "tokens")
+        if spec.embed_dim is None:
+            embed = Embed("embed", x.name, "embed", spec.embed_scale)
+            self.ops.append(embed if spec.positions is None else _with_positions(embed, spec.positions))
+            return x
+        narrow = self.slot("embedded", spec.embed_dim, "bf16", "tokens")
+        self.ops.append(Embed("embed", narrow.name, "embed", spec.embed_scale))
+        self.ops.append(Gemm("embed.in", narrow.name, x.name, "embed.in"))
+        if spec.positions is not None:
+            self.ops.append(_with_positions(Embed("positions", x.name, None, add=True), spec.positions))
         return x
 
-    def attention(self, i: int, x: Slot) -> Slot:
-        """attention(rope(qkv_proj(norm(x)))) of layer i: bf16 [T, n_heads * head_dim]."""
-        spec, layer, at = self.spec, self.spec.layers[i], f"layers.{i}"
-        h = self.norm(f"{at}.attn_norm", x)
-        qkv = self.slot("qkv", spec.q_dim + 2 * spec.kv_dim, "f32", x.rows)
-        self.ops.append(
-            Gemm(f"{at}.qkv", h.name, qkv.name, f"{at}.qkv", self.bias_of(Bias.QKV, f"{at}.qkv.bias"))
-        )
-        q = self.slot("q", spec.q_dim, "bf16", x.rows)
-        head_norm = spec.qk_norm is QKNorm.HEAD
+    def layer_inputs(self, x: Slot) -> Slot | None:
+        """What each layer gets beside the stream: f32 [T, n_layers * per_layer_dim], or None.
+
+        (norm(proj(x) / sqrt(dim)) + sqrt(per_layer_dim) * table[token]) / sqrt(2)
+        """
+        spec, width = self.spec, self.spec.per_layer_dim
+        if width is None:
+            return None
+        n_layers = len(spec.layers)
+        inputs = self.slot("inputs", n_layers * width, "f32", x.rows)
+        h = self.cast("inputs.cast", x)
+        self.ops += [
+            Gemm("inputs.proj", h.name, inputs.name, "inputs.proj", scale=spec.dim**-0.5),
+            Norm(
+                "inputs.norm",
+                inputs.name,
+                inputs.name,
+                "inputs.norm",
+                kind=spec.norm.kind,
+                eps=spec.norm.eps,
+                groups=n_layers,
+            ),
+            Embed(
+                "inputs.table", inputs.name, "inputs.table", width**0.5, add=True, post=0.5**0.5, mapped=True
+            ),
+        ]
+        return inputs
+
+    def attention(self, i: int, mixer: AttentionSpec, h: Slot) -> Slot:
+        """attention(rope(qkv_proj(h))) of layer i: bf16 [rows, n_heads * head_dim]."""
+        at, spec = f"layers.{i}", self.spec
+        head_dim = padded(mixer.head_dim)
+        kv = self.owners.index(i if mixer.kv_from is None else mixer.kv_from)
+        rows = self.projected(mixer)
+        qkv = self.slot("qkv", sum(r.n for r in rows), "f32", h.rows)
+        bias = self.bias_of(Bias.QKV, f"{at}.qkv.bias")
+        self.ops.append(Gemm(f"{at}.qkv", h.name, qkv.name, f"{at}.qkv", bias, blocks=rows))
+        q = self.slot("q", mixer.n_heads * head_dim, "bf16", h.rows)
+        norm, own = mixer.norm, mixer.kv_from is None
+        normed = norm is not None or mixer.v_norm
         self.ops.append(
             RopeKV(
                 f"{at}.rope",
                 qkv.name,
                 q.name,
-                spec.n_heads,
-                kv=i,
-                rope=layer.rope,
-                qk_norm="rms" if head_norm else "none",
-                q_norm=f"{at}.q_norm" if head_norm else None,
-                k_norm=f"{at}.k_norm" if head_norm else None,
-                norm_eps=spec.norm_eps if head_norm else 0.0,
+                mixer.n_heads,
+                kv,
+                rope=mixer.rope,
+                append=own,
+                k_is_v=mixer.k_is_v,
+                qk_norm="none" if norm is None else norm.kind,
+                q_norm=None if norm is None else f"{at}.q_norm",
+                k_norm=None if norm is None or not own else f"{at}.k_norm",
+                norm_scope="head" if norm is None else norm.scope,
+                norm_eps=spec.norm.eps if normed else 0.0,
+                norm_width=mixer.head_dim if normed and mixer.head_dim != head_dim else None,
+                norm_after_rope=norm is not None and norm.after_rope,
+                v_norm=mixer.v_norm and own,
+                temperature=mixer.temperature,
             )
         )
-        attended = self.slot("attn", spec.q_dim, "bf16", x.rows)
-        scale = spec.head_dim**-0.5
+        attended = self.slot("attn", q.width, "bf16", h.rows)
         self.ops.append(
-            Attention(f"{at}.attn", q.name, attended.name, spec.n_heads, i, scale, window=layer.window)
+            Attention(
+                f"{at}.attn",
+                q.name,
+                attended.name,
+                mixer.n_heads,
+                kv,
+                spec.scale,
+                window=mixer.window,
+                softcap=spec.softcap,
+            )
         )
         return attended
 
-    def project_out(self, i: int, attended: Slot, x: Slot) -> None:
-        """x += o_proj(attended)."""
-        name = f"layers.{i}.o"
-        bias = self.bias_of(Bias.OUT, f"{name}.bias")
-        self.ops.append(Gemm(name, attended.name, x.name, name, bias, epilogue="add"))
+    def projected(self, mixer: AttentionSpec) -> tuple[Blocks, ...]:
+        """Rows of the fused projection: q | k | v, without what the layer does not have."""
+        width, filled = mixer.head_dim, padded(mixer.head_dim)
+        rows = [Blocks("q", mixer.n_heads, width, filled)]
+        if mixer.kv_from is None:
+            rows.append(Blocks("k", mixer.n_kv_heads, width, filled))
+            if not mixer.k_is_v:
+                rows.append(Blocks("v", mixer.n_kv_heads, width, filled))
+        return tuple(rows)
 
-    def mlp(self, i: int, x: Slot) -> None:
-        """x += down_proj(act(gate_proj(norm(x))) * up_proj(norm(x)))."""
-        spec, at = self.spec, f"layers.{i}"
-        h = self.norm(f"{at}.mlp_norm", x)
-        inner = self.slot("mlp", spec.intermediate_dim, "bf16", x.rows)
+    def project_out(self, i: int, mixer: AttentionSpec, attended: Slot, x: Slot) -> None:
+        """x += o_proj(attended)."""
+        columns = Blocks("all", mixer.n_heads, mixer.head_dim, padded(mixer.head_dim))
+        bias = self.bias_of(Bias.OUT, f"layers.{i}.o.bias")
+        self.leave(f"layers.{i}.o", f"layers.{i}.attn", attended, bias, x, columns)
+
+    def mlp(self, i: int, ffn: DenseSpec, h: Slot, x: Slot) -> None:
+        """x += down_proj(act(gate_proj(h)) * up_proj(h)), or without the gate."""
+        at = f"layers.{i}"
+        inner = self.slot("mlp", ffn.width, "bf16", h.rows)
+        name = f"{at}.gate_up" if ffn.gated else f"{at}.up"
+        bias = self.bias_of(Bias.MLP, f"{name}.bias")
+        epilogue = "gated" if ffn.gated else "store"
         self.ops.append(
-            Gemm(
-                f"{at}.gate_up",
-                h.name,
-                inner.name,
-                f"{at}.gate_up",
-                self.bias_of(Bias.MLP, f"{at}.gate_up.bias"),
-                epilogue="gated",
-                act=spec.activation,
-            )
+            Gemm(name, h.name, inner.name, name, bias, epilogue=epilogue, act=ffn.activation)  # type: ignore[arg-type]
         )
+        last = self.spec.layers[i].scalar and self.spec.per_layer_dim is None
+        scalar = f"{at}.scalar" if last else None
         bias = self.bias_of(Bias.MLP, f"{at}.down.bias")
-        self.ops.append(Gemm(f"{at}.down", inner.name, x.name, f"{at}.down", bias, epilogue="add"))
+        self.leave(f"{at}.down", f"{at}.mlp", inner, bias, x, scalar=scalar)
+
+    def add_input(self, i: int, inputs: Slot, x: Slot) -> None:
+        """x += norm(out(act(gate(x)) * input_i)), times the layer's scalar."""
+        at, width = f"layers.{i}", self.spec.per_layer_dim or 0
+        h = self.cast(f"{at}.input_cast", x)
+        gated = self.slot("input", width, "bf16", x.rows)
+        y = self.slot("y", x.width, "f32", x.rows)
+        act = self.spec.layers[i].ffn.activation
+        self.ops += [
+            Gemm(
+                f"{at}.input_gate",
+                h.name,
+                gated.name,
+                f"{at}.input_gate",
+                epilogue="mul",
+                act=act,
+                other=inputs.name,
+                at=i * width,
+            ),
+            Gemm(f"{at}.input_out", gated.name, y.name, f"{at}.input_out"),
+        ]
+        scalar = f"{at}.scalar" if self.spec.layers[i].scalar else None
+        self.norm(f"{at}.input_norm", y, x, add=True, scalar=scalar)
 
     def head(self, x: Slot) -> Slot:
         """logits = lm_head(norm(x)): f32 [R, vocab_size]; a tied head shares the embedding's matrix."""
-        h = self.norm("norm", x)
-        logits = self.slot("logits", self.spec.vocab_size, "f32", x.rows)
-        self.ops.append(Gemm("lm_head", h.name, logits.name, "embed" if self.spec.tied else "lm_head"))
+        spec = self.spec
+        h = self.slot("h", x.width, "bf16", x.rows)
+        if spec.final_norm:
+            self.norm("norm", x, h)
+        else:
+            self.cast("norm", x)
+        if spec.embed_dim is not None:
+            narrow = self.slot("unembedded", spec.embed_dim, "bf16", x.rows)
+            self.ops.append(Gemm("embed.out", h.name, narrow.name, "embed.out"))
+            h = narrow
+        logits = self.slot("logits", spec.vocab_size, "f32", x.rows)
+        weight = "embed" if spec.tied else "lm_head"
+        bias = self.bias_of(Bias.HEAD, "lm_head.bias")
+        self.ops.append(
+            Gemm("lm_head", h.name, logits.name, weight, bias, scale=spec.logit_scale, cap=spec.logit_cap)
+        )
         return logits
 
-    def norm(self, name: str, x: Slot) -> Slot:
-        """norm(x) as the input of a Gemm: bf16, the width of x."""
+    def enter(self, name: str, x: Slot) -> Slot:
+        """The input of attention or MLP, bf16: norm(x), or x where the norm stands behind."""
+        if self.spec.placement in (Placement.POST, Placement.STREAM):
+            return self.cast(f"{name}_cast", x)
         h = self.slot("h", x.width, "bf16", x.rows)
-        self.ops.append(Norm(name, x.name, h.name, name, eps=self.spec.norm_eps))
+        self.norm(f"{name}_norm", x, h)
+        return h
+
+    def leave(
+        self,
+        name: str,
+        half: str,
+        src: Slot,
+        bias: str | None,
+        x: Slot,
+        columns: Blocks | None = None,
+        scalar: str | None = None,
+    ) -> None:
+        """x += proj(src), through a norm where one stands behind; then times the layer's scalar."""
+        spec = self.spec
+        if spec.placement in (Placement.POST, Placement.SANDWICH):
+            y = self.slot("y", x.width, "f32", x.rows)
+            self.ops.append(Gemm(name, src.name, y.name, name, bias, columns=columns))
+            self.norm(f"{half}_post_norm", y, x, add=True, scalar=scalar)
+            return
+        self.ops.append(
+            Gemm(
+                name, src.name, x.name, name, bias, epilogue="add", scale=spec.residual_scale, columns=columns
+            )
+        )
+        if spec.placement is Placement.STREAM:
+            self.norm(f"{half}_norm", x, x)
+
+    def norm(self, name: str, src: Slot, dst: Slot, add: bool = False, scalar: str | None = None) -> None:
+        """dst = norm(src), or dst = scalar * (dst + norm(src))."""
+        norm = self.spec.norm
+        self.ops.append(
+            Norm(
+                name,
+                src.name,
+                dst.name,
+                name if norm.weight else None,
+                f"{name}.bias" if norm.bias else None,
+                kind=norm.kind,
+                eps=norm.eps,
+                add=add,
+                scale=scalar,
+            )
+        )
+
+    def cast(self, name: str, x: Slot) -> Slot:
+        """x as the input of a Gemm: bf16."""
+        h = self.slot("h", x.width, "bf16", x.rows)
+        self.ops.append(Norm(name, x.name, h.name, None, kind="none"))
         return h
 
     def select(self, src: Slot) -> Slot:
@@ -160,7 +353,11 @@ class _Lowering:
         return name if which in self.spec.bias else None
 
     def slot(self, name: str, width: int, dtype: Dtype, rows: Rows) -> Slot:
-        """The slot of that name and row set; layers reuse each other's."""
+        """The slot of that name, row set and width; layers reuse each other's."""
         if rows == "logits" and name != "logits":
             name = f"{name}.out"
-        return self.slots.setdefault(name, Slot(name, width, dtype, rows))
+        found = self.slots.setdefault(name, Slot(name, width, dtype, rows))
+        if found.width != width:  # layers of several shapes
+            name = f"{name}.{width}"
+            found = self.slots.setdefault(name, Slot(name, width, dtype, rows))
+        return found

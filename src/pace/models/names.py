@@ -11,13 +11,18 @@ _WRAPPERS: Final = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", re.ASCII
 )
 
-# What stands before all of it: DistributedDataParallel, DeepSpeed and Lightning, PEFT after a merge, one more model.
-_PREFIXES: Final = ("module.", "_forward_module.", "base_model.model.", "model.")
+# What stands before all of it: DistributedDataParallel, DeepSpeed and Lightning, PEFT after a merge, one more model, and
+# what multimodal files call their text model: language_model.model., model.language_model., both.
+_PREFIXES: Final = ("module.", "_forward_module.", "base_model.model.", "model.", "language_model.")
 
 IGNORED: Final = re.compile(
-    r"(?:.*\.)?rotary_emb\.(?:inv_freq|original_inv_freq|cos_cached|sin_cached)", re.ASCII
+    r"(?:.*\.)?rotary_emb\.(?:inv_freq|original_inv_freq|cos_cached|sin_cached)"
+    r"|transformer\.h\.\d+\.attn\.(?:bias|masked_bias)"
+    r"|(?:model\.)*(?:(?:vision|audio)_(?:tower|model)|embed_(?:vision|audio)|vision_embedder|multi_modal_projector|mtp)\..*",
+    re.ASCII,
 )
-"""Tensors that are never needed: old versions of transformers stored the tables that the config describes."""
+"""Tensors that are never needed: tables and masks that old versions of transformers stored, the parts of multimodal files
+that see and hear, and heads that predict further tokens."""
 
 _PEFT: Final = "adapter weights; merge them into the model first, for instance with PEFT's merge_and_unload"
 _FOREIGN: Final = tuple(

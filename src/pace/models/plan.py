@@ -25,12 +25,13 @@ import numpy.typing as npt
 
 Dtype = Literal["f32", "bf16"]
 Rows = Literal["tokens", "logits"]
-NormKind = Literal["rms", "rms1", "layer"]
+NormKind = Literal["rms", "rms1", "layer", "none"]
 QKNorm = Literal["none", "rms", "rms1", "layer"]
 NormScope = Literal["head", "head_own", "full"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu"]
 Epilogue = Literal["store", "add", "gated", "mul"]
 PartMode = Literal["rows", "gate", "up"]
+PartName = Literal["all", "q", "k", "v", "gate", "up"]
 
 GATED_BLOCK = 16
 """Rows of gate that are followed by as many rows of up in the weight of a gated Gemm."""
@@ -73,6 +74,28 @@ class KVLayer:
 
 
 @dataclass(frozen=True, slots=True)
+class Blocks:
+    """Rows (or columns) of a weight: `count` blocks of `width`, each followed by zeros up to `filled`.
+
+    Args:
+        part: what they are; several make up a fused weight, in their order.
+        count: heads, or 1.
+        width: of a block in the checkpoint.
+        filled: of a block in the plan.
+    """
+
+    part: PartName
+    count: int
+    width: int
+    filled: int
+
+    @property
+    def n(self) -> int:
+        """Rows in the plan."""
+        return self.count * self.filled
+
+
+@dataclass(frozen=True, slots=True)
 class Embed:
     """dst[t] = post * (scale * table[token_ids[t]] + positions[offset + position[t]]); with `add`, post * (dst + ...).
 
@@ -105,6 +128,7 @@ class Norm:
 
     rms: x / sqrt(mean(x^2) + eps) * w.  rms1: the same with (1 + w).
     layer: (x - mean) / sqrt(var + eps) * w + bias.
+    none: x, so that a Gemm can read an f32 slot.
 
     Args:
         src: f32 slot.
@@ -141,6 +165,8 @@ class Gemm:
         weight: matrix [n, k].
         bias: vector [n] (same row order as the weight) or None.
         other: f32 slot of the same rows, at least at + n wide (mul only).
+        blocks: of the weight's rows, where they are fused or padded; () where they are as the checkpoint has them.
+        columns: the same of its columns.
     """
 
     name: str
@@ -154,6 +180,8 @@ class Gemm:
     cap: float | None = None
     other: str | None = None
     at: int = 0
+    blocks: tuple[Blocks, ...] = ()
+    columns: Blocks | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,13 +287,15 @@ class WeightShape:
     """What an operator needs under a weight name: a matrix [n, k], or a vector [n] when k is None.
 
     Args:
-        parts: rows of what is fused: (gate, up) without the rows that fill blocks of 16, or (q, k, v).
+        blocks: of the rows; several where the weight is fused.
+        columns: None where they are as the checkpoint has them.
         mapped: a table whose rows are read where the checkpoint file has them.
     """
 
     n: int
     k: int | None = None
-    parts: tuple[int, ...] = ()
+    blocks: tuple[Blocks, ...] = ()
+    columns: Blocks | None = None
     mapped: bool = False
 
 
@@ -295,14 +325,14 @@ class Plan:
         A name used twice (the tied embedding: by Embed and by the LM head's Gemm) appears once.
         """
         found: dict[str, WeightShape] = {}
-        for i, op in enumerate(self.ops):
-            for name, shape in self._weights_of(op, i):
+        for op in self.ops:
+            for name, shape in self._weights_of(op):
                 if name is not None:
                     found.setdefault(name, shape)
         return found
 
-    def _weights_of(self, op: Op, i: int) -> Iterator[tuple[str | None, WeightShape]]:
-        """Weights of the i-th operator; a name of None stands for one that it does without."""
+    def _weights_of(self, op: Op) -> Iterator[tuple[str | None, WeightShape]]:
+        """Weights of an operator; a name of None stands for one that it does without."""
         if isinstance(op, Embed):
             dim = self.slots[op.dst].width
             yield op.weight, WeightShape(self.vocab_size, dim, mapped=op.mapped)
@@ -312,28 +342,25 @@ class Plan:
             yield from ((name, WeightShape(width)) for name in (op.weight, op.bias))
             yield op.scale, WeightShape(1)
         elif isinstance(op, Gemm):
-            n, parts = self._gemm_rows(op, i)
-            yield op.weight, WeightShape(n, self.slots[op.src].width, parts)
-            yield op.bias, WeightShape(n, parts=parts)
+            blocks = self._gemm_blocks(op)
+            n = sum(block.n for block in blocks)
+            yield op.weight, WeightShape(n, self.slots[op.src].width, blocks, op.columns)
+            yield op.bias, WeightShape(n, blocks=blocks)
         elif isinstance(op, RopeKV):
             kv = self.kv[op.kv]
             q, k = (1, 1) if op.norm_scope == "head" else (op.n_heads, kv.n_kv_heads)
-            yield op.q_norm, WeightShape(q * kv.head_dim)
-            yield op.k_norm, WeightShape(k * kv.head_dim)
+            for name, count in ((op.q_norm, q), (op.k_norm, k)):
+                block = Blocks("all", count, op.norm_width or kv.head_dim, kv.head_dim)
+                yield name, WeightShape(block.n, blocks=(block,))
         elif isinstance(op, Attention):
             yield op.sinks, WeightShape(op.n_heads)
 
-    def _gemm_rows(self, op: Gemm, i: int) -> tuple[int, tuple[int, ...]]:
-        """Rows of a Gemm's weight, and of its parts where it is fused."""
+    def _gemm_blocks(self, op: Gemm) -> tuple[Blocks, ...]:
         width = self.slots[op.dst].width
         if op.epilogue == "gated":
-            return 2 * -(-width // GATED_BLOCK) * GATED_BLOCK, (width, width)
-        reader = next((o for o in self.ops[i + 1 :] if not isinstance(o, Embed) and o.src == op.dst), None)
-        if not isinstance(reader, RopeKV):
-            return width, ()
-        kv = self.kv[reader.kv]
-        q_dim, kv_dim = reader.n_heads * kv.head_dim, kv.n_kv_heads * kv.head_dim
-        return width, (q_dim, kv_dim, kv_dim)[: 1 if not reader.append else 2 if reader.k_is_v else 3]
+            filled = -(-width // GATED_BLOCK) * GATED_BLOCK
+            return Blocks("gate", 1, width, filled), Blocks("up", 1, width, filled)
+        return op.blocks or (Blocks("all", 1, width, width),)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

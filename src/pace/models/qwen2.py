@@ -1,11 +1,13 @@
-"""Qwen2 and Qwen2.5 (dense)."""
+"""Qwen2, Qwen2.5 and DeepSeek-R1-Distill-Qwen (dense)."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from pace.models import llama as base
-from pace.models.spec import Bias, Config, DecoderSpec, LayerSpec, layer_windows, refuse_foreign
+from pace.models.common import decoder, upper_windows
+from pace.models.config import Config
+from pace.models.spec import Bias, DecoderSpec
 from pace.models.weights import WeightMap
 
 
@@ -14,10 +16,8 @@ def qwen2(config: Config) -> DecoderSpec:
 
     attention_bias and mlp_bias are not read, as in transformers: the file must have exactly these biases.
     """
-    refuse_foreign(config)
-    spec = base.decoder(config)
-    windows = layer_windows(config, len(spec.layers))
-    return replace(spec, bias=Bias.QKV, layers=tuple(LayerSpec(window=w) for w in windows))
+    spec = replace(decoder(config), bias=Bias.QKV)
+    return spec.with_mixers(window=upper_windows(config, len(spec.layers)))
 
 
 WEIGHTS: WeightMap = base.WEIGHTS

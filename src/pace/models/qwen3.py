@@ -5,25 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pace.models import llama as base
-from pace.models.spec import Bias, Config, DecoderSpec, LayerSpec, QKNorm, layer_windows, refuse_foreign
-from pace.models.weights import Part, WeightMap
+from pace.models.common import decoder, upper_windows
+from pace.models.config import Config
+from pace.models.spec import DecoderSpec, HeadNorm
+from pace.models.weights import WeightMap
 
 
 def qwen3(config: Config) -> DecoderSpec:
     """Llama with an RMS norm on each query and key head; head_dim is 128 unless the config says otherwise."""
-    refuse_foreign(config, also={"use_qk_norm": (True,)})
-    spec = base.decoder(config, default_head_dim=128)
-    windows = layer_windows(config, len(spec.layers))
-    return replace(
-        spec,
-        qk_norm=QKNorm.HEAD,
-        bias=Bias.QKV | Bias.OUT if config.flag("attention_bias", default=False) else Bias.NONE,
-        layers=tuple(LayerSpec(window=w) for w in windows),
-    )
+    config.only("use_qk_norm", True)
+    spec = replace(decoder(config, head_dim=128), bias=base.attention_bias(config))
+    return spec.with_mixers(norm=HeadNorm(), window=upper_windows(config, len(spec.layers)))
 
 
-WEIGHTS: WeightMap = {
-    **base.WEIGHTS,
-    "layers.{i}.q_norm": (Part("model.layers.{i}.self_attn.q_norm.weight"),),
-    "layers.{i}.k_norm": (Part("model.layers.{i}.self_attn.k_norm.weight"),),
-}
+WEIGHTS: WeightMap = {**base.WEIGHTS, **base.QK_NORMS}

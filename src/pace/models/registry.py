@@ -6,13 +6,35 @@ Adding one of a known shape is a file of data and a line here.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
 
 from pace.errors import CheckpointError, UnsupportedModel, show
-from pace.models import llama, mistral, qwen2, qwen3
-from pace.models.spec import Config, DecoderSpec
+from pace.models import (
+    cohere2,
+    ernie4_5,
+    exaone4,
+    gemma,
+    gemma4,
+    glm4,
+    gptj,
+    granite,
+    hunyuan,
+    llama,
+    mistral,
+    olmo,
+    opt,
+    phi,
+    phi3,
+    qwen2,
+    qwen3,
+    seed_oss,
+    smollm3,
+    stablelm,
+)
+from pace.models.config import Config
+from pace.models.spec import DecoderSpec
 from pace.models.weights import WeightMap
 
 
@@ -24,21 +46,60 @@ class Architecture:
         model_type: the config's model_type that belongs to it.
         spec: reads the config.
         weights: plan weight name -> checkpoint tensors.
+        text: of a multimodal one, the architectures that its text model may have; only that is run.
     """
 
     model_type: str
     spec: Callable[[Config], DecoderSpec]
     weights: WeightMap
+    text: tuple[str, ...] = ()
+
+
+def _multimodal(model_type: str, *text: str) -> Architecture:
+    return Architecture(model_type, lambda config: _text_tower(config, text), {}, text)
 
 
 ARCHITECTURES: Final[Mapping[str, Architecture]] = MappingProxyType(
     {
         "LlamaForCausalLM": Architecture("llama", llama.llama, llama.WEIGHTS),
         "MistralForCausalLM": Architecture("mistral", mistral.mistral, mistral.WEIGHTS),
+        "Ministral3ForCausalLM": Architecture("ministral3", mistral.ministral3, mistral.WEIGHTS),
+        "Mistral3ForConditionalGeneration": _multimodal(
+            "mistral3", "MistralForCausalLM", "Ministral3ForCausalLM"
+        ),
         "Qwen2ForCausalLM": Architecture("qwen2", qwen2.qwen2, qwen2.WEIGHTS),
         "Qwen3ForCausalLM": Architecture("qwen3", qwen3.qwen3, qwen3.WEIGHTS),
+        "Gemma2ForCausalLM": Architecture("gemma2", gemma.gemma2, gemma.WEIGHTS2),
+        "Gemma3ForCausalLM": Architecture("gemma3_text", gemma.gemma3, gemma.WEIGHTS3),
+        "Gemma3ForConditionalGeneration": _multimodal("gemma3", "Gemma3ForCausalLM"),
+        "Gemma4ForCausalLM": Architecture("gemma4_text", gemma4.gemma4, gemma4.WEIGHTS),
+        "Gemma4ForConditionalGeneration": _multimodal("gemma4", "Gemma4ForCausalLM"),
+        "Gemma4UnifiedForCausalLM": Architecture(
+            "gemma4_unified_text", gemma4.gemma4_unified, gemma4.WEIGHTS
+        ),
+        "Gemma4UnifiedForConditionalGeneration": _multimodal("gemma4_unified", "Gemma4UnifiedForCausalLM"),
+        "PhiForCausalLM": Architecture("phi", phi.phi, phi.WEIGHTS),
+        "Phi3ForCausalLM": Architecture("phi3", phi3.phi3, phi3.WEIGHTS),
+        "OPTForCausalLM": Architecture("opt", opt.opt, opt.WEIGHTS),
+        "GPTJForCausalLM": Architecture("gptj", gptj.gptj, gptj.WEIGHTS),
+        "Olmo2ForCausalLM": Architecture("olmo2", olmo.olmo2, olmo.WEIGHTS),
+        "Olmo3ForCausalLM": Architecture("olmo3", olmo.olmo3, olmo.WEIGHTS),
+        "GraniteForCausalLM": Architecture("granite", granite.granite, granite.WEIGHTS),
+        "SmolLM3ForCausalLM": Architecture("smollm3", smollm3.smollm3, smollm3.WEIGHTS),
+        "StableLmForCausalLM": Architecture("stablelm", stablelm.stablelm, stablelm.WEIGHTS),
+        "HunYuanDenseV1ForCausalLM": Architecture("hunyuan_v1_dense", hunyuan.hunyuan, hunyuan.WEIGHTS),
+        "SeedOssForCausalLM": Architecture("seed_oss", seed_oss.seed_oss, seed_oss.WEIGHTS),
+        "Exaone4ForCausalLM": Architecture("exaone4", exaone4.exaone4, exaone4.WEIGHTS),
+        "Glm4ForCausalLM": Architecture("glm4", glm4.glm4, glm4.WEIGHTS),
+        "Ernie4_5ForCausalLM": Architecture("ernie4_5", ernie4_5.ernie4_5, ernie4_5.WEIGHTS),
+        "Cohere2ForCausalLM": Architecture("cohere2", cohere2.cohere2, cohere2.WEIGHTS),
     }
 )
+
+
+def architectures() -> tuple[str, ...]:
+    """The architectures that exist, by the names that `config.json` has for them."""
+    return tuple(ARCHITECTURES)
 
 
 def parse_config(values: object, where: str = "config.json") -> tuple[DecoderSpec, WeightMap]:
@@ -59,7 +120,26 @@ def parse_config(values: object, where: str = "config.json") -> tuple[DecoderSpe
         raise CheckpointError(f"{where} holds {show(values)}, expected a JSON object")
     config = Config(values, where)
     architecture = _architecture(config)
-    return architecture.spec(config), architecture.weights
+    spec = architecture.spec(config)
+    config.refuse_unread(spec.max_len)
+    # Every architecture that a multimodal one may hold has the same tensors.
+    weights = ARCHITECTURES[architecture.text[0]].weights if architecture.text else architecture.weights
+    return spec, weights
+
+
+def _text_tower(config: Config, allowed: tuple[str, ...]) -> DecoderSpec:
+    """The text model of a multimodal checkpoint; the parts that see and hear are not run."""
+    text = config.table("text_config")
+    config.skip("vision_config", "audio_config")
+    known = {ARCHITECTURES[name].model_type: ARCHITECTURES[name] for name in allowed}
+    model_type = text.text("model_type", default=next(iter(known)))
+    if model_type not in known:
+        raise text.error("model_type", model_type, " or ".join(map(repr, known)))
+    spec = known[model_type].spec(text)
+    text.refuse_unread(spec.max_len)
+    if config.has("tie_word_embeddings") and not text.has("tie_word_embeddings"):
+        spec = replace(spec, tied=config.flag("tie_word_embeddings"))
+    return spec
 
 
 def _architecture(config: Config) -> Architecture:

@@ -9,8 +9,7 @@ in their sink.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from enum import Enum
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -18,7 +17,7 @@ import numpy.typing as npt
 
 from pace.errors import WeightsError
 from pace.models.names import IGNORED, canonical, foreign
-from pace.models.plan import PartMode, Plan, WeightShape, gated_rows
+from pace.models.plan import Blocks, PartMode, Plan, WeightShape, gated_rows
 
 SourceDtype = Literal["bf16", "f16", "f32"]
 SourceArray = npt.NDArray[Any]
@@ -27,27 +26,19 @@ Progress = Callable[[int, int], None]
 """progress(done_bytes, total_bytes) of source tensors, after each tensor."""
 
 
-class PartRows(Enum):
-    """Which rows of a fused plan weight a checkpoint tensor fills."""
-
-    ALL = "all"
-    Q = "q"  # n_heads * head_dim rows
-    KV = "kv"  # n_kv_heads * head_dim rows
-    GATE = "gate"  # half of a gated weight, blocks of 16 rows
-    UP = "up"  # the other half
-
-
 @dataclass(frozen=True, slots=True)
 class Part:
     """One checkpoint tensor within a plan weight.
 
     Args:
-        name: checkpoint name; {i} stands for the layer.
-        rows: which rows it fills. Parts of Q and KV rows follow each other in the order of the map.
+        name: checkpoint name; {i} stands for the layer, {h} for each head in turn where every head has a tensor.
+        rows: which rows of a fused weight it holds, in its own order: "q", "q|k|v", "gate|up" ...
+        spare: the file may have it for layers that do without.
     """
 
     name: str
-    rows: PartRows = PartRows.ALL
+    rows: str = "all"
+    spare: bool = False
 
 
 WeightMap = Mapping[str, tuple[Part, ...]]
@@ -114,6 +105,10 @@ class Sink(Protocol):
         """A vector f32 [n]; owned by the sink."""
         ...
 
+    def table(self, name: str, rows: SourceArray, dtype: SourceDtype) -> None:
+        """A mapped table [n, k], as the file has it; the view stays valid."""
+        ...
+
 
 _DTYPES: Final[Mapping[str, SourceDtype]] = {"bf16": "bf16", "f16": "f16", "f32": "f32"}
 _NUMPY: Final[Mapping[SourceDtype, type[np.generic]]] = {
@@ -129,13 +124,33 @@ _LISTED = 4  # names per list in an error: enough to see the pattern, short enou
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """One tensor to load: where it goes and what it must look like."""
+    """Some rows of one tensor: what it must look like, and where they go.
+
+    Args:
+        name: of the tensor.
+        shape: of the whole tensor.
+        first: its first row that is meant.
+        block: rows from there, and what they become.
+        columns: the same of the columns.
+        at, mode: as of `SourcePart`.
+        last: the tensor is not needed any more.
+    """
 
     name: str
-    rows: int
+    shape: tuple[int, ...]
+    dtype: SourceDtype
+    first: int
+    block: Blocks
+    columns: Blocks | None
     at: int
     mode: PartMode
-    dtype: SourceDtype
+    last: bool
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes read."""
+        width = self.shape[1] if len(self.shape) > 1 else 1
+        return self.block.count * self.block.width * width * _ITEM_BYTES[self.dtype]
 
 
 class Tensors:
@@ -227,30 +242,34 @@ def load_weights(
             called.
     """
     needed = plan.weights()
-    sources = _check(plan, needed, checkpoint)
-    total = sum(_bytes(s, needed[name]) for name, parts in sources.items() for s in parts)
+    sources = _check(needed, checkpoint)
+    total = sum(s.n_bytes for parts in sources.values() for s in parts)
     done = 0
 
     def stream(name: str) -> Iterator[SourcePart]:
         nonlocal done
         for source in sources[name]:
-            yield SourcePart(_view(checkpoint, source, needed[name]), source.dtype, source.at, source.mode)
-            checkpoint.drop(source.name)
-            done += _bytes(source, needed[name])
+            yield SourcePart(_fill(checkpoint, source), source.dtype, source.at, source.mode)
+            if source.last:
+                checkpoint.drop(source.name)
+            done += source.n_bytes
             if progress is not None:
                 progress(done, total)
 
     for name, shape in needed.items():
-        if shape.k is not None:
-            parts = stream(name)
+        parts = stream(name)
+        if shape.mapped:
+            part = next(parts)
+            sink.table(name, part.array, part.dtype)
+        elif shape.k is not None:
             sink.matrix(name, shape.n, shape.k, parts)
-            for _ in parts:  # a sink that stops early must not lose the last tensor's drop and progress
-                pass
         else:
             values = np.empty(shape.n, np.float32)
-            for part in stream(name):
+            for part in parts:
                 values[part.at + gated_rows(len(part.array), part.mode)] = to_f32(part.array, part.dtype)
             sink.vector(name, values)
+        for _ in parts:  # a sink that stops early must not lose the last tensor's drop and progress
+            pass
 
 
 def to_f32(array: SourceArray, dtype: SourceDtype) -> F32Array:
@@ -284,8 +303,12 @@ class DenseSink:
         """Store a vector [n]."""
         self.weights[name] = values.astype(self.dtype)
 
+    def table(self, name: str, rows: SourceArray, dtype: SourceDtype) -> None:
+        """Store a table [n, k]."""
+        self.weights[name] = to_f32(rows, dtype).astype(self.dtype)
 
-def _check(plan: Plan, needed: Mapping[str, WeightShape], checkpoint: Tensors) -> dict[str, list[_Source]]:
+
+def _check(needed: Mapping[str, WeightShape], checkpoint: Tensors) -> dict[str, list[_Source]]:
     """Match plan weights and checkpoint tensors one to one, or raise."""
     table = dict(checkpoint.table)
     present = set(checkpoint.names())
@@ -298,53 +321,91 @@ def _check(plan: Plan, needed: Mapping[str, WeightShape], checkpoint: Tensors) -
         )
     if spare and embed not in present and spare <= present:
         table["embed"], spare = table["lm_head"], set()
-    wanted = {part.name for name in needed for part in table[name]}
+    parts = {name: _parts(table[name], shape) for name, shape in needed.items()}
+    wanted = {part.name for own in parts.values() for part in own}
+    spare |= {part.name for own in table.values() for part in own if part.spare}
+    spare |= {part.name for name in needed for part in table[name] if "{h}" not in part.name}
     missing = sorted(wanted - present)
     unexpected = sorted(n for n in present - wanted - spare if not IGNORED.fullmatch(n))
     if missing or unexpected:
-        parts = [f"{_listed(missing)} missing"] if missing else []
-        parts += [f"{_listed(unexpected)} unexpected"] if unexpected else []
+        lists = [f"{_listed(missing)} missing"] if missing else []
+        lists += [f"{_listed(unexpected)} unexpected"] if unexpected else []
         advice = foreign(unexpected) or (
             "set tie_word_embeddings to true if its LM head is the embedding"
             if set(missing) <= head and not unexpected
             else "download it again or correct the config"
         )
         raise WeightsError(
-            f"the checkpoint does not match its config.json: tensors {'; '.join(parts)}; {advice}"
+            f"the checkpoint does not match its config.json: tensors {'; '.join(lists)}; {advice}"
         )
-    sources: dict[str, list[_Source]] = {}
     wrong: list[str] = []
+    sources: dict[str, list[_Source]] = {}
     for name, shape in needed.items():
-        at = 0
         sources[name] = []
-        for part in table[name]:
-            source, complaint = _source(shape, part, at, checkpoint.info(part.name))
+        for source, complaints in _sources(parts[name], shape, checkpoint):
             sources[name].append(source)
-            wrong += complaint
-            at += source.rows if source.mode == "rows" else 0
+            wrong += complaints
     if wrong:
         raise WeightsError(f"the checkpoint does not match its config.json: {_listed(wrong, quote=False)}")
     return sources
 
 
-def _source(shape: WeightShape, part: Part, at: int, info: TensorInfo) -> tuple[_Source, list[str]]:
-    """How a tensor is loaded, and what is wrong with it."""
-    rows = {
-        PartRows.ALL: lambda: shape.n,
-        PartRows.Q: lambda: shape.parts[0],
-        PartRows.KV: lambda: shape.parts[1],
-        PartRows.GATE: lambda: shape.parts[0],
-        PartRows.UP: lambda: shape.parts[1],
-    }[part.rows]()
-    mode: PartMode = "gate" if part.rows is PartRows.GATE else "up" if part.rows is PartRows.UP else "rows"
-    expected = (rows,) if shape.k is None else (rows, shape.k)
-    dtype = _DTYPES.get(info.dtype.lower())
-    complaint = []
-    if tuple(info.shape) != expected:
-        complaint.append(f"{part.name} is {list(info.shape)}, expected {list(expected)}")
-    if dtype is None:
-        complaint.append(f"{part.name} has dtype {info.dtype}, expected BF16, F16 or F32")
-    return _Source(part.name, rows, at, mode, dtype or "f32"), complaint
+def _parts(parts: tuple[Part, ...], shape: WeightShape) -> list[Part]:
+    """The parts of a weight that this layer has; a tensor per head is as many parts."""
+    blocks = _blocks(shape)
+    found: list[Part] = []
+    for part in parts:
+        if "{h}" in part.name:
+            found += [Part(part.name.replace("{h}", str(h)), "head") for h in range(blocks["all"].count)]
+        elif set(part.rows.split("|")) <= set(blocks):
+            found.append(part)
+    return found
+
+
+def _blocks(shape: WeightShape) -> dict[str, Blocks]:
+    blocks = shape.blocks or (Blocks("all", 1, shape.n, shape.n),)
+    return {block.part: block for block in blocks}
+
+
+def _sources(
+    parts: list[Part], shape: WeightShape, checkpoint: Tensors
+) -> Iterator[tuple[_Source, list[str]]]:
+    """How each part is loaded, in rows that stay together; and what is wrong with its tensor."""
+    blocks, at = _blocks(shape), 0
+    if "all" in blocks:
+        blocks["head"] = replace(blocks["all"], count=1)
+    k = shape.k if shape.columns is None else shape.columns.count * shape.columns.width
+    for part in parts:
+        own = [blocks[name] for name in part.rows.split("|")]
+        rows = sum(block.count * block.width for block in own)
+        expected = (rows,) if k is None else (rows, k)
+        info = checkpoint.info(part.name)
+        dtype = _DTYPES.get(info.dtype.lower())
+        complaints = []
+        if tuple(info.shape) != expected:
+            complaints.append(f"{part.name} is {list(info.shape)}, expected {list(expected)}")
+        if dtype is None:
+            complaints.append(f"{part.name} has dtype {info.dtype}, expected BF16, F16 or F32")
+        first = 0
+        for block in own:
+            mode: PartMode = block.part if block.part in ("gate", "up") else "rows"
+            yield (
+                _Source(
+                    part.name,
+                    expected,
+                    dtype or "f32",
+                    first,
+                    block,
+                    shape.columns,
+                    at if mode == "rows" else 0,
+                    mode,
+                    last=block is own[-1],
+                ),
+                complaints,
+            )
+            complaints = []
+            first += block.count * block.width
+            at += block.n if mode == "rows" else 0
 
 
 def _expand(weight_map: WeightMap, n_layers: int) -> dict[str, tuple[Part, ...]]:
@@ -354,25 +415,38 @@ def _expand(weight_map: WeightMap, n_layers: int) -> dict[str, tuple[Part, ...]]
         for i in range(n_layers) if "{i}" in name else (0,):
             layer = str(i)
             table[name.replace("{i}", layer)] = tuple(
-                Part(p.name.replace("{i}", layer), p.rows) for p in parts
+                replace(p, name=p.name.replace("{i}", layer)) for p in parts
             )
     return table
 
 
-def _view(checkpoint: Tensors, source: _Source, shape: WeightShape) -> SourceArray:
-    """The tensor's data, once more checked: the header was, the reader's view must agree with it."""
+def _fill(checkpoint: Tensors, source: _Source) -> SourceArray:
+    """The rows of a source with the zeros that fill them: [rows] or [rows, k].
+
+    The tensor is checked once more: its header was, the reader's view must agree with it.
+    """
     array = checkpoint.tensor(source.name)
-    expected = (source.rows,) if shape.k is None else (source.rows, shape.k)
-    if array.shape != expected or array.dtype != _NUMPY[source.dtype]:
+    if array.shape != source.shape or array.dtype != _NUMPY[source.dtype]:
         raise WeightsError(
             f"{source.name} was read as {array.dtype} {list(array.shape)}, expected "
-            f"{np.dtype(_NUMPY[source.dtype])} {list(expected)}"
+            f"{np.dtype(_NUMPY[source.dtype])} {list(source.shape)}"
         )
+    rows, columns = source.block, source.columns
+    array = array[source.first : source.first + rows.count * rows.width]
+    if rows.filled != rows.width:
+        array = _pad(array, rows, axis=0)
+    if columns is not None and columns.filled != columns.width:
+        array = _pad(array, columns, axis=1)
     return array
 
 
-def _bytes(source: _Source, shape: WeightShape) -> int:
-    return source.rows * (shape.k or 1) * _ITEM_BYTES[source.dtype]
+def _pad(array: SourceArray, blocks: Blocks, axis: int) -> SourceArray:
+    """The array with each block along an axis followed by zeros: [count * width] -> [count * filled]."""
+    before, after = array.shape[:axis], array.shape[axis + 1 :]
+    wide = np.zeros((*before, blocks.count, blocks.filled, *after), array.dtype)
+    index = (slice(None),) * (axis + 1) + (slice(blocks.width),)
+    wide[index] = array.reshape(*before, blocks.count, blocks.width, *after)
+    return wide.reshape(*before, blocks.n, *after)
 
 
 def _listed(names: list[str], quote: bool = True) -> str:
