@@ -123,6 +123,15 @@ def test_output_fields_are_answered_by_name() -> None:
     assert copy.deepcopy(output) == pickle.loads(pickle.dumps(output)) == output
 
 
+def test_the_page_names_all_of_them() -> None:
+    page = Path(__file__).resolve().parents[1] / "docs" / "coming-from-vllm.md"
+    if not (page.parents[1] / "pyproject.toml").is_file():
+        pytest.skip("needs the source checkout")
+    text = page.read_text(encoding="utf-8")
+    for table in (SAMPLING_FIELDS, REQUEST_OPTIONS, ENGINE_OPTIONS, METHODS, OUTPUT_FIELDS):
+        assert [name for name in table if f"`{name}" not in text] == []
+
+
 # ---- prompts
 
 

@@ -113,8 +113,8 @@ class SamplingParams:
     top_k: int = UnsetInt(0)
     top_p: float = UnsetFloat(1.0)
     min_p: float = UnsetFloat(0.0)
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    presence_penalty: float = UnsetFloat(0.0)
+    frequency_penalty: float = UnsetFloat(0.0)
     repetition_penalty: float = UnsetFloat(1.0)
     seed: int | None = None
     stop: str | Sequence[str] | None = None

@@ -121,10 +121,8 @@ ENGINE_OPTIONS: Mapping[str, Foreign] = {
     "trust_remote_code": Foreign(
         "pace runs no code of a checkpoint; leave it out where the architecture is one that pace knows", _NO
     ),
-    "hf_token": Foreign("models are read from folders and the local hub cache; download them first"),
-    "download_dir": Foreign(
-        "models are read from folders and the local hub cache; HF_HOME says where that is"
-    ),
+    "hf_token": Foreign("set HF_TOKEN, which huggingface_hub reads"),
+    "download_dir": Foreign("set HF_HOME, which huggingface_hub reads"),
     "load_format": Foreign("pace reads safetensors", (None, "auto", "safetensors")),
     "tokenizer_mode": Foreign("pace reads tokenizer.json", (None, "auto", "hf")),
     "tokenizer_revision": Foreign("give tokenizer the folder of the revision"),
@@ -143,6 +141,33 @@ ENGINE_OPTIONS: Mapping[str, Foreign] = {
     "task": Foreign("pace generates; it has no pooling", (None, "auto", "generate")),
     "convert": Foreign("pace generates; it has no pooling", (None, "auto", "none")),
     "logprobs_mode": Foreign("logprobs are of the unmodified distribution", (None, "raw_logprobs")),
+    "quantization_config": Foreign("weights are computed in bfloat16; a quantised checkpoint is refused"),
+    "offload_group_size": Foreign("everything is in the CPU's memory", _ANY),
+    "offload_num_in_group": Foreign("everything is in the CPU's memory", _ANY),
+    "offload_prefetch_step": Foreign("everything is in the CPU's memory", _ANY),
+    "offload_params": Foreign("everything is in the CPU's memory", _ANY),
+    "attention_config": Foreign("force a kernel with kernels={'attention': 'avx2'}", (None, {})),
+    "attention_backend": Foreign("force a kernel with kernels={'attention': 'avx2'}"),
+    "profiler_config": Foreign("use pace bench latency --profile"),
+    "pooler_config": Foreign("pace generates; it has no pooling"),
+    "mm_processor_kwargs": Foreign("pace reads text only", (None, {})),
+    "allowed_local_media_path": Foreign("pace reads text only", (None, "")),
+    "allowed_media_domains": Foreign("pace reads text only", (None, [])),
+    "enable_prompt_embeds": Foreign("prompts are text or token ids", _NO),
+    "enable_sleep_mode": Foreign("close() gives the memory back", _NO),
+    "enable_return_routed_experts": Foreign("pace does not return routed experts", _NO),
+    "return_sampling_mask": Foreign("use logprobs", _NO),
+    "spec_method": Foreign("pace does not speculate yet"),
+    "spec_model": Foreign("pace does not speculate yet"),
+    "spec_tokens": Foreign("pace does not speculate yet"),
+    "max_num_queued_reqs": Foreign("it is called max_num_waiting, and counts sequences"),
+    "max_num_partial_prefills": Foreign(
+        "the token budget of a step, max_num_batched_tokens, is the only bound", _ONE
+    ),
+    "long_prefill_token_threshold": Foreign(
+        "prompts are cut by themselves while somebody streams; see max_num_batched_tokens", (None, 0)
+    ),
+    "numa_bind": Foreign("name the CPUs with cpus='0-31'", _NO),
     "scheduling_policy": Foreign(
         "requests run by priority, then by arrival; leave priority out", (None, "fcfs", "priority")
     ),
@@ -182,6 +207,14 @@ METHODS: Mapping[str, str] = {
     "check_health": "a dead engine raises EngineDeadError at the next call",
     "is_tracing_enabled": "pace writes no traces",
     "do_log_stats": "use stats()",
+    "get_supported_tasks": "pace generates",
+    "pause_generation": "requests run as long as somebody reads; abort() ends them",
+    "resume_generation": "requests run as long as somebody reads; abort() ends them",
+    "is_paused": "it never is",
+    "is_running": "a dead engine raises EngineDeadError at the next call",
+    "is_stopped": "a closed or dead engine raises at the next call",
+    "errored": "a dead engine raises EngineDeadError at the next call",
+    "dead_error": "a dead engine raises EngineDeadError at the next call, with the reason as its cause",
 }
 """Of LLM and AsyncLLM."""
 

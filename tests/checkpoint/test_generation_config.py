@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from pace.checkpoint import load_generation_defaults
+from pace.checkpoint.generation_config import _SAMPLING_FIELDS
 from pace.errors import CheckpointError
-from pace.params import SamplingParams
+from pace.params import SamplingParams, Unset
 
 
 def load(
@@ -44,6 +45,18 @@ def test_sampling(tmp_path: Path) -> None:
     assert merged.max_tokens == 64 and merged.top_k == 0
     with pytest.raises(TypeError):
         defaults.sampling["temperature"] = 1
+
+
+def test_every_default_of_a_checkpoint_can_be_left_unset(tmp_path: Path) -> None:
+    """A field that a checkpoint sets and that is no `Unset` by default would look as if the caller had chosen it."""
+    stated = dict.fromkeys(_SAMPLING_FIELDS, 1)
+    defaults = load(tmp_path, stated).sampling
+    assert set(defaults) == set(_SAMPLING_FIELDS.values()) and len(defaults) == 8
+    for name, value in defaults.items():
+        assert isinstance(getattr(SamplingParams(), name), Unset), name
+        assert getattr(SamplingParams().merged_with(defaults), name) == value
+        default = getattr(SamplingParams(), name) + 0  # the same number, but given
+        assert getattr(SamplingParams(**{name: default}).merged_with(defaults), name) == default
 
 
 def test_do_sample_false_is_greedy(tmp_path: Path) -> None:
