@@ -406,6 +406,7 @@ def test_engine_options_reach_the_configuration(
     ]
     argv += ["--kv-cache-type", "paged", "--block-size", "32", "--kv-cache-memory", "4MiB"]
     argv += ["--kv-cache-dtype", "int8", "--no-enable-prefix-caching", "--admission", "reserve"]
+    argv += ["--generation-config", "vllm", "--max-logprobs", "-1"]
     for command in ("generate", "chat"):
         rest = ["--prompt", "a"] if command == "generate" else []
         assert run(capsys, command, "--model", model, *argv, *rest)[0] == 2
@@ -420,6 +421,8 @@ def test_engine_options_reach_the_configuration(
         kv_cache_memory="4MiB",
         kv_cache_dtype="int8",
         enable_prefix_caching=False,
+        generation_config="vllm",
+        max_logprobs=-1,
         admission="reserve",
         n_threads=1,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import logging
 import os
@@ -124,6 +125,18 @@ def test_a_log_call_that_does_not_fit_its_format_is_no_error(capsys: pytest.Capt
     assert "Logging error" in capsys.readouterr().err
 
 
+def test_nothing_else_writes_to_the_terminal() -> None:
+    """print(file=None) means stdout, and raises in a locale that lacks a character."""
+    package = Path(cli.__file__).parent
+    for path in package.rglob("*.py"):
+        if path.name in ("console.py", "probe_child.py"):  # the latter is a process of its own
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            wrong = isinstance(node, ast.Name) and node.id == "print"
+            wrong |= isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.stdout", "sys.stderr")
+            assert not wrong, f"{path}:{getattr(node, 'lineno', 0)}"
+
+
 def shell(script: str, model: str, **env: str) -> tuple[int, str, str]:
     """Run a script with `$PACE` and `$MODEL`; exit code, stdout, stderr."""
     source = str(Path(cli.__file__).parents[1])
@@ -145,6 +158,13 @@ def test_a_closed_stderr_leaves_stdout_to_the_answer(model: str, capsys: pytest.
         "",
         "",
     )
+
+
+def test_a_failed_import_is_no_answer(model: str) -> None:
+    main = f"{sys.executable} -c 'import sys, _pace_main; sys.exit(_pace_main.main())'"
+    code, out, err = shell(f"PACE_ISA=none {main}", model)
+    assert (code, out) == (2, "") and "PACE_ISA" in err and err.count("\n") == 1
+    assert shell(f"PACE_ISA=none {main} 2>&-", model) == (2, "", "")
 
 
 def test_a_stdout_that_takes_nothing_is_said_in_one_line(model: str) -> None:

@@ -291,9 +291,10 @@ def test_check_vocab(name: str, value: Any) -> None:
 
 
 def test_parameters_travel_as_a_dictionary() -> None:
-    params = SamplingParams(top_p=0.5, seed=3)
+    params = SamplingParams(top_p=0.5, logit_bias={4: -1.0})
     twin = SamplingParams(**dataclasses.asdict(params))
-    assert twin == params and twin.explicit == params.explicit == {"top_p", "seed"}
+    assert twin == params and twin.explicit == params.explicit == {"top_p", "logit_bias"}
+    assert repr(params.logit_bias) == "{4: -1.0}"
 
 
 def test_frozen() -> None:

@@ -7,6 +7,7 @@ import copy
 import inspect
 import json
 import pickle
+from abc import ABC
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,13 @@ def test_methods_are_answered_by_name(llm: LLM) -> None:
             assert instead in str(error.value)
     with pytest.raises(AttributeError, match=r"'LLM' object has no attribute 'nothing'$"):
         llm.nothing  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_classes_of_pace_still_mix_with_others() -> None:
+    class Mixed(LLM, ABC):
+        pass
+
+    assert issubclass(Mixed, LLM)
 
 
 def test_output_fields_are_answered_by_name() -> None:

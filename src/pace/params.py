@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
-from types import MappingProxyType
 from typing import Any
 
 from pace.errors import RequestError, show
@@ -57,13 +56,33 @@ class UnsetInt(Unset, int):
     __slots__ = ()
 
 
+class Biases(Mapping[int, float]):
+    """A `logit_bias` that never changes; a mapping proxy could not be copied or pickled."""
+
+    def __init__(self, values: Mapping[int, float]) -> None:
+        self._values = dict(values)
+
+    def __getitem__(self, token_id: int) -> float:
+        return self._values[token_id]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return repr(self._values)
+
+
 @takes_class(SAMPLING_FIELDS, RequestError)
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to sample one request. All fields are checked on construction; an instance never changes.
 
     Names and meanings are vLLM's. Fields of vLLM that pace lacks are taken where their value asks for nothing, and answered
-    by name otherwise.
+    by name otherwise. vLLM takes a checkpoint's sampling defaults only where a request has no parameters at all; here they
+    fill every field that is unset, unless the engine's generation_config is "vllm".
 
     Attributes:
         n: completions of the prompt, in [1, 128]. They differ by their random numbers only, so greedy
@@ -196,14 +215,6 @@ class SamplingParams:
                 "drawn before; allow another id"
             )
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # By the constructor: the mapping proxy, which keeps an instance from being changed, can't be pickled itself.
-        return _rebuild, (self._values(),)
-
-    def _values(self) -> dict[str, Any]:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return values | {"logit_bias": None if self.logit_bias is None else dict(self.logit_bias)}
-
     @staticmethod
     def from_optional(**values: Any) -> SamplingParams:
         """Parameters of which None means unset, as they come from requests with optional fields; but max_tokens=None
@@ -221,7 +232,7 @@ class SamplingParams:
         Raises:
             RequestError: an invalid value or combination.
         """
-        return SamplingParams(**self._values() | changes)
+        return replace(self, **changes)
 
     @property
     def explicit(self) -> frozenset[str]:
@@ -292,10 +303,6 @@ def _unset(value: object) -> object:
         if isinstance(value, float)
         else value
     )
-
-
-def _rebuild(values: Mapping[str, Any]) -> SamplingParams:
-    return SamplingParams(**values)
 
 
 def _float(name: str, value: object, low: float, high: float) -> float:
@@ -385,4 +392,4 @@ def _logit_bias(value: object) -> Mapping[int, float] | None:
             )
         name = f"logit_bias of {show(key)}"
         biases[token_id] = min(MAX_BIAS, max(-MAX_BIAS, _float(name, bias, -math.inf, math.inf)))
-    return MappingProxyType(biases)
+    return Biases(biases)

@@ -8,6 +8,7 @@ docs/coming-from-vllm.md has the whole list of differences.
 from __future__ import annotations
 
 import functools
+from abc import ABCMeta
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -287,8 +288,8 @@ def refuse_attribute(owner: str, name: str, known: Mapping[str, str]) -> NoRetur
     raise AttributeError(f"{owner!r} object has no attribute {name!r}{instead}", name=name)
 
 
-class AnswersByName(type):
-    """The class of classes whose missing class methods are answered by name."""
+class AnswersByName(ABCMeta):
+    """The class of classes whose missing class methods are answered by name; they can still inherit from an ABC, too."""
 
     def __getattr__(cls, name: str) -> NoReturn:
         refuse_attribute(cls.__name__, name, METHODS)

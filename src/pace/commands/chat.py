@@ -43,6 +43,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--chat-template-kwargs",
+        type=options.text_argument,
         metavar="JSON",
         help="""variables of the template, such as '{"enable_thinking": false}'""",
     )

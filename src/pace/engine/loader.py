@@ -98,6 +98,8 @@ def load(
             tokenizer_eos_id=None if tokenizer is None else tokenizer.eos_token_id,
             source=config.generation_config,
         )
+        if defaults.sampling:
+            logger.info("sampling defaults from generation_config.json: %s", dict(defaults.sampling))
         plan = lower(spec, memory.max_model_len)
         team = make_team(config)
         try:
