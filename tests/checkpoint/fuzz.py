@@ -2,8 +2,9 @@
 
     python fuzz.py FOLDER < seeds
 
-A line of JSON per seed: {"seed", "result": "loaded" or "refused", "message"}, or {"seed", "bad": what should not be}. A
-seed always makes the same damage, so a bad one can be looked at alone: `python fuzz.py FOLDER SEED` keeps the files.
+First a line "ready", then a line of JSON per seed: {"seed", "result": "loaded" or "refused", "message"}, or {"seed", "bad":
+what should not be}. A load that takes more than LIMIT_S ends the process. A seed always makes the same damage, so a bad one
+can be looked at alone: `python fuzz.py FOLDER SEED` keeps the files.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import os
 import random
 import resource
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+LIMIT_S = 3.0  # of CPU time, so that a busy machine changes nothing
 MAX_BYTES = 8 << 30  # of address space: a size from a file must not be believed before it is checked
 REAL_PROBES = (
     512  # one seed in so many tries an unusual tokenizer in the real child process, which takes 0.2 to 3 s
@@ -321,11 +324,13 @@ def answer(base: list[Files], seed: int, folder: Path) -> dict[str, Any]:
     real = tokenizer_json.probe
     if seed % REAL_PROBES:
         tokenizer_json.probe = lambda data: "it isn't tried here"
+    signal.setitimer(signal.ITIMER_PROF, LIMIT_S)
     try:
         message = load(folder)
     except BaseException:  # a panic of a Rust library is no Exception
         return {"seed": seed, "bad": traceback.format_exc(limit=-6)}
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         tokenizer_json.probe = real
     return {"seed": seed, "result": "loaded" if message == "loaded" else "refused", "message": message}
 

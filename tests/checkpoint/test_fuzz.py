@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from checkpoint import fuzz
 
-LIMIT_S = 3.0
-TRIES = 3  # a load that takes longer on a busy machine is given two more chances
-START_S = 60.0
+# The child itself ends where a load takes 3 s of CPU time; this is for one that waits, on a machine however busy.
+LIMIT_S = 120.0
+START_S = 600.0  # an editable build may compile first
 
 
 class Child:
@@ -33,20 +33,18 @@ class Child:
 
     def ask(self, seed: int) -> dict[str, Any]:
         """The child's answer, or what became of it."""
-        for _ in range(TRIES):
-            process = self.process or self._start()
-            assert process.stdin is not None
-            process.stdin.write(b"%d\n" % seed)
-            process.stdin.flush()
-            limit = LIMIT_S if seed % fuzz.REAL_PROBES else 10 * LIMIT_S
-            line = self._line(process, limit)
-            if line:
-                answer: dict[str, Any] = json.loads(line)
-                return answer
-            if line is not None:
-                return {"seed": seed, "bad": f"the process ended: {self.close()}"}
+        process = self.process or self._start()
+        assert process.stdin is not None
+        process.stdin.write(b"%d\n" % seed)
+        line = self._line(process, LIMIT_S)
+        if line:
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+        if line is None:
             self.close()
-        return {"seed": seed, "bad": f"no answer in {limit} s, {TRIES} times"}
+            return {"seed": seed, "bad": f"no answer in {LIMIT_S} s"}
+        process.wait()
+        return {"seed": seed, "bad": f"the process ended: {self.close()}"}
 
     def close(self) -> str:
         """End the process; returns its code and the end of what it wrote to stderr."""
@@ -116,6 +114,8 @@ def run(
                     counts[answer.get("result", "bad")] += 1
                     if "bad" in answer:
                         bad.append(answer)
+        except Exception as error:
+            bad.append({"seed": None, "bad": repr(error)})
         finally:
             child.close()
 
@@ -162,7 +162,7 @@ def test_undamaged_checkpoints_load(tmp_path: Path) -> None:
 
 
 FAKE = """
-import os, sys, time
+import os, signal, sys, time
 print("ready", flush=True)
 for line in sys.stdin:
     seed = int(line)
@@ -170,14 +170,18 @@ for line in sys.stdin:
         os.abort()
     if seed == 5:
         time.sleep(60)
+    if seed == 6:
+        signal.setitimer(signal.ITIMER_PROF, 0.1)
+        while True:
+            pass
     print('{"seed": %d, "result": "loaded"}' % seed if seed != 7 else '{"seed": 7, "bad": "KeyError"}', flush=True)
 """
 
 
 def test_a_process_that_dies_or_hangs_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[__name__], "LIMIT_S", 0.3)
-    monkeypatch.setattr(sys.modules[__name__], "TRIES", 2)
+    monkeypatch.setattr(sys.modules[__name__], "LIMIT_S", 2.0)
     counts, bad = run(range(1, 10), tmp_path, 1, [sys.executable, "-I", "-c", FAKE])
-    assert counts == {"loaded": 6, "bad": 3}
-    assert [answer["seed"] for answer in bad] == [3, 5, 7]
-    assert "code -6" in bad[0]["bad"] and "no answer" in bad[1]["bad"] and bad[2]["bad"] == "KeyError"
+    assert counts == {"loaded": 5, "bad": 4}
+    assert [answer["seed"] for answer in bad] == [3, 5, 6, 7]
+    for answer, word in zip(bad, ("code -6", "no answer", "code -27", "KeyError"), strict=True):
+        assert word in answer["bad"]
