@@ -28,7 +28,7 @@ from pace.kvcache import make_tables
 from pace.models.decoder import lower
 from pace.models.plan import Batch, Plan
 from pace.models.registry import parse_config
-from pace.models.weights import Tensors, load_weights
+from pace.models.weights import Tensors, load_weights, settle_head
 
 TYPES = ("slab", "paged", "contiguous")
 WARM_STEPS = 2  # they map what is left to map
@@ -68,11 +68,12 @@ def load_model(name: str, max_len: int, n_threads: int | None) -> Model:
     """Pack the weights of a checkpoint."""
     directory = resolve(name)
     spec, weight_map = parse_config(read_json(directory / "config.json"))
-    ir = lower(spec, max_len)
     team = ops.Team(n_threads or ops.default_threads()[0])
     sink = PackedSink(team)
     with Checkpoint(directory) as checkpoint:
-        load_weights(ir, Tensors(checkpoint, weight_map, len(spec.layers)), sink)
+        tensors = Tensors(checkpoint, weight_map, len(spec.layers))
+        ir = lower(settle_head(spec, tensors), max_len)
+        load_weights(ir, tensors, sink)
     return Model(team, ir, sink)
 
 

@@ -16,7 +16,7 @@ from pace.models.decoder import lower
 from pace.models.plan import Batch, Plan, Runner
 from pace.models.registry import parse_config
 from pace.models.spec import DecoderSpec
-from pace.models.weights import DenseSink, Tensors, WeightMap, load_weights
+from pace.models.weights import DenseSink, Tensors, WeightMap, load_weights, settle_head
 from pace.reference import Reference
 
 Array = npt.NDArray[Any]
@@ -59,10 +59,12 @@ class Model:
 def load(directory: Path, max_model_len: int) -> Model:
     """config.json and safetensors of a directory, as a plan with dense float64 weights."""
     spec, weight_map = parse_config(json.loads((directory / "config.json").read_text()))
-    plan = lower(spec, max_model_len)
     sink = DenseSink()
     with Checkpoint(directory) as checkpoint:
-        load_weights(plan, Tensors(checkpoint, weight_map, len(spec.layers)), sink)
+        tensors = Tensors(checkpoint, weight_map, len(spec.layers))
+        spec = settle_head(spec, tensors)
+        plan = lower(spec, max_model_len)
+        load_weights(plan, tensors, sink)
     return Model(spec, plan, weight_map, sink.weights)
 
 

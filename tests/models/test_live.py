@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,28 @@ def test_sharded_checkpoint_token_by_token(architecture: str, tmp_path: Path) ->
     tokens = tiny.prompt(architecture)
     got = in_chunks(load(tmp_path, tiny.N_TOKENS).reference(), tokens, 1, [2, 0, 1])
     assert relative_error(got, logits_of(model, tokens)) < TOLERANCE
+
+
+@pytest.mark.parametrize("stored", ["embedding", "head", "both alike", "two"])
+@pytest.mark.parametrize("name", ["llama-gqa4-tied", "qwen2-tied"])
+def test_a_config_that_ties_over_every_form_of_the_file(name: str, stored: str, tmp_path: Path) -> None:
+    """The head is what the file holds, as in transformers 5, whatever the config says."""
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("transformers 4 drops a head that differs")
+    arrays: dict[str, Any] = dict(tiny.tensors(name))
+    embed = arrays.pop("model.embed_tokens.weight")
+    if stored != "head":
+        arrays["model.embed_tokens.weight"] = embed
+    if stored != "embedding":
+        arrays["lm_head.weight"] = np.roll(embed, 1, axis=0) if stored == "two" else embed
+    (tmp_path / "config.json").write_text(json.dumps(tiny.CASES[name].config))
+    tiny.write_safetensors(tmp_path / "model.safetensors", arrays)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    ours, tokens = load(tmp_path, tiny.N_TOKENS), tiny.prompt(name)
+    assert ours.spec.tied == (stored != "two")
+    assert relative_error(prefill(ours.reference(), tokens), logits_of(model, tokens)) < TOLERANCE
 
 
 def test_long_prompt_crosses_many_blocks(tmp_path: Path) -> None:

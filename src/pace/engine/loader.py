@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from pace.models.decoder import lower
 from pace.models.plan import Plan
 from pace.models.registry import parse_config
 from pace.models.spec import DecoderSpec
-from pace.models.weights import Tensors, load_weights
+from pace.models.weights import Tensors, load_weights, settle_head
 from pace.text.tokenizer import Tokenizer
 
 __all__ = ["Loaded", "load"]
@@ -84,7 +84,7 @@ def load(
         tensors = None
         if not random_weights:
             tensors = Tensors(files.enter_context(Checkpoint(directory)), weight_map, len(spec.layers))
-            spec = _settle_head(spec, tensors, directory)
+            spec = settle_head(spec, tensors)
         memory = _plan_memory(config, spec)
         if on_plan is not None:
             on_plan(memory)
@@ -138,17 +138,6 @@ def _read_config(directory: Path) -> dict[str, Any]:
             f"{directory}: no config.json; expected the folder of a Hugging Face checkpoint"
         )
     return read_json(path)
-
-
-def _settle_head(spec: DecoderSpec, tensors: Tensors, directory: Path) -> DecoderSpec:
-    """The spec as the file has it, where the config says that the LM head is the embedding's matrix."""
-    if not spec.tied or tensors.head_is_tied():
-        return spec
-    logger.warning(
-        "%s: the config ties the LM head to the embedding, but the file holds one that differs; the file's is used",
-        directory,
-    )
-    return replace(spec, tied=False)
 
 
 def _plan_memory(config: EngineConfig, spec: DecoderSpec) -> MemoryPlan:

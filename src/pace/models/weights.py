@@ -16,8 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pace.errors import WeightsError
+from pace.log import logger
 from pace.models.names import IGNORED, canonical, foreign
 from pace.models.plan import Blocks, PartMode, Plan, WeightShape, gated_rows
+from pace.models.spec import DecoderSpec
 
 SourceDtype = Literal["bf16", "f16", "f32"]
 SourceArray = npt.NDArray[Any]
@@ -224,6 +226,17 @@ class Tensors:
         self.drop(one)
         self.drop(other)
         return equal
+
+
+def settle_head(spec: DecoderSpec, tensors: Tensors) -> DecoderSpec:
+    """The spec as the file has it, where the config says that the LM head is the embedding: before it is lowered."""
+    if not spec.tied or tensors.head_is_tied():
+        return spec
+    logger.warning(
+        "the config ties the LM head to the embedding, but the checkpoint holds one that differs, which is used; set "
+        "tie_word_embeddings to false if that is right"
+    )
+    return replace(spec, tied=False)
 
 
 def load_weights(
