@@ -49,13 +49,13 @@ _FOREIGN: Final = tuple(
 def canonical(name: str, wanted: Collection[str]) -> str:
     """The architecture's name of a tensor; its own without wrappers where it is none of `wanted`.
 
-    Only what tools are known to add is taken off, and `model.` put where a model was saved without its head. Two tensors
-    may come to one name: the caller refuses them.
+    Only what tools are known to add is taken off, and `model.` or `transformer.` put where a model was saved without
+    its head. Two tensors may come to one name: the caller refuses them.
     """
     name = _WRAPPERS.sub("", name)
     bare: str | None = name
     while bare is not None:
-        for candidate in (bare, f"model.{bare}"):
+        for candidate in (bare, f"model.{bare}", f"transformer.{bare}"):
             if candidate in wanted:
                 return candidate
         bare = next((bare[len(prefix) :] for prefix in _PREFIXES if bare.startswith(prefix)), None)
