@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from golden import tiny
 from golden.harness import batch_of
 
 from pace import ops
-from pace.errors import ConfigError
+from pace.errors import CheckpointError, ConfigError
 from pace.models import plan as ir
 
 PackedModel = Callable[[str], Packed]
@@ -201,6 +203,30 @@ def test_tiers_and_cpu() -> None:
     assert info["threads"] >= 1 and info["l2_bytes"] > 0 and "avx2" in info["features"]
     assert ops.default_threads() == (info["threads"], info["threads_why"])
     assert info["threads"] <= len(os.sched_getaffinity(0))
+
+
+# ---- packing ----------------------------------------------------------------------------------------------
+
+
+def test_a_file_truncated_while_it_is_packed(tmp_path: Path, team: ops.Team) -> None:
+    """An error, not a SIGBUS; the rows that are there pack as ever, and so does the next file."""
+    path, rows, k = tmp_path / "rows", 200, 96
+    values = np.random.default_rng(0).standard_normal((rows, k)).astype(np.float32)
+    path.write_bytes(values.tobytes())
+    with path.open("r+b") as file:
+        mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.float32)
+        matrix = ops.PackedMatrix(team, rows, k)
+        matrix.pack(mapped.reshape(rows, k), "f32")
+        want = matrix.unpack()
+        file.truncate(2 * mmap.PAGESIZE)
+        with pytest.raises(CheckpointError, match="truncated") as info:
+            matrix.pack(mapped.reshape(rows, k), "f32")
+        assert "\n" not in str(info.value)
+        kept = 2 * mmap.PAGESIZE // (4 * k)
+        matrix.pack(mapped.reshape(rows, k)[:kept], "f32")
+    assert np.array_equal(matrix.unpack()[:kept], want[:kept])
+    matrix.pack(values, "f32")
+    assert np.array_equal(matrix.unpack(), want)
 
 
 # ---- importing --------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from pace._ext import _kernels
 from pace.config import PACE_ISA
-from pace.errors import ConfigError, ForkError
+from pace.errors import CheckpointError, ConfigError, ForkError
 from pace.models import plan as ir
 
 F32 = npt.NDArray[np.float32]
@@ -172,13 +172,21 @@ class PackedMatrix:
             src: [rows, k]; uint16 for "bf16", float16 for "f16", float32 for "f32".
             at: first packed row, a multiple of 16.
             mode: "rows", or "gate" / "up": alternate blocks of 16 rows (see `models.plan.gated_rows`).
+
+        Raises:
+            CheckpointError: the rows are of a mapped file that was truncated, or that its disk no longer gives.
         """
         code, np_dtype = _DTYPES[dtype]
         if src.dtype != np_dtype or src.ndim != 2 or not src.flags.c_contiguous:
             raise ValueError(
                 f"source is {src.dtype} {src.shape}, expected C-contiguous {np_dtype.__name__} [rows, {self.k}]"
             )
-        self._matrix.pack(self._team._team, src.view(np.uint8), code, at, _MODES[mode])
+        try:
+            self._matrix.pack(self._team._team, src.view(np.uint8), code, at, _MODES[mode])
+        except _kernels.Truncated as error:
+            raise CheckpointError(
+                f"{error}; copy the checkpoint again, and load it when that is done"
+            ) from None
 
     def unpack(self) -> F32:
         """The matrix as f32 [n, k]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -272,6 +273,18 @@ def test_close(tmp_path: Path) -> None:
     checkpoint.drop("large")
     with pytest.raises(CheckpointError, match="closed"):
         checkpoint.tensor("large")
+
+
+def test_a_file_truncated_after_it_was_opened(tmp_path: Path) -> None:
+    """Seen when a tensor is asked for, before anybody touches a page that is gone."""
+    path = tmp_path / "model.safetensors"
+    safetensors.numpy.save_file(arrays(), path)
+    with Checkpoint(tmp_path) as checkpoint:
+        os.truncate(path, path.stat().st_size - 1)
+        with pytest.raises(
+            CheckpointError, match=r"model.safetensors: .* bytes, it had .* when it was opened"
+        ):
+            checkpoint.tensor("large")
 
 
 def test_no_descriptor_is_left(tmp_path: Path) -> None:

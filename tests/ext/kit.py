@@ -195,6 +195,7 @@ class Packed:
         n_blocks: int = 16,
         block_size: int = 16,
         max_tokens: int = 512,
+        max_seqs: int = 8,
         kernels: Mapping[str, str] | None = None,
         kv_dtype: str = "bf16",
         contiguous: bool = False,
@@ -205,7 +206,7 @@ class Packed:
         pool = ops.KVPool(
             len(plan.kv), layer.n_kv_heads, layer.head_dim, n_blocks, block_size, kv_dtype, contiguous
         )
-        return ops.Plan(team, plan, self.weights, pool, max_tokens, 8, max_tokens, kernels)
+        return ops.Plan(team, plan, self.weights, pool, max_tokens, max_seqs, max_tokens, kernels)
 
 
 def pack_model(team: ops.Team, model: Model) -> Packed:

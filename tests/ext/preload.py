@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 
-def compiled(source: str, path: Path) -> str:
-    """Compile C into the shared library `path`, for LD_PRELOAD; skips the test where there is no compiler."""
+def preloading(source: str, path: Path) -> dict[str, str]:
+    """Compile C into the shared library `path`; the environment of a child that loads it first. Skips the test where
+    there is no compiler."""
     command = shlex.split(os.environ.get("CC", "")) or ["cc"]
     if shutil.which(command[-1]) is None:
         pytest.skip("needs a C compiler")
@@ -23,4 +24,5 @@ def compiled(source: str, path: Path) -> str:
         check=True,
         timeout=60,
     )
-    return str(path)
+    before = os.environ.get("LD_PRELOAD")  # a sanitizer's, see tests/sanitize.sh
+    return {"LD_PRELOAD": f"{before} {path}" if before else str(path)}

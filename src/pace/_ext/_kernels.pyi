@@ -8,6 +8,7 @@ F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 
 class Forked(RuntimeError): ...
+class Truncated(OSError): ...
 
 class Memory:
     nbytes: int

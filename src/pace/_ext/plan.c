@@ -4,9 +4,12 @@
 
 #include <errno.h>
 #include <math.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+
+#include "mapped.h"
 
 // ---- weights ----------------------------------------------------------------------------------------------
 
@@ -32,23 +35,28 @@ typedef struct {
     const pace_kernels *kernels;
     long ld, rows, at;
     int dtype, mode;
+    atomic_int error;
     pace_work work;
 } pack_job;
 
 static void pack_worker(void *arg, int tid, pace_team *team) {
-    (void)team;
     pack_job *j = arg;
+    void *rows = pace_team_scratch(team, tid);
     static const size_t size[3] = {2, 2, 4};
     long begin, end;
     while (pace_work_next(&j->work, tid, 2, &begin, &end))
         for (long i = begin; i < end; i++) {
-            const long left = j->rows - i * 16;
+            const long left = j->rows - i * 16, n = left < 16 ? left : 16;
             // Half-panel that receives rows 16 i .. 16 i + 15 of the source.
             long half = j->at / 16;
             half += j->mode == PACE_PACK_ROWS ? i : 2 * i + (j->mode == PACE_PACK_UP);
             bf16 *dst = j->w->data + (half / 2) * j->w->k_pad * PACE_NR + (half % 2) * 32;
-            j->kernels->pack_half(dst, j->src + (size_t)(i * 16 * j->ld) * size[j->dtype], j->dtype, j->ld,
-                                  left < 16 ? left : 16, j->w->k, j->w->k_pad);
+            const char *src = j->src + (size_t)(i * 16 * j->ld) * size[j->dtype];
+            if (pace_copy_mapped(rows, src, (size_t)((n - 1) * j->ld + j->w->k) * size[j->dtype]) != 0) {
+                j->error = EFAULT;
+                return;
+            }
+            j->kernels->pack_half(dst, rows, j->dtype, j->ld, n, j->w->k, j->w->k_pad);
         }
 }
 
@@ -59,9 +67,9 @@ int pace_matrix_pack(pace_matrix *w, pace_team *team, const pace_kernels *kernel
     int e = pace_work_init(&j.work, pace_team_size(team));
     if (e) return e;
     pace_work_arm_all(&j.work, (rows + 15) / 16);
-    e = pace_team_run(team, pack_worker, &j);
+    e = pace_team_run_with(team, pack_worker, &j, (size_t)(16 * ld) * sizeof(float));
     pace_work_destroy(&j.work);
-    return e;
+    return e ? e : j.error;
 }
 
 // ---- KV cache memory --------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ void pace_matrix_free(pace_matrix *w);
 
 enum pace_pack_mode { PACE_PACK_ROWS, PACE_PACK_GATE, PACE_PACK_UP };
 // Source rows [rows][k], stride ld, of dtype 0 bf16, 1 f16, 2 f32, go to packed columns from `at` (a multiple of
-// 16) on; gate and up rows alternate in blocks of 16. Runs on the team, each worker packs what it will read.
+// 16) on; gate and up rows alternate in blocks of 16. Runs on the team, each worker packs what it will read. 0, EFAULT
+// where the rows are of a file that was truncated meanwhile, ENOMEM, or an error of pace_team_run.
 int pace_matrix_pack(pace_matrix *w, pace_team *team, const pace_kernels *kernels, const void *src, int dtype, long ld,
                      long rows, long at, int mode);
 

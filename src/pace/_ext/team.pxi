@@ -44,6 +44,10 @@ class Forked(RuntimeError):
     pass
 
 
+class Truncated(OSError):
+    pass
+
+
 cdef int check_run(int e) except -1:
     """Raise what a run's result means."""
     if e == 0:
@@ -57,6 +61,8 @@ cdef int check_run(int e) except -1:
         raise RuntimeError("the thread team is closed")
     if e == ENOMEM:
         raise MemoryError("cannot allocate what the step works with")
+    if e == EFAULT:
+        raise Truncated("the file behind the rows was truncated, or can't be read any more")
     raise OSError(e, "the thread team could not run")
 
 

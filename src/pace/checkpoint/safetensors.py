@@ -89,7 +89,8 @@ class Checkpoint:
     """The tensors of a checkpoint folder; everything about them is checked when it is opened.
 
     Arrays that `tensor` returns are read-only views of the mapped files: reading one pages it in, `drop`
-    gives its pages back. They stay valid after `close`. Files must not be truncated while they are mapped.
+    gives its pages back. They stay valid after `close`. A file that is truncated meanwhile is seen when a tensor is asked
+    for; after that, touching the array is a SIGBUS, except in `ops.PackedMatrix.pack`.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -162,12 +163,17 @@ class Checkpoint:
         A view of the mapped file, or a copy in the rare file whose data isn't aligned to the element size.
 
         Raises:
-            CheckpointError: there is no such tensor, or the checkpoint is closed.
+            CheckpointError: there is no such tensor, the checkpoint is closed, or the file is shorter than it was.
         """
         info = self.info(name)
         mapped = self._maps.get(info.file)
         if mapped is None:
             raise CheckpointError(f"{self.directory}: the checkpoint is closed")
+        if mapped.size() < len(mapped):
+            raise CheckpointError(
+                f"{info.file}: {mapped.size()} bytes, it had {len(mapped)} when it was opened; copy the checkpoint again, "
+                "and load it when that is done"
+            )
         dtype = _DTYPES[info.dtype]
         if info.n_bytes == 0:
             return np.empty(info.shape, dtype)
