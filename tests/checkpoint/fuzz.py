@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import faulthandler
+import functools
 import json
 import os
 import random
@@ -23,6 +24,12 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from golden import tiny
+from tiny_checkpoint import write_checkpoint
 
 LIMIT_S = 3.0  # of CPU time, so that a busy machine changes nothing
 MAX_BYTES = 8 << 30  # of address space: a size from a file must not be believed before it is checked
@@ -70,8 +77,6 @@ ROPES: tuple[dict[str, Any], ...] = (
 
 def checkpoints(folder: Path) -> list[Files]:
     """The good ones that are damaged: a tied Llama in one file, a Qwen3 in shards with all that goes beside it."""
-    from tiny_checkpoint import write_checkpoint
-
     small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
     small |= {"max_position_embeddings": 128}
     llama = write_checkpoint(folder / "llama", **small)
@@ -79,7 +84,17 @@ def checkpoints(folder: Path) -> list[Files]:
     qwen = write_checkpoint(folder / "qwen", **small, tie_word_embeddings=False)
     make_qwen3(qwen)
     write_gpt_tokenizer(qwen)
-    return [{path.name: path.read_bytes() for path in sorted(model.iterdir())} for model in (llama, qwen)]
+    return [files_of(llama), files_of(qwen)]
+
+
+def files_of(folder: Path) -> Files:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@functools.cache
+def golden(name: str, folder: Path) -> Files:
+    """One of the golden cases, which between them have every architecture; without a tokenizer."""
+    return files_of(tiny.write(name, folder / name))
 
 
 def make_qwen3(folder: Path) -> None:
@@ -314,13 +329,20 @@ def load(folder: Path) -> str:
     return "loaded"
 
 
+def damaged(base: list[Files], seed: int, folder: Path) -> Files:
+    """What a seed makes of one of the base checkpoints, or of a golden one."""
+    rng = random.Random(seed)
+    if rng.random() < 0.3:
+        tokenizer = {name: data for name, data in base[0].items() if name.startswith("tokenizer")}
+        return damage({**golden(rng.choice(sorted(tiny.CASES)), folder), **tokenizer}, rng)
+    return damage(rng.choice(base), rng)
+
+
 def answer(base: list[Files], seed: int, folder: Path) -> dict[str, Any]:
     """Make a seed's damage, load it, and say what came of it."""
     from pace.text import tokenizer_json
 
-    rng = random.Random(seed)
-    files = damage(rng.choice(base), rng)
-    write(files, folder)
+    write(damaged(base, seed, folder.parent / "golden"), folder)
     real = tokenizer_json.probe
     if seed % REAL_PROBES:
         tokenizer_json.probe = lambda data: "it isn't tried here"
@@ -339,7 +361,6 @@ def main() -> None:
     faulthandler.enable()
     resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     root = Path(sys.argv[1])
     base = checkpoints(root / "good")
     for seed in sys.argv[2:]:

@@ -71,6 +71,7 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any], type[PaceError], str]] = [
     (LLAMA, {"sliding_window": True}, UnsupportedModel, "sliding_window is True"),
     (LLAMA, {"layer_types": ["full_attention", "sliding_attention"]}, UnsupportedModel, "layer_types"),
     (MISTRAL, {"layer_types": ["full_attention"] * 2}, UnsupportedModel, "layer_types"),
+    (LLAMA, {"layer_types": [["full_attention"]]}, UnsupportedModel, "layer_types"),
     (LLAMA, {"architectures": ["FSDPBertModel"]}, UnsupportedModel, "'FSDPBertModel'"),
     (LLAMA, {"partial_rotary_factor": 0.5}, UnsupportedModel, "partial_rotary_factor is 0.5"),
     (LLAMA, {"num_local_experts": 8}, UnsupportedModel, "num_local_experts is 8"),
