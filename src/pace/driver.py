@@ -262,7 +262,11 @@ def merged(old: RequestOutput, new: RequestOutput) -> RequestOutput:
     for completion in new.outputs:
         before = outputs.get(completion.index)
         outputs[completion.index] = completion if before is None else _joined(before, completion)
-    return replace(new, outputs=[outputs[index] for index in sorted(outputs)])
+    return replace(
+        new,
+        outputs=[outputs[index] for index in sorted(outputs)],
+        prompt_logprobs=old.prompt_logprobs if new.prompt_logprobs is None else new.prompt_logprobs,
+    )
 
 
 def _joined(old: CompletionOutput, new: CompletionOutput) -> CompletionOutput:

@@ -115,7 +115,8 @@ class RequestOutput(_Output):
         finished: whether all completions have ended.
         metrics: times and counts.
         prompt_logprobs: for each token of the prompt, {token id: Logprob} of it and the most probable tokens; None
-            for the first one, which nothing predicts. None where not asked for.
+            for the first one, which nothing predicts. None where not asked for, and until all are known; of the outputs
+            of kind DELTA one has them.
         num_cached_tokens: tokens of the prompt that were found in the prefix cache.
     """
 

@@ -230,7 +230,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def who_is_first(self) -> str | None:
         """The request whose priority is better than any other's, while it has no token."""
-        requests = list(self.engine._requests.values())
+        requests = list(self.engine.intake.requests.values())
         first = min(requests, key=lambda request: request.seqs[0].priority, default=None)
         if first is None or first.seqs[0].n_output or self.asked[first.request_id].get("aborted"):
             return None
@@ -240,7 +240,7 @@ class EngineMachine(RuleBasedStateMachine):
     def check_first(self, name: str | None) -> None:
         scheduler = self.engine.scheduler
         assert isinstance(scheduler, FairScheduler)
-        request = None if name is None else self.engine._requests.get(name)
+        request = None if name is None else self.engine.intake.requests.get(name)
         if name is None or request is None or scheduler.reserve:
             self.best = None
             return
@@ -262,6 +262,8 @@ class EngineMachine(RuleBasedStateMachine):
         asked = self.asked[output.request_id]
         got = self.got[output.request_id]
         delta = asked["streams"] and asked["kind"] is RequestOutputKind.DELTA
+        if output.prompt_logprobs is not None:  # of deltas one has them, of other outputs each
+            asked["n_scored"] = len(output.prompt_logprobs) + delta * asked.get("n_scored", 0)
         for completion in output.outputs:
             tokens = got[completion.index] if delta else []
             tokens = tokens + list(completion.token_ids)
@@ -293,8 +295,8 @@ class EngineMachine(RuleBasedStateMachine):
                 assert 1 in self.plan.crash_sizes
         if output.finished:
             if asked["scored"] is not None and all(c.finish_reason == "length" for c in output.outputs):
-                assert output.prompt_logprobs is not None
-                assert len(output.prompt_logprobs) == len(asked["prompt"])
+                assert delta or output.prompt_logprobs is not None
+                assert asked["n_scored"] == len(asked["prompt"])
             del self.asked[output.request_id]
 
     @invariant()

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import heapq
-import itertools
-import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence as Seq
 from typing import Any
 
+from pace.engine.intake import Intake
 from pace.engine.logprobs import LogprobRecorder
 from pace.engine.prepare import Preparer
 from pace.engine.request import Request
 from pace.engine.runner import PromptScores, Runner
-from pace.engine.sampler import LogprobsResult, Sampler, SampleResult, derive_seed
+from pace.engine.sampler import LogprobsResult, Sampler, SampleResult
 from pace.engine.schedule import Schedule
 from pace.engine.scheduler import Scheduler
 from pace.engine.sequence import Sequence, Status
 from pace.errors import (
     ForkError,
     PaceError,
-    QueueFullError,
-    RequestError,
     one_line,
-    show,
 )
 from pace.log import logger
 from pace.models.plan import F32Array, I32Array
@@ -37,6 +32,13 @@ __all__ = ["Engine"]
 # What must end the loop and not just one request. Everything else that a request provokes ends that
 # request: also the panics of Rust extensions, which derive from BaseException.
 FATAL = (KeyboardInterrupt, SystemExit, GeneratorExit, ForkError)
+
+
+INTAKE_SHARE = 0.2
+"""Of a usual step, what the ends of waiting requests may take before one: aborting 20 000 stalled everybody for 526 ms."""
+
+USUAL_WEIGHT = 0.1
+"""Of the newest step in what is usual."""
 
 
 class Engine:
@@ -85,23 +87,16 @@ class Engine:
             eos_token_ids=eos_token_ids,
             tokenizer=tokenizer,
         )
-        self.max_num_waiting = max_num_waiting
         self.eos_token_ids = eos_token_ids
         self.eos_token_id = eos_token_id
-        self.seed = seed
+        self.intake = Intake(scheduler, max_num_waiting, seed)
         self._logprobs = LogprobRecorder(tokenizer)
-        self._requests: dict[str, Request] = {}  # accepted and not finished
-        self._arrived: deque[Sequence] = deque()
-        self._aborted: deque[str] = deque()
-        self._deadlines: list[tuple[float, int, Request]] = []  # heap; finished ones are dropped on the way
-        self._new_deadlines: deque[tuple[float, int, Request]] = deque()
-        self._counter = itertools.count()
-        self._submit_lock = threading.Lock()  # two submits must not both take the last place of the queue
         self._emit: list[Request] = []  # requests with something to tell after this step
         self._n_finished: Counter[str] = Counter()
         self._n_steps = self._n_tokens = self._n_sampled = self._n_prompt_tokens = self._n_cached_tokens = 0
         self._n_repeated_steps = 0
         self._step_s = self._sample_s = 0.0
+        self._usual_s = 0.0  # of late steps
 
     # ---- requests -----------------------------------------------------------------------------------------
 
@@ -112,30 +107,8 @@ class Engine:
         return self.preparer.prepare(request_id, prompt_ids, params, **options)
 
     def submit(self, request: Request) -> None:
-        """Accept a prepared request; it starts to run in one of the next steps.
-
-        Raises:
-            RequestError: the request id is in use.
-            QueueFullError: as many sequences as max_num_waiting are waiting.
-        """
-        seqs = request.seqs
-        with self._submit_lock:
-            if self.n_waiting + len(seqs) > self.max_num_waiting:
-                raise QueueFullError(
-                    f"{self.n_waiting} sequences wait, max_num_waiting is {self.max_num_waiting}; try again "
-                    "later or raise it"
-                )
-            if self._requests.setdefault(request.request_id, request) is not request:
-                raise RequestError(f"request id {show(request.request_id)} is in use; choose another")
-            number = next(self._counter)
-            given = request.params.seed
-            seed = derive_seed(self.seed, number) if given is None else given & ((1 << 64) - 1)
-            for seq in seqs:
-                seq.seed = seed
-                seq.key = (seq.priority, number, seq.index)
-            if request.deadline_s is not None:
-                self._new_deadlines.append((request.deadline_s, number, request))
-            self._arrived.extend(seqs)
+        """Accept a prepared request; see `Intake.submit`."""
+        self.intake.submit(request)
 
     def add_request(
         self, request_id: str, prompt_ids: Seq[int] | I32Array, params: SamplingParams, **options: Any
@@ -146,18 +119,28 @@ class Engine:
         return request
 
     def abort(self, request_id: str) -> None:
-        """End a request before the next step runs; an unknown or finished one is ignored."""
-        self._aborted.append(request_id)
+        """`cancel` by id; an unknown or finished one is ignored."""
+        request = self.intake.requests.get(request_id)
+        if request is not None:
+            self.intake.cancel(request)
+
+    def cancel(self, request: Request) -> None:
+        """End a request before the next step runs; one that was not accepted, or has finished, is ignored.
+
+        Where thousands end at once, those that run do so before the next step; of the others, which don't start any more,
+        a step returns as many outputs as don't hold it up.
+        """
+        self.intake.cancel(request)
 
     @property
     def n_waiting(self) -> int:
         """Sequences that have not started, preempted ones included."""
-        return len(self._arrived) + self.scheduler.n_waiting
+        return self.intake.n_waiting
 
     @property
     def has_unfinished(self) -> bool:
         """Whether any accepted request has not finished."""
-        return bool(self._requests)
+        return bool(self.intake.requests)
 
     # ---- the loop -----------------------------------------------------------------------------------------
 
@@ -170,7 +153,8 @@ class Engine:
             notice.
         """
         start = time.perf_counter()
-        self._receive()
+        for request, stop_reason in self.intake.receive(INTAKE_SHARE * self._usual_s):
+            self._end(request, stop_reason)
         step = self.scheduler.schedule()
         if step.seqs:
             try:
@@ -189,27 +173,9 @@ class Engine:
         if step.seqs:
             seconds = time.perf_counter() - start
             self._step_s += seconds
+            self._usual_s += USUAL_WEIGHT * (seconds - self._usual_s)
             self.scheduler.pacer.observe(step.n_decode, step.n_tokens - step.n_decode, seconds)
         return outputs
-
-    def _receive(self) -> None:
-        """Take in what other threads have asked for, and end what is over its time."""
-        while self._new_deadlines:
-            heapq.heappush(self._deadlines, self._new_deadlines.popleft())
-        while self._arrived:
-            # In this order the two counts of n_waiting never miss one.
-            self.scheduler.add(self._arrived[0])
-            self._arrived.popleft()
-        while self._aborted:
-            request = self._requests.get(self._aborted.popleft())
-            if request is not None:
-                self._end(request, None)
-        if self._deadlines:
-            now_s = time.monotonic()
-            while self._deadlines and (self._deadlines[0][0] <= now_s or self._deadlines[0][2].finished):
-                request = heapq.heappop(self._deadlines)[2]
-                if not request.finished:
-                    self._end(request, "deadline")
 
     def _end(self, request: Request, stop_reason: str | None) -> None:
         """End a request from outside; it keeps what it has produced."""
@@ -229,6 +195,7 @@ class Engine:
         """Run and sample a step, then commit it. Until the commit nothing has changed."""
         for seq in step.admitted:
             self.sampler.open(seq)
+            self.preparer.open_text(seq)
         result = self.runner.run(step, self._score)
         start = time.perf_counter()
         drawn = self.sampler.sample(result.logits, result.sampled) if result.sampled else None
@@ -266,7 +233,7 @@ class Engine:
             now_s = time.monotonic()
             for seq in step.admitted:
                 self._n_cached_tokens += seq.n_computed
-                request = self._requests[seq.request_id]
+                request = self.intake.requests[seq.request_id]
                 if request.scheduled_s is None:
                     request.scheduled_s = now_s
 
@@ -285,7 +252,7 @@ class Engine:
                 n_sampled += 1
                 n_output = seq.n_output
                 if n_output == 1 or seq.watched:
-                    request = self._requests[seq.request_id]
+                    request = self.intake.requests[seq.request_id]
                     if request.first_token_s is None:
                         request.first_token_s = now_s
                     if seq.watched:
@@ -336,7 +303,7 @@ class Engine:
             rows = range(at, at + n_rows)
             at += n_rows
             try:
-                request = self._requests[seq.request_id]
+                request = self.intake.requests[seq.request_id]
                 for i in rows:
                     if scores.errors[i]:
                         raise PaceError(self.sampler.explain(int(scores.errors[i])))
@@ -359,11 +326,11 @@ class Engine:
         self.scheduler.remove(seq, forget=reason == "error")
         seq.finish(reason, stop_reason)
         self._n_finished[reason] += 1
-        request = self._requests[seq.request_id]
+        request = self.intake.requests[seq.request_id]
         request.n_unfinished -= 1
         if request.finished:
             request.finished_s = time.monotonic()
-            del self._requests[request.request_id]
+            self.intake.release(request)
             self._touch(request)
         elif request.stream:
             self._touch(request)
@@ -402,7 +369,7 @@ class Engine:
             "python_s": self._step_s - run_s - self._sample_s,
             "n_running": len(scheduler.running),
             "n_waiting": self.n_waiting,
-            "n_requests": len(self._requests),
+            "n_requests": len(self.intake.requests),
             "n_finished": dict(self._n_finished),
             "n_preemptions": scheduler.n_preemptions,
             "n_repeated_steps": self._n_repeated_steps,

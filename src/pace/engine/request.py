@@ -25,6 +25,7 @@ class Request:
     """
 
     __slots__ = (
+        "_prompt_token_ids",
         "arrival_s",
         "deadline_s",
         "finished_s",
@@ -55,7 +56,8 @@ class Request:
     ) -> None:
         self.request_id = request_id
         self.prompt = prompt
-        self.prompt_ids: list[int] = prompt_ids.tolist()  # as outputs hand it back
+        self.prompt_ids = prompt_ids
+        self._prompt_token_ids: list[int] | None = None  # as outputs hand it back, from the first one on
         self.params = params
         self.seqs = seqs
         self.n_unfinished = len(seqs)
@@ -81,8 +83,13 @@ class Request:
 
     def output(self) -> RequestOutput:
         """What the request has produced so far, or since the last time where deltas are wanted."""
+        if self._prompt_token_ids is None:
+            self._prompt_token_ids = self.prompt_ids.tolist()
         delta = self.stream and self.params.output_kind is RequestOutputKind.DELTA
         seqs = self.seqs
+        prompt_logprobs = self.prompt_logprobs if seqs[0].is_scored or self.finished else None
+        if delta and prompt_logprobs is not None:
+            self.prompt_logprobs = None  # they are told once, as everything else
         metrics = RequestMetrics(
             arrival_s=self.arrival_s,
             scheduled_s=self.scheduled_s,
@@ -94,10 +101,10 @@ class Request:
         return RequestOutput(
             self.request_id,
             self.prompt,
-            self.prompt_ids,
+            self._prompt_token_ids,
             [seq.output(delta=delta) for seq in seqs],
             self.finished,
             metrics,
-            prompt_logprobs=None if self.prompt_logprobs is None else self.prompt_logprobs.copy(),
+            prompt_logprobs=prompt_logprobs,
             num_cached_tokens=seqs[0].n_cached or 0,
         )

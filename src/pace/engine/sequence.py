@@ -16,6 +16,11 @@ __all__ = ["NO_ROW", "Sequence", "Status"]
 
 NO_ROW = -1
 
+# Of a sequence that has not started; nobody writes to them. The garbage collector walks every list that there is, and
+# thousands may wait.
+NO_IDS: list[int] = []
+NO_LOGPROBS: list[dict[int, Logprob]] = []
+
 
 class Status(Enum):
     """Where a sequence is in its life. Preemption takes a running one back to WAITING; nothing leaves
@@ -43,8 +48,7 @@ class Sequence:
         priority: lower runs first.
         stop_ids: token ids that end the output, EOS included unless it is ignored.
         eos_ids: the model's; as stop_ids they can't be drawn before min_tokens, also where they are ignored.
-        bad_word_ids: token sequences that the output must not contain.
-        text: the output's text; None where none is wanted.
+        constraints: what may be drawn; None: what `params` and the ids say. Sequences may share one.
         watched: somebody waits for every token, so a pause between two of them is seen.
         cache_salt: sequences share cached prompts only with those of the same salt.
     """
@@ -94,8 +98,7 @@ class Sequence:
         priority: int = 0,
         stop_ids: frozenset[int] = frozenset(),
         eos_ids: frozenset[int] = frozenset(),
-        bad_word_ids: tuple[tuple[int, ...], ...] = (),
-        text: TextStream | None = None,
+        constraints: Constraints | None = None,
         watched: bool = False,
         cache_salt: str | None = None,
     ) -> None:
@@ -106,11 +109,11 @@ class Sequence:
         self.key = (priority, 0, index)  # who is first: priority, then arrival; the engine numbers arrivals
         self.seed = 0  # of this request's random numbers, 0 .. 2^64 - 1; set when it is accepted
         self.stop_ids = stop_ids
-        self.constraints = Constraints(params, stop_ids | eos_ids, bad_word_ids)
+        self.constraints = Constraints(params, stop_ids | eos_ids, ()) if constraints is None else constraints
         self.max_output = max_output
         self.watched = watched
         self.cache_salt = cache_salt
-        self.text = text
+        self.text: TextStream | None = None  # of the output; made when the sequence starts
         self.n_text = 0  # output tokens that the text covers
         self.has_stops = bool(params.stop)
         self.status = Status.WAITING
@@ -127,9 +130,9 @@ class Sequence:
         # Prompt rows whose log probabilities are known. The last row predicts the first output token.
         self.n_scored = 0 if params.prompt_logprobs is not None and index == 0 else self.n_prompt - 1
         self.row = NO_ROW  # of the block tables and of the sampler's parameters, while running
-        self.output_ids: list[int] = []
+        self.output_ids = NO_IDS
         self.cumulative_logprob: float | None = None if params.logprobs is None else 0.0
-        self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else NO_LOGPROBS
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self.n_emitted = self.n_emitted_chars = 0  # of output that has been handed out as deltas
@@ -169,6 +172,8 @@ class Sequence:
             tokens = np.empty(self.max_tokens, dtype=np.int32)
             tokens[: self.n_tokens] = self.tokens
             self.tokens = tokens
+            self.output_ids = []
+            self.logprobs = None if self.params.logprobs is None else []
         self.row = row
         self.n_computed = n_computed
         if self.n_cached is None:
