@@ -102,6 +102,15 @@ def test_a_token_beyond_the_embedding_costs_only_the_request_that_uses_it(
         start(folder)
 
 
+def test_an_adapters_folder_is_called_that(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no config\.json; expected [^;]+$"):
+        start(folder)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="it holds an adapter, merge it"):
+        start(folder)
+
+
 def test_a_config_of_ones_own_beside_linked_files(folder: Path, tmp_path: Path) -> None:
     before = run(folder)
     mine = tmp_path / "mine"

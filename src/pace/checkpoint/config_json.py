@@ -16,7 +16,15 @@ from typing import Any, BinaryIO, NoReturn
 
 from pace.errors import CheckpointError, show
 
-__all__ = ["MAX_JSON_BYTES", "checkpoint_file", "open_regular", "parse_json", "read_file", "read_json"]
+__all__ = [
+    "MAX_JSON_BYTES",
+    "adapter_hint",
+    "checkpoint_file",
+    "open_regular",
+    "parse_json",
+    "read_file",
+    "read_json",
+]
 
 MAX_JSON_BYTES = 16 << 20  # the largest tokenizer_config.json and shard index in use are below 3 MB
 
@@ -49,6 +57,13 @@ def checkpoint_file(directory: Path, name: str) -> Path | None:
         ):
             raise CheckpointError(f"{path}: the link leaves the hub cache {cache}; download the model again")
     return path
+
+
+def adapter_hint(directory: Path) -> str:
+    """What to add to the error about a folder that lacks a model's files: "", or that it holds an adapter instead."""
+    if not any((directory / f"adapter_{name}").exists() for name in ("config.json", "model.safetensors")):
+        return ""
+    return "; it holds an adapter, merge it into its model first, for instance with PEFT's merge_and_unload"
 
 
 def open_regular(path: Path) -> tuple[BinaryIO, int]:

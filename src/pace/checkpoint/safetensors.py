@@ -24,7 +24,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pace.checkpoint.config_json import MAX_JSON_BYTES, checkpoint_file, open_regular, parse_json, read_file
+from pace.checkpoint.config_json import (
+    MAX_JSON_BYTES,
+    adapter_hint,
+    checkpoint_file,
+    open_regular,
+    parse_json,
+    read_file,
+)
 from pace.errors import CheckpointError, show
 from pace.log import logger
 
@@ -288,10 +295,7 @@ def _numbered_shards(directory: Path) -> list[Path]:
         return [file for file in files if file is not None]
     others = [suffix for suffix in ("bin", "pt", "pth", "gguf") if any(directory.glob(f"*.{suffix}"))]
     hint = f"; .{others[0]} files are not read, convert them to safetensors" if others else ""
-    if (directory / "adapter_model.safetensors").exists():
-        hint = (
-            "; it holds an adapter, merge it into its model first, for instance with PEFT's merge_and_unload"
-        )
+    hint = adapter_hint(directory) or hint
     raise CheckpointError(f"{directory}: neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pace import ops
 from pace.checkpoint import Checkpoint, GenerationDefaults, load_generation_defaults, read_json, resolve
-from pace.checkpoint.config_json import checkpoint_file
+from pace.checkpoint.config_json import adapter_hint, checkpoint_file
 from pace.config import EngineConfig
 from pace.console import progress_bar
 from pace.engine.build import SCORED_ROWS, build_engine, make_team
@@ -135,7 +135,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     path = checkpoint_file(directory, "config.json")
     if path is None:
         raise CheckpointError(
-            f"{directory}: no config.json; expected the folder of a Hugging Face checkpoint"
+            f"{directory}: no config.json; expected the folder of a Hugging Face checkpoint{adapter_hint(directory)}"
         )
     return read_json(path)
 

@@ -162,7 +162,11 @@ class Config:
                 continue
             if key in NEUTRAL:
                 wide = key == "sliding_window" and type(value) is int and value >= max_len
-                full = key == "layer_types" and isinstance(value, list) and all(v == "full_attention" for v in value)
+                full = (
+                    key == "layer_types"
+                    and isinstance(value, list)
+                    and all(v == "full_attention" for v in value)
+                )
                 if not wide and not full:
                     self.only(key, *NEUTRAL[key])
             elif _FOREIGN.fullmatch(key):
