@@ -84,6 +84,7 @@ class Tokenizer:
         self.eos_token_id = self._special_id(path, "eos_token", vocabulary)
         self._prompt_bos_id = _bos_of_prompts(self._rust)
         self._has_threads = True
+        self._texts: dict[int, str] = {}
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Encode one text without holding the GIL.
@@ -169,11 +170,19 @@ class Tokenizer:
             return [self._decode_behind(token_id, before) for token_id in token_ids]
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         utf8.decode(b"".join(map(self.token_bytes, before)))
-        state, texts = utf8.getstate(), []
-        for token_id in token_ids:
-            utf8.setstate((b"", 0) if self.is_special(token_id) else state)
-            texts.append(utf8.decode(self.token_bytes(token_id)))
-        return texts
+        start, _ = utf8.getstate()
+        if not start:  # as nearly always: 21 alternatives in 4 us instead of 27
+            return [self._text_alone(token_id) for token_id in token_ids]
+        return [
+            self._text_alone(i) if self.is_special(i) else _whole_characters(start + self.token_bytes(i))
+            for i in token_ids
+        ]
+
+    def _text_alone(self, token_id: int) -> str:
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = _whole_characters(self.token_bytes(token_id))
+        return text
 
     def _decode_behind(self, token_id: int, before: Sequence[int]) -> str:
         text = self.decode_window([token_id])
@@ -319,6 +328,11 @@ def _check_vocabulary(
             beyond[0][0],
             vocab_size,
         )
+
+
+def _whole_characters(data: bytes) -> str:
+    """The text of `data` without a character that is incomplete at its end."""
+    return codecs.getincrementaldecoder("utf-8")("replace").decode(data)
 
 
 def _longest_token_bytes(vocabulary: dict[str, int], byte_level: bool) -> int:
