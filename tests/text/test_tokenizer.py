@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -146,6 +147,22 @@ def test_vocabulary_must_fit_the_model(tmp_path: Path) -> None:
         TokenizerError, match=f"id {n_base - 1}, but the model's embedding has {n_base - 1} rows"
     ):
         load(tmp_path, vocab_size=n_base - 1)
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_added_token_that_gets_another_id_is_a_warning(
+    tmp_path: Path, indent: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The library ignores the ids of added tokens: where they have a gap, the model's rows would be others."""
+    path = save(tmp_path, byte_level()) / "tokenizer.json"
+    document = json.loads(path.read_text())
+    load(tmp_path)
+    assert not caplog.text
+    token = document["added_tokens"][-1]
+    document["added_tokens"].append({**token, "id": token["id"] + 5, "content": "<late>"})
+    path.write_text(json.dumps(document, indent=indent))
+    assert load(tmp_path).token_to_id("<late>") == token["id"] + 1
+    assert f"'<late>' has id {token['id'] + 5}, but gets id {token['id'] + 1}" in caplog.text
 
 
 def test_an_added_token_beyond_the_embedding_is_a_warning(

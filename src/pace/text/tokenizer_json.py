@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pace.checkpoint.config_json import parse_json, read_file
-from pace.errors import CheckpointError, RequestError, TokenizerError
+from pace.errors import CheckpointError, RequestError, TokenizerError, show
 from pace.log import logger
 from pace.text.audit import doubts, flatten
 from pace.text.probe import probe
@@ -60,6 +60,7 @@ def load(path: Path, *, trusted: bool = False) -> RustTokenizer:
     rust: RustTokenizer = guarded(
         partial(RustTokenizer.from_buffer, data), TokenizerError, f"{path}: cannot be read"
     )
+    _warn_of_other_ids(path, data, rust)
     # Some published files would cut or pad every prompt silently; a dropout would make encoding random.
     rust.no_truncation()
     rust.no_padding()
@@ -74,6 +75,39 @@ def load(path: Path, *, trusted: bool = False) -> RustTokenizer:
             f"{path}: post_processor adds {n_added} tokens, expected at most {MAX_TEMPLATE_TOKENS}"
         )
     return rust
+
+
+def _warn_of_other_ids(path: Path, data: bytes, rust: RustTokenizer) -> None:
+    """The library gives added tokens the next free ids, whatever the file says, and so does all that is built on it.
+
+    Such a model may have been trained with either, so it is not refused, but its rows of the embedding may be others.
+    """
+    for token in _stated_added_tokens(data):
+        content, stated = (token.get("content"), token.get("id")) if isinstance(token, dict) else (None, None)
+        given = rust.token_to_id(content) if isinstance(content, str) else stated
+        if given != stated:
+            logger.warning(
+                "%s: says that the added token %s has id %s, but gets id %s, here as in transformers",
+                path,
+                show(content),
+                show(stated),
+                given,
+            )
+            return
+
+
+def _stated_added_tokens(data: bytes) -> list[Any]:
+    """The list under "added_tokens" as the file has it, without parsing the vocabulary."""
+    at = data.find(b'"added_tokens"')
+    start, stop = data.find(b"[", at), data.find(b'"vocab"', at)
+    if at < 0 or start < 0:
+        return []
+    try:
+        text = data[start : stop if stop > start else len(data)].decode("utf-8", "replace")
+        tokens = json.JSONDecoder().raw_decode(text)[0]
+    except (ValueError, RecursionError):
+        return []  # another layout
+    return tokens if isinstance(tokens, list) else []
 
 
 def _probe_what_is_unusual(path: Path, data: bytes) -> None:
