@@ -44,7 +44,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"q_start": [0, 3, 4]}, "q_start must"),
     ({"q_start": [0, 5, 5], "kv_len": [5, 20]}, "sequence 1 has 0 rows"),
     ({"q_start": [0, 7, 5]}, "sequence 0 has 7 rows and kv_len 3"),
-    ({"q_start": [0, INT_MAX, 5], "kv_len": [INT_MAX, 20]}, "sequence 0 of length 2147483647 needs"),
+    ({"q_start": [0, INT_MAX, 5], "kv_len": [INT_MAX, 20]}, "sequence 1 has -2147483642 rows"),
     ({"kv_len": [2, 20]}, "sequence 0 has 3 rows and kv_len 2"),
     ({"kv_len": [3, 0]}, "sequence 1 has 2 rows and kv_len 0"),
     ({"kv_len": [3, -5]}, "sequence 1 has 2 rows and kv_len -5"),
@@ -52,7 +52,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"kv_len": [3, INT_MAX]}, "sequence 1 of length 2147483647 needs"),
     ({"block_tables": [[0, 1], [2, 16]]}, "sequence 1 names block 16 of 16"),
     ({"block_tables": [[-1, 1], [2, 3]]}, "sequence 0 names block -1 of 16"),
-    ({"block_tables": [[0, 1]]}, "q_start must"),
+    ({"block_tables": [[0, 1]]}, "block table of 1 rows for 2 sequences"),
     ({"block_tables": [[], []]}, "needs 1 blocks, its table has 0"),
     ({"logit_rows": [4, 2]}, "logit_rows must ascend below 5, got 2 after 4"),
     ({"logit_rows": [2, 2]}, "logit_rows must ascend"),
@@ -161,7 +161,7 @@ def test_the_logits_of_a_step_are_read_only(small: ops.Plan) -> None:
         (ir.Embed("e", "x", "w"), {"w": (39, 64)}, ValueError),
         (ir.Select("s", "x", "y"), {}, ValueError),
         (ir.Attention("t", "a", "a", 1, 0, 1.0), {}, ValueError),
-        (ir.Attention("t", "h", "h", 1, 1, 1.0), {}, ValueError),
+        (ir.Attention("t", "h", "h", 1, 2, 1.0), {}, ValueError),
         (ir.Attention("t", "h", "h", 1, 0, 1.0, sinks="w"), {"w": (2,)}, ValueError),
         (ir.RopeKV("r", "x", "a", 1, 0), {}, ValueError),
     ],
@@ -183,7 +183,7 @@ def test_weights_that_do_not_fit(
     }
     shape = ir.Plan({s.name: s for s in slots}, (op,), (), (ir.KVLayer(1, 16),) * 2, 40, 64, "y")
     with pytest.raises(error):
-        ops.Plan(team, shape, weights, ops.KVPool(1, 1, 16, 4, 16), 8, 2, 8)
+        ops.Plan(team, shape, weights, ops.KVPool(2, 1, 16, 4, 16), 8, 2, 8)
 
 
 def test_use_isa_lists_what_runs() -> None:

@@ -85,8 +85,7 @@ def build(
         slots={slot.name: slot for slot in slots},
         ops=tuple(plan_ops),
         ropes=ropes,
-        kv=(kv,)
-        * (1 + max((op.kv for op in plan_ops if isinstance(op, (ir.RopeKV, ir.Attention))), default=0)),
+        kv=(kv,) * (pool.n_layers if pool else 1),
         vocab_size=vocab_size,
         dim=slots[0].width,
         logits=slots[-1].name,

@@ -636,7 +636,7 @@ def test_values_are_appended_exactly(kernel: str, team: ops.Team, block_size: in
     ("sizes", "message"),
     [
         ((1, 1, 24, 4, 16), "head_dim is 24"),
-        ((1, 1, 272, 4, 16), "head_dim is 272"),
+        ((1, 1, 528, 4, 16), "head_dim is 528"),
         ((1, 1, 64, 4, 24), "block_size is 24"),
         ((1, 1, 64, 4, 8), "block_size is 8"),
         ((1, 0, 64, 4, 16), "must be positive"),

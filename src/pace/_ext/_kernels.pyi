@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,11 +25,16 @@ class Team:
 class Matrix:
     n: int
     k: int
+
+class Packed(Matrix):
     def __init__(self, n: int, k: int) -> None: ...
     @property
     def nbytes(self) -> int: ...
     def pack(self, team: Team, src: npt.NDArray[np.uint8], dtype: int, at: int, mode: int) -> None: ...
     def unpack(self) -> F32: ...
+
+class Mapped(Matrix):
+    def __init__(self, src: npt.NDArray[np.uint8], dtype: int) -> None: ...
 
 class KVPool:
     n_layers: int
@@ -56,75 +61,29 @@ class KVPool:
 
 class Plan:
     vocab_size: int
+    max_position: int
     nbytes: int
     def __init__(
         self,
         team: Team,
-        pool: KVPool,
         max_tokens: int,
         max_seqs: int,
         max_logits: int,
-        n_heads: int,
         vocab_size: int,
+        max_position: int,
     ) -> None: ...
-    def add_slot(self, width: int, is_bf16: bool, logits: bool, rows: int) -> int: ...
-    def add_embed(self, tier: str | None, dst: int, table: Matrix, scale: float) -> None: ...
-    def add_norm(
-        self,
-        tier: str | None,
-        src: int,
-        dst: int,
-        weight: F32,
-        bias: F32 | None,
-        kind: int,
-        eps: float,
-        add: bool,
-    ) -> None: ...
-    def add_gemm(
-        self,
-        tier: str | None,
-        src: int,
-        dst: int,
-        w: Matrix,
-        bias: F32 | None,
-        epilogue: int,
-        act: int,
-        scale: float,
-    ) -> None: ...
-    def add_angles(self, tier: str | None, inv_freq: F32, cos: int, sin: int, factor: float) -> None: ...
-    def add_rope_kv(
-        self,
-        tier: str | None,
-        src: int,
-        dst: int,
-        layer: int,
-        cos: int,
-        sin: int,
-        rotary_dim: int,
-        interleaved: bool,
-        q_norm: F32 | None,
-        k_norm: F32 | None,
-        norm_kind: int,
-        norm_eps: float,
-    ) -> None: ...
-    def add_attention(
-        self,
-        tier: str | None,
-        src: int,
-        dst: int,
-        layer: int,
-        scale: float,
-        softcap: float,
-        window: int,
-        sinks: F32 | None,
-    ) -> None: ...
-    def add_select(self, tier: str | None, src: int, dst: int) -> None: ...
+    def add_group(self, pool: KVPool, reach: int | None) -> None: ...
+    def add_slot(self, width: int, is_bf16: bool, rows: int) -> int: ...
+    def add(self, name: str, tier: str | None, logits: bool, fields: Mapping[str, object]) -> None: ...
     def set_head(self, logits: int) -> F32 | None: ...
     def view(self, i: int) -> npt.NDArray[Any]: ...
-    def step(self, token_ids: I32, q_start: I32, kv_len: I32, block_tables: I32, logit_rows: I32) -> None: ...
+    def step(
+        self, token_ids: I32, q_start: I32, kv_len: I32, block_tables: tuple[I32, ...], logit_rows: I32
+    ) -> None: ...
     def head(self, first: int) -> None: ...
     def op_seconds(self) -> list[float]: ...
 
+def operators() -> dict[str, list[str]]: ...
 def tiers() -> list[tuple[str, str | None]]: ...
 def runnable() -> list[str]: ...
 def use_isa(tier: str | None) -> None: ...

@@ -63,46 +63,35 @@ cdef extern from "pages.h" nogil:
 cdef extern from "kernels.h" nogil:
     ctypedef uint16_t bf16
     int PACE_NR, PACE_LOGIT_BLOCK
-    ctypedef struct pace_gemm:
-        const bf16 *a
-        const bf16 *w
-        const float *bias
-        void *c
-        long lda, ldc, m, n, k
-        float scale
-        int epilogue, act, c_bf16
-    ctypedef struct pace_norm:
-        const float *x
-        void *y
-        const float *weight
-        const float *bias
-        long ldx, ldy, m, n
-        float eps
-        int kind, y_bf16, add
+    int PACE_MAX_HEAD_DIM, PACE_MAX_GROUPS, PACE_BF16_ROWS
+    ctypedef struct pace_matrix:
+        const void *data
+        long n, k, k_pad, n_panels
+        int layout
+    ctypedef struct pace_slot:
+        void *data
+        long ld, width
+        int bf16
+    struct pace_table:
+        const int32_t *blocks
+        long stride
+    ctypedef struct pace_batch:
+        const int32_t *token_ids
+        const int32_t *q_start
+        const int32_t *kv_len
+        const int32_t *logit_rows
+        pace_table *tables
+        long n_tokens, n_seqs, n_logits
     ctypedef struct pace_kv:
-        long block, n_heads, n_kv_heads, head_dim
-        int int8, contiguous
-    ctypedef struct pace_rope_kv:
-        const float *qkv
-        bf16 *q
-        long ldx, ldq
+        long block, n_kv_heads, head_dim
+        int int8, contiguous, group
+    ctypedef struct pace_rotation:
         const float *cos
         const float *sin
-        long rotary_dim
+        long ld, half
         int interleaved
-        const float *q_norm
-        const float *k_norm
-        int norm_kind
-        float norm_eps
-        pace_kv kv
-    ctypedef struct pace_attention:
-        const bf16 *q
-        bf16 *out
-        long ldq, ldo
-        float scale, softcap
-        long window
-        const float *sinks
-        pace_kv kv
+    ctypedef struct pace_gemm:
+        pace_slot dst
     ctypedef struct pace_roofline:
         double (*read)(const void *p, size_t bytes) noexcept nogil
         double (*dot_bf16)(long iters) noexcept nogil
@@ -202,4 +191,5 @@ def argmax(const float[::1] x):
 
 include "team.pxi"
 include "sampling.pxi"
+include "memory.pxi"
 include "plan.pxi"

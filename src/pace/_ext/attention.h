@@ -27,11 +27,11 @@
 #define KV_RUN 64
 
 typedef struct {
-    _Alignas(64) bf16 q[PACE_ATTN_ROWS][PACE_MAX_HEAD_DIM];
+    _Alignas(64) bf16 q[PACE_ATTN_ROWS * PACE_MAX_HEAD_DIM];  // rows attention_tile.ld apart, as in o and sum_o
     float s[PACE_ATTN_ROWS][PACE_PIECE];
     bf16 p[PACE_ATTN_ROWS][PACE_PIECE + 32];  // + 32: rows do not share a cache set
-    float o[PACE_ATTN_ROWS][PACE_MAX_HEAD_DIM];
-    float sum_o[PACE_ATTN_ROWS][PACE_MAX_HEAD_DIM];
+    float o[PACE_ATTN_ROWS * PACE_MAX_HEAD_DIM];
+    float sum_o[PACE_ATTN_ROWS * PACE_MAX_HEAD_DIM];
     float max[PACE_ATTN_ROWS], sum[PACE_ATTN_ROWS];
     _Alignas(64) bf16 kv[KV_RUN * PACE_MAX_HEAD_DIM];  // K or V that cannot be multiplied where it stands
     float k_scale[PACE_PIECE], v_scale[PACE_PIECE];    // int8: of the piece's tokens
@@ -76,28 +76,28 @@ INLINE long run_in_block(const pace_kv *kv, long pos, long left) {
 }
 
 // K and V of int8 tokens from position pos on, inside their block: K [d / 2] rows of 2 * block, V on end.
-INLINE const int8_t *int8_keys(const pace_kv *kv, long seq, long kv_head, long pos) {
-    return (const int8_t *)pace_kv_at(kv, seq, pos, kv_head) + pos % kv->block * 2;
+INLINE const int8_t *int8_keys(const pace_kv *kv, const pace_batch *b, long seq, long kv_head, long pos) {
+    return (const int8_t *)pace_kv_at(kv, b, seq, pos, kv_head) + pos % kv->block * 2;
 }
-INLINE const int8_t *int8_values(const pace_kv *kv, long seq, long kv_head, long pos) {
-    return (const int8_t *)pace_kv_at(kv, seq, pos, kv_head) + (kv->block + pos % kv->block) * kv->head_dim;
+INLINE const int8_t *int8_values(const pace_kv *kv, const pace_batch *b, long seq, long kv_head, long pos) {
+    return (const int8_t *)pace_kv_at(kv, b, seq, pos, kv_head) + (kv->block + pos % kv->block) * kv->head_dim;
 }
 
 // K of *n (<= left) tokens from position pos on as pairs [d / 2][*ld / 2][2]: bf16 where they stand in the cache, int8
 // expanded in scratch while their V is fetched.
-INLINE const bf16 *keys_at(attention_buf *t, const pace_kv *kv, long seq, long kv_head, long pos, long left, long *n,
-                           long *ld) {
+INLINE const bf16 *keys_at(attention_buf *t, const pace_kv *kv, const pace_batch *b, long seq, long kv_head, long pos,
+                           long left, long *n, long *ld) {
     if (!kv->int8) {
         *n = run_in_block(kv, pos, left);
         *ld = 2 * kv->block;
-        return (const bf16 *)(const void *)pace_kv_at(kv, seq, pos, kv_head) + pos % kv->block * 2;
+        return (const bf16 *)(const void *)pace_kv_at(kv, b, seq, pos, kv_head) + pos % kv->block * 2;
     }
     *n = left < KV_RUN ? left : KV_RUN;
     *ld = 2 * KV_RUN;
     for (long i = 0, run; i < *n; i += run) {
         run = run_in_block(kv, pos + i, *n - i);
-        expand(t->kv + 2 * i, 2 * KV_RUN, int8_keys(kv, seq, kv_head, pos + i), 2 * kv->block,
-               (uintptr_t)int8_values(kv, seq, kv_head, pos + i), 2 * run, kv->head_dim / 2, 2 * run);
+        expand(t->kv + 2 * i, 2 * KV_RUN, int8_keys(kv, b, seq, kv_head, pos + i), 2 * kv->block,
+               (uintptr_t)int8_values(kv, b, seq, kv_head, pos + i), 2 * run, kv->head_dim / 2, 2 * run);
     }
     return t->kv;
 }
@@ -105,22 +105,22 @@ INLINE const bf16 *keys_at(attention_buf *t, const pace_kv *kv, long seq, long k
 // V of *n tokens from position pos on as pairs [*n / 2][d][2]: at most `left`, or for tiles that rounded up to 32 with
 // zeros. bf16 where it stands in the cache, unless a tile wants 32 tokens of two blocks (a tile's sum has the same 32
 // terms on every block size); int8 expanded while K of the next piece is fetched, if that is before `end`.
-INLINE const bf16 *values_at(attention_buf *t, const pace_kv *kv, long seq, long kv_head, long pos, long left, long end,
-                             int in_tiles, long *n) {
-    const long d = kv->head_dim, b = kv->block;
-    if (!kv->int8 && (b >= 32 || !in_tiles)) {
+INLINE const bf16 *values_at(attention_buf *t, const pace_kv *kv, const pace_batch *b, long seq, long kv_head, long pos,
+                             long left, long end, int in_tiles, long *n) {
+    const long d = kv->head_dim, block = kv->block;
+    if (!kv->int8 && (block >= 32 || !in_tiles)) {
         *n = run_in_block(kv, pos, left);
-        return (const bf16 *)(const void *)pace_kv_at(kv, seq, pos, kv_head) + (b + pos % b) * d;
+        return (const bf16 *)(const void *)pace_kv_at(kv, b, seq, pos, kv_head) + (block + pos % block) * d;
     }
     *n = left < KV_RUN ? left : KV_RUN;
     for (long i = 0, run; i < *n; i += run) {
         const long at = pos + i, next = at + PACE_PIECE < end ? at + PACE_PIECE : at;
         run = run_in_block(kv, at, *n - i);
         if (kv->int8)
-            expand(t->kv + i * d, 2 * run, int8_values(kv, seq, kv_head, at), 2 * run,
-                   (uintptr_t)int8_keys(kv, seq, kv_head, next), 2 * b, d / 2, 2 * run);
+            expand(t->kv + i * d, 2 * run, int8_values(kv, b, seq, kv_head, at), 2 * run,
+                   (uintptr_t)int8_keys(kv, b, seq, kv_head, next), 2 * block, d / 2, 2 * run);
         else
-            memcpy(t->kv + i * d, (const bf16 *)(const void *)pace_kv_at(kv, seq, at, kv_head) + b * d,
+            memcpy(t->kv + i * d, (const bf16 *)(const void *)pace_kv_at(kv, b, seq, at, kv_head) + block * d,
                    (size_t)(run * d) * sizeof(bf16));  // blocks of 16: at is the first of one
     }
     if (in_tiles && *n % 32) {
@@ -161,18 +161,20 @@ INLINE void softmax_piece(float *s, bf16 *p, long c0, long c1, long first, long 
 // What a tile is: rows of one sequence and kv head, the positions they see, and how they are multiplied.
 typedef struct {
     long seq, d, group, n, pos0, begin, end;  // n rows; the first at position pos0; positions [begin, end) are seen
+    long ld;                                  // of q, o and sum_o
     int in_tiles;
 } attention_tile;
 
-static attention_tile attention_shape(const pace_attention *g, const pace_rows *rows) {
+static attention_tile attention_shape(const pace_attention *g, const pace_batch *b, const pace_rows *rows) {
     const pace_kv *kv = &g->kv;
     const long n_tok = rows->row1 - rows->row0;
     attention_tile a = {.seq = rows->seq, .d = kv->head_dim};
-    a.group = kv->n_heads / kv->n_kv_heads;
+    a.group = g->n_heads / kv->n_kv_heads;
     a.n = n_tok * a.group;
-    a.pos0 = (long)kv->kv_len[rows->seq] - kv->q_start[rows->seq + 1] + rows->row0;
+    a.pos0 = pace_position_of(b, rows, rows->row0);
     a.end = a.pos0 + n_tok;
-    a.begin = g->window && a.pos0 - g->window + 1 > 0 ? a.pos0 - g->window + 1 : 0;
+    a.begin = pace_first_seen(a.pos0, g->window, g->chunk);
+    a.ld = a.d <= 256 ? 256 : 512;
     a.in_tiles = attention_in_tiles(a.d);
     return a;
 }
@@ -180,7 +182,9 @@ static attention_tile attention_shape(const pace_attention *g, const pace_rows *
 static void attention_load(attention_buf *t, const pace_attention *g, const pace_rows *rows, long kv_head,
                            const attention_tile *a) {
     for (long r = 0; r < a->n; r++)  // row r is query token r / group, head r % group
-        memcpy(t->q[r], g->q + (rows->row0 + r / a->group) * g->ldq + (kv_head * a->group + r % a->group) * a->d,
+        memcpy(t->q + r * a->ld,
+               (const bf16 *)g->src.data + (rows->row0 + r / a->group) * g->src.ld +
+                   (kv_head * a->group + r % a->group) * a->d,
                (size_t)a->d * 2);
 #ifdef PACE_AMX
     if (a->in_tiles) amx_configure(32);
@@ -196,17 +200,17 @@ INLINE void attention_release(const attention_tile *a) {
 }
 
 // One piece: t->o[r], max[r], sum[r] of every row.
-static void attention_piece(attention_buf *t, const pace_attention *g, long kv_head, const attention_tile *a,
-                            long piece, float *max, float *sum) {
+static void attention_piece(attention_buf *t, const pace_attention *g, const pace_batch *b, long kv_head,
+                            const attention_tile *a, long piece, float *max, float *sum) {
     const pace_kv *kv = &g->kv;
     const long d = a->d, unit = pace_kv_group(kv);  // columns are computed in whole units: V is clean up to there
     const long lo = a->begin > piece ? (a->begin - piece) / 32 * 32 : 0;  // columns of this piece: [lo, hi)
     const long hi = a->end - piece < PACE_PIECE ? (a->end - piece + unit - 1) / unit * unit : PACE_PIECE;
     for (long c = lo, step, ld; c < hi; c += step) {  // S = Q K^T
-        const bf16 *k = keys_at(t, kv, a->seq, kv_head, piece + c, hi - c, &step, &ld);
+        const bf16 *k = keys_at(t, kv, b, a->seq, kv_head, piece + c, hi - c, &step, &ld);
         attention_mm(a->in_tiles, a->n, step,
-                     &(mm_args){.a = t->q[0],
-                                .lda = PACE_MAX_HEAD_DIM,
+                     &(mm_args){.a = t->q,
+                                .lda = a->ld,
                                 .b = k,
                                 .ldb = ld,
                                 .bps = 64,
@@ -216,28 +220,28 @@ static void attention_piece(attention_buf *t, const pace_attention *g, long kv_h
     }
     for (long c = lo, run; kv->int8 && c < hi; c += run) {
         run = run_in_block(kv, piece + c, hi - c);
-        const float *scales = pace_kv_scales(kv, pace_kv_at(kv, a->seq, piece + c, kv_head));
+        const float *scales = pace_kv_scales(kv, pace_kv_at(kv, b, a->seq, piece + c, kv_head));
         scales += (piece + c) % kv->block;
         memcpy(t->k_scale + c, scales, (size_t)run * sizeof(float));
         memcpy(t->v_scale + c, scales + kv->block, (size_t)run * sizeof(float));
     }
     for (long r = 0; r < a->n; r++) {
         const long pos = a->pos0 + r / a->group;
-        const long first = g->window ? pos - g->window + 1 - piece : 0;
+        const long first = pace_first_seen(pos, g->window, g->chunk) - piece;
         softmax_piece(t->s[r], t->p[r], lo, hi, first < 0 ? 0 : first, pos + 1 - piece, g->scale, g->softcap,
                       kv->int8 ? t->k_scale : NULL, kv->int8 ? t->v_scale : NULL, &max[r], &sum[r]);
         if (a->in_tiles && hi % 32) memset(t->p[r] + hi, 0, 16 * sizeof(bf16));
     }
     for (long c = lo, step; c < hi; c += step) {  // O = P V
-        const bf16 *v = values_at(t, kv, a->seq, kv_head, piece + c, hi - c, a->end, a->in_tiles, &step);
+        const bf16 *v = values_at(t, kv, b, a->seq, kv_head, piece + c, hi - c, a->end, a->in_tiles, &step);
         attention_mm(a->in_tiles, a->n, d,
                      &(mm_args){.a = t->p[0] + c,
                                 .lda = PACE_PIECE + 32,
                                 .b = v,
                                 .ldb = 2 * d,
                                 .bps = 64,
-                                .c = t->o[0],
-                                .ldc = PACE_MAX_HEAD_DIM,
+                                .c = t->o,
+                                .ldc = a->ld,
                                 .kp = step / 2,
                                 .accumulate = c > lo});
     }
@@ -250,12 +254,14 @@ INLINE float exp_one(float x) {
 }
 
 // The running (max, sum, O) of row r takes in one more piece. Pieces must come in ascending order.
-INLINE void attention_fold_row(attention_buf *t, long r, long d, const float *o, float max, float sum) {
+INLINE void attention_fold_row(attention_buf *t, const attention_tile *a, long r, const float *o, float max,
+                               float sum) {
     if (sum == 0.0f) return;  // nothing visible in this piece
     const float top = t->max[r] > max ? t->max[r] : max;
     const float keep = t->sum[r] == 0.0f ? 0.0f : exp_one(t->max[r] - top), take = exp_one(max - top);
-    for (long e = 0; e < d; e += VL)
-        v_store(t->sum_o[r] + e, v_fma(v_load(o + e), v_set(take), v_mul(v_load(t->sum_o[r] + e), v_set(keep))));
+    float *sum_o = t->sum_o + r * a->ld;
+    for (long e = 0; e < a->d; e += VL)
+        v_store(sum_o + e, v_fma(v_load(o + e), v_set(take), v_mul(v_load(sum_o + e), v_set(keep))));
     t->sum[r] = t->sum[r] * keep + sum * take;
     t->max[r] = top;
 }
@@ -264,7 +270,7 @@ INLINE void attention_clear(attention_buf *t, const attention_tile *a) {
     for (long r = 0; r < a->n; r++) {
         t->max[r] = -__builtin_inff();
         t->sum[r] = 0.0f;
-        memset(t->sum_o[r], 0, (size_t)a->d * 4);
+        memset(t->sum_o + r * a->ld, 0, (size_t)a->d * 4);
     }
 }
 
@@ -279,54 +285,55 @@ static void attention_store(const attention_buf *t, const pace_attention *g, con
             sum = sum * scale + exp_one(sink - top);
         }
         const vf inv = v_set(scale / sum);
-        bf16 *o = g->out + (rows->row0 + r / a->group) * g->ldo + head * a->d;
-        for (long e = 0; e < a->d; e += VL) v_store_bf16(o + e, v_mul(v_load(t->sum_o[r] + e), inv));
+        bf16 *o = (bf16 *)g->dst.data + (rows->row0 + r / a->group) * g->dst.ld + head * a->d;
+        for (long e = 0; e < a->d; e += VL) v_store_bf16(o + e, v_mul(v_load(t->sum_o + r * a->ld + e), inv));
     }
 }
 
-static void attention(const pace_attention *g, const pace_rows *rows, long kv_head, void *scratch) {
+static void kernel_attention(const pace_attention *g, const pace_batch *b, const pace_rows *rows, long kv_head,
+                             void *scratch) {
     attention_buf *t = scratch;
-    const attention_tile a = attention_shape(g, rows);
+    const attention_tile a = attention_shape(g, b, rows);
     attention_load(t, g, rows, kv_head, &a);
     attention_clear(t, &a);
     for (long piece = a.begin / PACE_PIECE * PACE_PIECE; piece < a.end; piece += PACE_PIECE) {
         float max[PACE_ATTN_ROWS], sum[PACE_ATTN_ROWS];
-        attention_piece(t, g, kv_head, &a, piece, max, sum);
-        for (long r = 0; r < a.n; r++) attention_fold_row(t, r, a.d, t->o[r], max[r], sum[r]);
+        attention_piece(t, g, b, kv_head, &a, piece, max, sum);
+        for (long r = 0; r < a.n; r++) attention_fold_row(t, &a, r, t->o + r * a.ld, max[r], sum[r]);
     }
     attention_release(&a);
     attention_store(t, g, rows, kv_head, &a);
 }
 
 // The same in two steps, for few tiles and many threads: pieces [p0, p1) go to parts [n_pieces][n][2 + d] as
-// (max, sum, O), and the fold, after a barrier, takes them in the order that attention() would have.
-static void attention_part(const pace_attention *g, const pace_rows *rows, long kv_head, long p0, long p1, float *parts,
-                           void *scratch) {
+// (max, sum, O), and the fold, after a barrier, takes them in the order that kernel_attention() would have.
+static void attention_part(const pace_attention *g, const pace_batch *b, const pace_rows *rows, long kv_head, long p0,
+                           long p1, float *parts, void *scratch) {
     attention_buf *t = scratch;
-    const attention_tile a = attention_shape(g, rows);
+    const attention_tile a = attention_shape(g, b, rows);
     attention_load(t, g, rows, kv_head, &a);
     for (long i = p0; i < p1; i++) {
         float max[PACE_ATTN_ROWS], sum[PACE_ATTN_ROWS];
-        attention_piece(t, g, kv_head, &a, (a.begin / PACE_PIECE + i) * PACE_PIECE, max, sum);
+        attention_piece(t, g, b, kv_head, &a, (a.begin / PACE_PIECE + i) * PACE_PIECE, max, sum);
         for (long r = 0; r < a.n; r++) {
             float *part = parts + (i * a.n + r) * (a.d + 2);
             part[0] = max[r];
             part[1] = sum[r];
-            memcpy(part + 2, t->o[r], (size_t)a.d * 4);
+            memcpy(part + 2, t->o + r * a.ld, (size_t)a.d * 4);
         }
     }
     attention_release(&a);
 }
 
-static void attention_fold(const pace_attention *g, const pace_rows *rows, long kv_head, long n_pieces,
-                           const float *parts, void *scratch) {
+static void attention_fold(const pace_attention *g, const pace_batch *b, const pace_rows *rows, long kv_head,
+                           long n_pieces, const float *parts, void *scratch) {
     attention_buf *t = scratch;
-    const attention_tile a = attention_shape(g, rows);
+    const attention_tile a = attention_shape(g, b, rows);
     attention_clear(t, &a);
     for (long i = 0; i < n_pieces; i++)
         for (long r = 0; r < a.n; r++) {
             const float *part = parts + (i * a.n + r) * (a.d + 2);
-            attention_fold_row(t, r, a.d, part + 2, part[0], part[1]);
+            attention_fold_row(t, &a, r, part + 2, part[0], part[1]);
         }
     attention_store(t, g, rows, kv_head, &a);
 }

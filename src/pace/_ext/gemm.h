@@ -19,7 +19,7 @@
 #define GEMM_TILE_ROWS 32
 #define GEMM_KC 512  // 32 columns x 512 k of B = 32 KB, and 32 rows of A the same: both near L1
 #define GEMM_FEW 64
-#define GEMM_FEW_KC g->k
+#define GEMM_FEW_KC k
 #define GEMM_SPREAD(tiles) 1  // how many tiles share the fetching of the next chunk: a step of 32 k is long enough
 #define GEMM_FETCH_ROWS 1     // 32 rows on 32 pages: more streams than the hardware follows
 #define GEMM_AHEAD 4096       // bytes ahead of a single tile's stream; on amx 2 to 16 KB made no difference
@@ -39,46 +39,37 @@
 #define GEMM_GROUP 8
 #define GEMM_MC 256
 
-INLINE long panel_elems(const pace_gemm *g) { return g->k * PACE_NR; }
-
 // c: [rows][ldc] f32, the first 32 columns are panel p of rows m..m + rows - 1.
 static void gemm_epilogue(const pace_gemm *g, long p, long m, long rows, const float *c, long ldc) {
     const float *bias = g->bias ? g->bias + p * PACE_NR : NULL;
-    const int width = g->epilogue == PACE_GATED ? PACE_NR / 2 : PACE_NR;
-    const long n0 = p * width, n_left = g->n - n0;
-    const vf scale = v_set(g->scale);
+    const int width = g->epilogue == PACE_EPILOGUE_gated ? PACE_NR / 2 : PACE_NR;
+    const long n0 = p * width, n_left = g->dst.width - n0;
+    const vf scale = v_set(g->scale), cap = v_set(g->cap);
     for (long r = 0; r < rows; r++, c += ldc) {
         for (int j = 0; j < width && j < n_left; j += VL) {
             vf y = v_load(c + j);
             if (bias) y = v_add(y, v_load(bias + j));
-            const long at = (m + r) * g->ldc + n0 + j, left = n_left - j;
-            if (g->epilogue == PACE_GATED) {
+            const long at = (m + r) * g->dst.ld + n0 + j, left = n_left - j;
+            if (g->epilogue == PACE_EPILOGUE_gated) {
                 vf up = v_load(c + j + PACE_NR / 2);
                 if (bias) up = v_add(up, v_load(bias + j + PACE_NR / 2));
                 y = v_mul(v_act(y, g->act), up);
-            } else if (g->epilogue == PACE_ADD) {
-                float *out = (float *)g->c + at;
-                if (left >= VL)
-                    v_store(out, v_fma(y, scale, v_load(out)));
-                else
-                    v_store_n(out, v_fma(y, scale, v_load_n(out, left)), left);
+            } else if (g->epilogue == PACE_EPILOGUE_add) {
+                float *out = (float *)g->dst.data + at;
+                store_left(out, v_fma(y, scale, load_left(out, left)), left);
                 continue;
             } else {
                 y = v_mul(v_act(y, g->act), scale);
+                if (g->cap > 0.0f) y = v_mul(v_tanh(v_div(y, cap)), cap);
+                if (g->epilogue == PACE_EPILOGUE_mul) {
+                    const float *other = (const float *)g->other.data + (m + r) * g->other.ld + g->at + n0 + j;
+                    y = v_mul(y, load_left(other, left));
+                }
             }
-            if (g->c_bf16) {
-                bf16 *out = (bf16 *)g->c + at;
-                if (left >= VL)
-                    v_store_bf16(out, y);
-                else
-                    v_store_bf16_n(out, y, left);
-            } else {
-                float *out = (float *)g->c + at;
-                if (left >= VL)
-                    v_store(out, y);
-                else
-                    v_store_n(out, y, left);
-            }
+            if (g->dst.bf16)
+                store_bf16_left((bf16 *)g->dst.data + at, y, left);
+            else
+                store_left((float *)g->dst.data + at, y, left);
         }
     }
 }
@@ -116,19 +107,19 @@ INLINE long gemm_rows_of(long rows_left, long tiles_left) {
 #endif
 }
 
-static void gemm_bf16(const pace_gemm *g, long p0, long p1, long m0, long m1, void *scratch) {
-    const long rows = m1 - m0, panel = panel_elems(g);
+static void kernel_gemm(const pace_gemm *g, long p0, long p1, long m0, long m1, void *scratch) {
+    const bf16 *x = g->src.data, *w = g->weight.data;
+    const long rows = m1 - m0, k = g->weight.k_pad, lda = g->src.ld, panel = k * PACE_NR;
     float *c = scratch;
     gemm_state state;
     gemm_begin(&state);
-    mm_args a = {
-        .a = g->a + m0 * g->lda, .lda = g->lda, .ldb = 2 * PACE_NR, .bps = panel, .kp = g->k / 2, .prefetch_step = 128};
+    mm_args a = {.a = x + m0 * lda, .lda = lda, .ldb = 2 * PACE_NR, .bps = panel, .kp = k / 2, .prefetch_step = 128};
     if (rows <= GEMM_SKINNY_ROWS) {  // several panels side by side
         const long most = GEMM_SKINNY_WIDTH(rows) / 2;
         for (long p = p0, np; p < p1; p += np) {
             np = most;
             while (np > p1 - p) np /= 2;
-            a.b = g->w + p * panel;
+            a.b = w + p * panel;
             a.c = c;
             a.ldc = np * PACE_NR;
             a.prefetch = (uintptr_t)a.b + (np > 1 ? 0 : MM_PREFETCH_AHEAD);
@@ -139,17 +130,17 @@ static void gemm_bf16(const pace_gemm *g, long p0, long p1, long m0, long m1, vo
     }
     a.ldc = PACE_NR;
     if (rows <= GEMM_FEW) {
-        const long tiles = (rows + GEMM_TILE_ROWS - 1) / GEMM_TILE_ROWS, most = tiles == 1 ? g->k : GEMM_FEW_KC;
+        const long tiles = (rows + GEMM_TILE_ROWS - 1) / GEMM_TILE_ROWS, most = tiles == 1 ? k : GEMM_FEW_KC;
         a.prefetch_step = (128 + GEMM_SPREAD(tiles) - 1) / GEMM_SPREAD(tiles);
         for (long p = p0; p < p1; p++) {
-            for (long k0 = 0, kc; k0 < g->k; k0 += kc) {
-                kc = g->k - k0 < most ? g->k - k0 : most;
+            for (long k0 = 0, kc; k0 < k; k0 += kc) {
+                kc = k - k0 < most ? k - k0 : most;
                 a.kp = kc / 2;
-                a.b = g->w + p * panel + k0 * PACE_NR;
+                a.b = w + p * panel + k0 * PACE_NR;
                 a.accumulate = k0 > 0;
                 for (long t = 0, done = 0, mr; t < tiles; t++, done += mr) {
                     mr = gemm_rows_of(rows - done, tiles - t);
-                    a.a = g->a + (m0 + done) * g->lda + k0;
+                    a.a = x + (m0 + done) * lda + k0;
                     a.c = c + done * PACE_NR;
                     // One tile reads a little ahead of itself. Several share the fetching of what follows: the next
                     // chunk of this panel or the first of the next, which mostly is this worker's too.
@@ -158,7 +149,7 @@ static void gemm_bf16(const pace_gemm *g, long p0, long p1, long m0, long m1, vo
                                      ? (uintptr_t)(a.b + kc * PACE_NR) + (uintptr_t)(t * a.kp * a.prefetch_step)
                                      : 0;
                     gemm_tile(&state, (int)mr, &a);
-                    if (k0 + kc == g->k) gemm_epilogue(g, p, m0 + done, mr, a.c, PACE_NR);
+                    if (k0 + kc == k) gemm_epilogue(g, p, m0 + done, mr, a.c, PACE_NR);
                 }
             }
         }
@@ -171,23 +162,23 @@ static void gemm_bf16(const pace_gemm *g, long p0, long p1, long m0, long m1, vo
         for (long mb = m0; mb < m1; mb += GEMM_MC) {
             const long block = m1 - mb < GEMM_MC ? m1 - mb : GEMM_MC;
             const long tiles = (block + GEMM_TILE_ROWS - 1) / GEMM_TILE_ROWS;
-            for (long k0 = 0; k0 < g->k; k0 += GEMM_KC) {
-                const long kc = g->k - k0 < GEMM_KC ? g->k - k0 : GEMM_KC;
+            for (long k0 = 0; k0 < k; k0 += GEMM_KC) {
+                const long kc = k - k0 < GEMM_KC ? k - k0 : GEMM_KC;
                 for (long t = 0, done = 0, mr; t < tiles; t++, done += mr) {
                     mr = gemm_rows_of(block - done, tiles - t);
                     // The row tile after this one: its rows come to L2 four at a time while the panels compute.
-                    const bf16 *next = t + 1 < tiles    ? g->a + (mb + done + mr) * g->lda + k0
-                                       : k0 + kc < g->k ? g->a + mb * g->lda + k0 + kc
-                                                        : NULL;
+                    const bf16 *next = t + 1 < tiles ? x + (mb + done + mr) * lda + k0
+                                       : k0 + kc < k ? x + mb * lda + k0 + kc
+                                                     : NULL;
                     for (long p = pg; p < pe; p++) {
-                        a.prefetch = GEMM_FETCH_ROWS && next ? (uintptr_t)next + (uintptr_t)((p - pg) * 8 * g->lda) : 0;
-                        a.a = g->a + (mb + done) * g->lda + k0;
-                        a.b = g->w + p * panel + k0 * PACE_NR;
+                        a.prefetch = GEMM_FETCH_ROWS && next ? (uintptr_t)next + (uintptr_t)((p - pg) * 8 * lda) : 0;
+                        a.a = x + (mb + done) * lda + k0;
+                        a.b = w + p * panel + k0 * PACE_NR;
                         a.c = c + ((p - pg) * GEMM_MC + done) * PACE_NR;
                         a.kp = kc / 2;
                         a.accumulate = k0 > 0;
                         gemm_tile(&state, (int)mr, &a);
-                        if (k0 + kc == g->k) gemm_epilogue(g, p, mb + done, mr, a.c, PACE_NR);
+                        if (k0 + kc == k) gemm_epilogue(g, p, mb + done, mr, a.c, PACE_NR);
                     }
                 }
             }

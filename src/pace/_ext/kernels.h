@@ -9,8 +9,12 @@
 //   * No allocation, no globals, no locks. Scratch comes from the caller, 64-byte aligned.
 //   * Never writes outside the stated output; never reads past the padding stated here.
 //
-// Letters: m rows (tokens), n output columns, k reduction length. ld* strides count elements, not bytes.
-// bf16 is the upper half of an f32, kept in uint16_t.
+// Letters: m rows (tokens), n output columns, k reduction length. ld counts elements, not bytes. bf16 is the upper half
+// of an f32, kept in uint16_t.
+//
+// An operator is a struct, the list of its fields, a line in PACE_OPERATORS and a function in every table. Fields have
+// the names that models/operators.py gives them, and plans are built from these lists alone; None there is 0 or NULL
+// here.
 #ifndef PACE_KERNELS_H
 #define PACE_KERNELS_H
 
@@ -27,36 +31,128 @@ typedef uint16_t bf16;
 // vectors and 1 broadcast fill the 32 registers of AVX-512.
 #define PACE_NR 32
 #define PACE_KPAD 32
-
-// Activations: [m][ld] bf16 with ld a multiple of 32 and ld * 2 not a multiple of 4096 bytes (rows of one tile
-// must not share a cache set); columns from k to k_pad are zero.
-
-enum pace_act { PACE_ACT_NONE, PACE_ACT_SILU, PACE_ACT_GELU, PACE_ACT_GELU_TANH, PACE_ACT_RELU };
-enum pace_epilogue { PACE_STORE, PACE_ADD, PACE_GATED };
-
+enum pace_layout { PACE_PANELS, PACE_BF16_ROWS, PACE_F16_ROWS, PACE_F32_ROWS };
 typedef struct {
-    const bf16 *a;      // [m][lda] activations
-    const bf16 *w;      // packed panels
-    const float *bias;  // [n_panels * PACE_NR] in packed column order, or NULL
-    void *c;            // [m][ldc] f32, or bf16 when c_bf16
-    long lda, ldc;
-    long m, n, k;  // n: output columns (a gated panel has 16, others 32); k: padded reduction length
-    float scale;   // store: act(y) * scale; add: c += scale * y
-    int epilogue;  // enum pace_epilogue; gated: columns 0..15 of a panel are gate, 16..31 up
-    int act;       // enum pace_act
-    int c_bf16;
-} pace_gemm;
+    const void *data;      // packed panels, or plain rows [n][k] where a checkpoint's file has them; NULL: none
+    long n, k;             // rows of the weight (output columns), reduction length
+    long k_pad, n_panels;  // of panels
+    int layout;            // enum pace_layout; a GEMM takes panels only
+} pace_matrix;
 
+// Activations: [rows][ld] f32 or bf16. bf16 rows have an ld that is a multiple of 32 with ld * 2 no multiple of 4096
+// bytes (rows of one tile must not share a cache set), and zeros from column `width` to the next multiple of 32.
 typedef struct {
-    const float *x;  // [m][ldx]
-    void *y;         // [m][ldy] f32, or bf16 when y_bf16; y += norm(x) when add (f32 only)
-    const float *weight;
-    const float *bias;  // NULL: none
-    long ldx, ldy, m, n;
+    void *data;
+    long ld, width;
+    int bf16;
+} pace_slot;
+
+// What a step computes. A group is the layers whose keys and values lie in one pool under one table.
+#define PACE_MAX_GROUPS 8
+typedef struct {
+    const int32_t *token_ids;   // [n_tokens]
+    const int32_t *q_start;     // [n_seqs + 1] first row of each sequence
+    const int32_t *kv_len;      // [n_seqs] length including this step's rows
+    const int32_t *logit_rows;  // [n_logits] rows, ascending
+    struct pace_table {
+        const int32_t *blocks;  // [n_seqs][stride]
+        long stride;
+    } tables[PACE_MAX_GROUPS];
+    long n_tokens, n_seqs, n_logits;
+} pace_batch;
+
+static inline long pace_position(const pace_batch *b, long seq, long row) {
+    return (long)b->kv_len[seq] - b->q_start[seq + 1] + row;
+}
+
+// ---- operators on rows: a call computes rows [m0, m1) -----------------------------------------------------
+
+// Choices by name; the order is the value.
+#define PACE_ACTS(X) X(none) X(silu) X(gelu) X(gelu_tanh) X(relu) X(relu2) X(quick_gelu)
+#define PACE_EPILOGUES(X) X(store) X(add) X(gated) X(mul)
+#define PACE_NORMS(X) X(none) X(rms) X(rms1) X(layer)
+#define PACE_SCOPES(X) X(head) X(head_own) X(full)
+#define PACE_ACT_VALUE(name) PACE_ACT_##name,
+#define PACE_EPILOGUE_VALUE(name) PACE_EPILOGUE_##name,
+#define PACE_NORM_VALUE(name) PACE_NORM_##name,
+#define PACE_SCOPE_VALUE(name) PACE_SCOPE_##name,
+enum pace_act { PACE_ACTS(PACE_ACT_VALUE) };
+enum pace_epilogue { PACE_EPILOGUES(PACE_EPILOGUE_VALUE) };
+enum pace_norm_kind { PACE_NORMS(PACE_NORM_VALUE) };
+enum pace_scope { PACE_SCOPES(PACE_SCOPE_VALUE) };
+
+// dst = post * (scale * weight[token] + positions[offset + position]), or post * (dst + ...) with add: f32 products and
+// sums in this order. Either matrix may be missing.
+typedef struct {
+    pace_slot dst;                  // f32 or bf16; f32 with add
+    pace_matrix weight, positions;  // [vocabulary], [positions][dst.width]; panels or rows
+    float scale, post;
+    long offset;
+    int add;
+} pace_embed;
+#define PACE_FIELDS_embed(F) \
+    F(embed, slot, dst)      \
+    F(embed, matrix, weight) \
+    F(embed, matrix, positions) F(embed, real, scale) F(embed, real, post) F(embed, integer, offset) F(embed, flag, add)
+
+// dst = scale * norm(src), or scale * (dst + norm(src)) with add; statistics per row and group of src.width / groups
+// columns. rms: x / sqrt(mean(x^2) + eps) * w; rms1: * (1 + w); layer: (x - mean) / sqrt(var + eps) * w + bias.
+typedef struct {
+    pace_slot src, dst;          // f32; f32 or bf16, f32 with add; dst may be src
+    const float *weight, *bias;  // [src.width / groups]; NULL: neither multiplied nor added
+    const float *scale;          // [1]; NULL: 1
     float eps;
-    int kind;  // 0: rms * w, 1: rms * (1 + w), 2: layer norm
-    int y_bf16, add;
+    long groups;
+    int kind;  // enum pace_norm_kind; none: norm(x) is x
+    int add;
 } pace_norm;
+#define PACE_FIELDS_norm(F) \
+    F(norm, slot, src)      \
+    F(norm, slot, dst)      \
+    F(norm, vector, weight) \
+    F(norm, vector, bias)   \
+    F(norm, vector, scale) F(norm, real, eps) F(norm, integer, groups) F(norm, norm_kind, kind) F(norm, flag, add)
+
+// cos and sin of position * inv_freq, times attention_factor, for every row; once per step and table. The product of
+// position and frequency is f32, as in transformers.
+typedef struct {
+    pace_slot cos, sin;  // f32, width: frequencies
+    const float *inv_freq;
+    float attention_factor;
+} pace_angles;
+#define PACE_FIELDS_angles(F) \
+    F(angles, slot, cos) F(angles, slot, sin) F(angles, vector, inv_freq) F(angles, real, attention_factor)
+
+// dst[i] = src[logit_rows[i]]: slots of one width and type, rows [m0, m1) of dst.
+typedef struct {
+    pace_slot src, dst;
+} pace_select;
+#define PACE_FIELDS_select(F) F(select, slot, src) F(select, slot, dst)
+
+// ---- GEMM: a call computes output panels [p0, p1) of rows [m0, m1) ----------------------------------------
+
+// y = src W^T + bias. store: dst = scale * act(y), then cap * tanh(dst / cap) if cap > 0. add: dst += scale * y. mul:
+// dst = scale * act(y) * other[at ..]. gated: dst = act(gate) * up, where columns 0..15 of a panel are gate and 16..31
+// up, so that a panel makes 16 columns of dst and not 32.
+typedef struct {
+    pace_slot src, dst;  // bf16 [m][weight.k]; f32 or bf16, f32 to add
+    pace_slot other;     // f32, mul only
+    pace_matrix weight;  // panels
+    const float *bias;   // [n_panels * PACE_NR] in packed column order, or NULL
+    float scale, cap;
+    long at;
+    int epilogue, act;  // enums
+} pace_gemm;
+#define PACE_FIELDS_gemm(F) \
+    F(gemm, slot, src)      \
+    F(gemm, slot, dst)      \
+    F(gemm, slot, other)    \
+    F(gemm, matrix, weight) \
+    F(gemm, vector, bias)   \
+    F(gemm, real, scale)    \
+    F(gemm, real, cap) F(gemm, integer, at) F(gemm, epilogue, epilogue) F(gemm, act, act)
+
+// ---- KV cache ---------------------------------------------------------------------------------------------
 
 // KV cache of one layer: blocks of `block` tokens, each holding per kv head
 //   K [head_dim / 2][block][2] then V [block / 2][head_dim][2], bf16 or int8,
@@ -68,16 +164,13 @@ typedef struct {
 // x / scale to the nearest integer, ties to even. amax 0: scale 0 and zeros. A head with a NaN or an infinity has the
 // scale NaN, so that its scores and its share of the output are NaN and the engine's check of the logits sees it.
 typedef struct {
-    char *kv;                            // block 0, 64-byte aligned
-    long block_stride;                   // bytes from a block to the next
-    long block;                          // tokens in a block: a power of two >= 16
-    long n_heads, n_kv_heads, head_dim;  // head_dim: a multiple of 16 up to PACE_MAX_HEAD_DIM
-    int int8;                            // element type: 0 bf16, 1 int8 with scales
-    int contiguous;                      // a sequence's blocks follow each other; its table is the first one
-    const int32_t *block_tables;         // [n_seqs][table_stride]
-    long table_stride;
-    const int32_t *q_start;  // [n_seqs + 1] first row of each sequence
-    const int32_t *kv_len;   // [n_seqs] length including this step's rows
+    char *kv;                   // block 0, 64-byte aligned
+    long block_stride;          // bytes from a block to the next
+    long block;                 // tokens in a block: a power of two >= 16
+    long n_kv_heads, head_dim;  // head_dim: a multiple of 16 up to PACE_MAX_HEAD_DIM
+    int int8;                   // element type: 0 bf16, 1 int8 with scales
+    int contiguous;             // a sequence's blocks follow each other; its table is the first one
+    int group;                  // whose tables lead here
 } pace_kv;
 
 static inline long pace_kv_head_bytes(const pace_kv *kv) {
@@ -89,8 +182,8 @@ static inline char *pace_kv_head(const pace_kv *kv, long block, long kv_head) {
 }
 
 // K, V and scales of one kv head in the block that holds position pos of a sequence.
-static inline char *pace_kv_at(const pace_kv *kv, long seq, long pos, long kv_head) {
-    const int32_t *table = kv->block_tables + seq * kv->table_stride;
+static inline char *pace_kv_at(const pace_kv *kv, const pace_batch *b, long seq, long pos, long kv_head) {
+    const int32_t *table = b->tables[kv->group].blocks + seq * b->tables[kv->group].stride;
     const long i = pos / kv->block;
     return pace_kv_head(kv, kv->contiguous ? table[0] + i : table[i], kv_head);
 }
@@ -105,25 +198,71 @@ static inline float *pace_kv_scales(const pace_kv *kv, char *head) {
 // stale keys are selected away, not multiplied, so K needs no clearing.
 static inline long pace_kv_group(const pace_kv *kv) { return kv->block < 32 ? kv->block : 32; }
 
-// Rows of one sequence, at most PACE_ROPE_ROWS of them and inside one aligned group of that many positions, so
-// that one work item owns the whole group of V rows that it may have to clear (pace_kv_group).
-#define PACE_ROPE_ROWS 32
+// Rows [row0, row1) of slots, of one sequence and at consecutive positions: the batch's rows from `token` on. Where
+// slots have a row for every token, token is row0.
 typedef struct {
-    int32_t seq, row0, row1;
+    int32_t seq, row0, row1, token;
 } pace_rows;
 
+static inline long pace_position_of(const pace_batch *b, const pace_rows *rows, long row) {
+    return pace_position(b, rows->seq, rows->token + row - rows->row0);
+}
+
+// ---- rotation: a call computes rows of one kv head and its query heads ------------------------------------
+
 typedef struct {
-    const float *qkv;  // [m][ldx] q | k | v of each token
-    bf16 *q;           // [m][ldq]
-    long ldx, ldq;
-    const float *cos, *sin;        // [m][rotary_dim / 2], attention factor included
-    long rotary_dim;               // 0: no rotation
-    int interleaved;               // 0: halves (x[i], x[i + r/2]); 1: neighbours (x[2i], x[2i+1])
-    const float *q_norm, *k_norm;  // [head_dim] RMS weights applied per head before the rotation, or NULL
-    int norm_kind;                 // as pace_norm.kind
-    float norm_eps;
+    const float *cos, *sin;  // of every token of the batch [n_tokens][ld], attention factor included; NULL: no rotation
+    long ld, half;           // 2 * half leading columns of a head rotate, the rest pass
+    int interleaved;         // 0: halves (x[i], x[i + half]); 1: neighbours (x[2i], x[2i + 1])
+} pace_rotation;
+
+// Heads of q and k: norm, then rotation (or the other way round). q, times 1 + t0 log(1 + floor((position + t2) / t1))
+// if t0 is not 0, goes to dst; k and v to the cache, unless append is 0. Columns behind norm_width (0: head_dim) are
+// padding: zeros, which stay zeros and don't count in statistics. Rows are at most PACE_ROPE_ROWS, inside one aligned
+// group of that many positions, so that one work item owns the whole group of V rows that it may have to clear
+// (pace_kv_group).
+#define PACE_ROPE_ROWS 32
+typedef struct {
+    pace_slot src;  // f32 [m], columns q | k | v, heads side by side; q | k if k_is_v, q without append
+    pace_slot dst;  // bf16 [m][n_heads * head_dim]
     pace_kv kv;
-} pace_rope_kv;
+    pace_rotation rope;
+    long n_heads;  // a multiple of kv.n_kv_heads
+    // NULL: no weights. [head_dim]; own weights per head (scope head_own and full): [heads * head_dim].
+    const float *q_norm, *k_norm;
+    int qk_norm;     // enum pace_norm_kind
+    int norm_scope;  // enum pace_scope; full: one mean and deviation over all heads of q, and of k
+    long norm_width;
+    float norm_eps;
+    int norm_after_rope;
+    int append;
+    int k_is_v;  // v is k as it comes
+    int v_norm;  // weightless RMS of each head of v
+    float temperature[3];
+} pace_rope;
+#define PACE_FIELDS_rope(F)        \
+    F(rope, slot, src)             \
+    F(rope, slot, dst)             \
+    F(rope, kv, kv)                \
+    F(rope, rotation, rope)        \
+    F(rope, integer, n_heads)      \
+    F(rope, vector, q_norm)        \
+    F(rope, vector, k_norm)        \
+    F(rope, norm_kind, qk_norm)    \
+    F(rope, scope, norm_scope)     \
+    F(rope, integer, norm_width)   \
+    F(rope, real, norm_eps)        \
+    F(rope, flag, norm_after_rope) \
+    F(rope, flag, append) F(rope, flag, k_is_v) F(rope, flag, v_norm) F(rope, triple, temperature)
+
+// ---- attention: a call computes a tile, rows x the query heads of one kv head ------------------------------
+
+// The first position that a query at pos sees. window 0: no window; else it sees positions pos - window + 1 .. pos.
+// chunk 0: no chunks; else only positions k of its own, k / chunk == pos / chunk.
+static inline long pace_first_seen(long pos, long window, long chunk) {
+    const long first = window && pos >= window ? pos - window + 1 : 0, start = chunk ? pos / chunk * chunk : 0;
+    return first > start ? first : start;
+}
 
 // Attention walks the KV cache in pieces of PACE_PIECE tokens at absolute positions. Inside a piece: all scores,
 // one maximum, one exp, one product with V; pieces are folded in ascending order. A row's arithmetic therefore
@@ -131,38 +270,58 @@ typedef struct {
 #define PACE_PIECE 256
 #define PACE_ATTN_ROWS 64  // most rows (query tokens x query heads per kv head) in one tile
 typedef struct {
-    const bf16 *q;  // [m][ldq]
-    bf16 *out;      // [m][ldo]
-    long ldq, ldo;
+    pace_slot src, dst;  // bf16 [m][n_heads * head_dim]
+    pace_kv kv;
+    long n_heads;  // a multiple of kv.n_kv_heads, at most PACE_ATTN_ROWS times that
     float scale;
     float softcap;       // 0: none
-    long window;         // 0: none; else a query at p sees positions p - window + 1 .. p
+    long window, chunk;  // see pace_first_seen
     const float *sinks;  // [n_heads] or NULL
-    pace_kv kv;
 } pace_attention;
+#define PACE_FIELDS_attention(F)   \
+    F(attention, slot, src)        \
+    F(attention, slot, dst)        \
+    F(attention, kv, kv)           \
+    F(attention, integer, n_heads) \
+    F(attention, real, scale)      \
+    F(attention, real, softcap)    \
+    F(attention, integer, window) F(attention, integer, chunk) F(attention, vector, sinks)
+
+// ---- the table of a tier ----------------------------------------------------------------------------------
+
+// Every operator, and what its work is cut into (see plan.c). An operator on rows needs nothing there.
+#define PACE_OPERATORS(X) \
+    X(embed, rows)        \
+    X(norm, rows)         \
+    X(gemm, panels)       \
+    X(angles, rows)       \
+    X(rope, groups)       \
+    X(attention, tiles)   \
+    X(select, rows)
 
 typedef struct {
     const char *isa;
-    // Output panels [p0, p1) of rows [m0, m1). scratch: gemm_scratch bytes.
-    void (*gemm_bf16)(const pace_gemm *g, long p0, long p1, long m0, long m1, void *scratch);
+    void (*embed)(const pace_embed *g, const pace_batch *b, long m0, long m1);
+    void (*norm)(const pace_norm *g, const pace_batch *b, long m0, long m1);
+    void (*angles)(const pace_angles *g, const pace_batch *b, long m0, long m1);
+    void (*select)(const pace_select *g, const pace_batch *b, long m0, long m1);
+    void (*gemm)(const pace_gemm *g, long p0, long p1, long m0, long m1, void *scratch);  // gemm_scratch bytes
     size_t gemm_scratch;
     int gemm_rows;  // rows of one register tile: m up to this streams the weights exactly once
     // Pack up to 16 source rows [rows][ld] (dtype 0 bf16, 1 f16, 2 f32) into half a panel: dst[k_pad/2][32][2],
     // 16 columns of it. Missing rows and k..k_pad become zero.
     void (*pack_half)(bf16 *dst, const void *src, int dtype, long ld, long rows, long k, long k_pad);
     void (*unpack_row)(float *dst, const bf16 *w, long row, long k, long k_pad);  // packed column `row` as f32 [k]
-    void (*embed)(float *x, const bf16 *w, long token, long k, long k_pad, float scale);
-    void (*norm)(const pace_norm *g, long m0, long m1);
-    void (*rope_kv)(const pace_rope_kv *g, const pace_rows *rows, long kv_head);
-    // Query tokens [row0, row1) of sequence rows->seq for one kv head; (row1 - row0) * group <= PACE_ATTN_ROWS.
-    void (*attention)(const pace_attention *g, const pace_rows *rows, long kv_head, void *scratch);
+    void (*rope)(const pace_rope *g, const pace_batch *b, const pace_rows *rows, long kv_head);
+    // Rows times the query heads of a kv head: at most PACE_ATTN_ROWS.
+    void (*attention)(const pace_attention *g, const pace_batch *b, const pace_rows *rows, long kv_head, void *scratch);
     // The same tile in two steps, so that few tiles keep many threads busy: its pieces [p0, p1), counted from the
     // first one it sees, to parts [n_pieces][rows][2 + head_dim] (max, sum, O); then all of them folded in order. NULL:
     // the tier has no split form.
-    void (*attention_part)(const pace_attention *g, const pace_rows *rows, long kv_head, long p0, long p1, float *parts,
-                           void *scratch);
-    void (*attention_fold)(const pace_attention *g, const pace_rows *rows, long kv_head, long n_pieces,
-                           const float *parts, void *scratch);
+    void (*attention_part)(const pace_attention *g, const pace_batch *b, const pace_rows *rows, long kv_head, long p0,
+                           long p1, float *parts, void *scratch);
+    void (*attention_fold)(const pace_attention *g, const pace_batch *b, const pace_rows *rows, long kv_head,
+                           long n_pieces, const float *parts, void *scratch);
     size_t attention_scratch;
     void (*softmax)(float *x, long n);       // in place, one row
     long (*argmax)(const float *x, long n);  // lowest index among equals; -1 when a NaN is met
@@ -174,7 +333,7 @@ typedef struct {
     pace_roofline roof;
 } pace_kernels;
 
-#define PACE_MAX_HEAD_DIM 256
+#define PACE_MAX_HEAD_DIM 512
 #define PACE_LOGIT_BLOCK 128  // 1000 blocks in a vocabulary of 128k: few enough to sort, large enough to skip
 
 // Tiers, best first; NULL-terminated. Defined in dispatch.c.

@@ -21,20 +21,58 @@ static bf16 to_bf16(double x) {
     return (bf16)((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
 }
 
-static double weight_at(const bf16 *w, long n, long k, long k_pad) {
+// Element (n, k) of packed panels.
+static double packed_at(const bf16 *w, long n, long k, long k_pad) {
     return from_bf16(w[(n / PACE_NR) * k_pad * PACE_NR + (k / 2) * 2 * PACE_NR + (n % PACE_NR) * 2 + k % 2]);
+}
+
+static double from_f16(uint16_t h) {
+    const double magnitude = (h & 0x7fff) >= 0x7c00 ? (h & 0x3ff ? NAN : HUGE_VAL)
+                             : (h & 0x7c00) == 0    ? ldexp(h & 0x3ff, -24)
+                                                    : ldexp(0x400 + (h & 0x3ff), (h >> 10 & 31) - 25);
+    return h & 0x8000 ? -magnitude : magnitude;
+}
+
+static double weight_at(const pace_matrix *w, long n, long k) {
+    const size_t at = (size_t)n * (size_t)w->k + (size_t)k;
+    switch (w->layout) {
+        case PACE_BF16_ROWS:
+            return from_bf16(((const bf16 *)w->data)[at]);
+        case PACE_F16_ROWS:
+            return from_f16(((const uint16_t *)w->data)[at]);
+        case PACE_F32_ROWS:
+            return (double)((const float *)w->data)[at];
+        default:
+            return packed_at(w->data, n, k, w->k_pad);
+    }
+}
+
+static double load(const pace_slot *s, long r, long i) {
+    return s->bf16 ? from_bf16(((const bf16 *)s->data)[r * s->ld + i])
+                   : (double)((const float *)s->data)[r * s->ld + i];
+}
+
+static void store(const pace_slot *s, long r, long i, double x) {
+    if (s->bf16)
+        ((bf16 *)s->data)[r * s->ld + i] = to_bf16(x);
+    else
+        ((float *)s->data)[r * s->ld + i] = (float)x;
 }
 
 static double activate(double x, int act) {
     switch (act) {
-        case PACE_ACT_SILU:
+        case PACE_ACT_silu:
             return x / (1.0 + exp(-x));
-        case PACE_ACT_GELU:
+        case PACE_ACT_gelu:
             return 0.5 * x * (1.0 + erf(x * 0.70710678118654752));
-        case PACE_ACT_GELU_TANH:
+        case PACE_ACT_gelu_tanh:
             return 0.5 * x * (1.0 + tanh(0.79788456080286536 * (x + 0.044715 * x * x * x)));
-        case PACE_ACT_RELU:
+        case PACE_ACT_relu:
             return x > 0.0 ? x : 0.0;
+        case PACE_ACT_relu2:
+            return x > 0.0 ? x * x : 0.0;
+        case PACE_ACT_quick_gelu:
+            return x / (1.0 + exp(-1.702 * x));
         default:
             return x;
     }
@@ -42,79 +80,123 @@ static double activate(double x, int act) {
 
 static double dot_at(const pace_gemm *g, long m, long n) {
     double sum = g->bias ? (double)g->bias[n] : 0.0;
-    for (long k = 0; k < g->k; k++) sum += from_bf16(g->a[m * g->lda + k]) * weight_at(g->w, n, k, g->k);
+    for (long k = 0; k < g->weight.k; k++) sum += load(&g->src, m, k) * weight_at(&g->weight, n, k);
     return sum;
 }
 
-static void gemm(const pace_gemm *g, long p0, long p1, long m0, long m1, void *scratch) {
+static double product_at(const pace_gemm *g, long m, long n) {
+    if (g->epilogue == PACE_EPILOGUE_gated) {
+        const long gate = n / 16 * PACE_NR + n % 16;
+        return activate(dot_at(g, m, gate), g->act) * dot_at(g, m, gate + 16);
+    }
+    const double y = (double)g->scale * activate(dot_at(g, m, n), g->act);
+    if (g->epilogue == PACE_EPILOGUE_add) return load(&g->dst, m, n) + y;
+    if (g->epilogue == PACE_EPILOGUE_mul) return load(&g->other, m, g->at + n) * y;
+    return g->cap > 0.0f ? (double)g->cap * tanh(y / (double)g->cap) : y;
+}
+
+static void kernel_gemm(const pace_gemm *g, long p0, long p1, long m0, long m1, void *scratch) {
     (void)scratch;
-    const int gated = g->epilogue == PACE_GATED;
-    const long width = gated ? PACE_NR / 2 : PACE_NR;
+    const long width = g->epilogue == PACE_EPILOGUE_gated ? PACE_NR / 2 : PACE_NR;
     for (long m = m0; m < m1; m++)
-        for (long n = p0 * width; n < p1 * width && n < g->n; n++) {
-            double y;
-            if (gated) {
-                const long gate = n / 16 * PACE_NR + n % 16;
-                y = activate(dot_at(g, m, gate), g->act) * dot_at(g, m, gate + 16);
-            } else {
-                y = activate(dot_at(g, m, n), g->act) * (double)g->scale;
-            }
-            if (g->c_bf16) {
-                ((bf16 *)g->c)[m * g->ldc + n] = to_bf16(y);
-            } else {
-                float *c = (float *)g->c + m * g->ldc + n;
-                *c = (float)(g->epilogue == PACE_ADD ? (double)*c + y : y);
-            }
-        }
+        for (long n = p0 * width; n < p1 * width && n < g->dst.width; n++) store(&g->dst, m, n, product_at(g, m, n));
 }
 
 static void unpack_row(float *dst, const bf16 *w, long row, long k, long k_pad) {
-    for (long i = 0; i < k; i++) dst[i] = (float)weight_at(w, row, i, k_pad);
+    for (long i = 0; i < k; i++) dst[i] = (float)packed_at(w, row, i, k_pad);
 }
 
-static void embed(float *x, const bf16 *w, long token, long k, long k_pad, float scale) {
-    for (long i = 0; i < k; i++) x[i] = (float)weight_at(w, token, i, k_pad) * scale;
-}
-
-static double norm_scale(const float *x, long n, int kind, double eps, double *mean) {
-    double sum = 0.0, squares = 0.0;
-    for (long i = 0; i < n && kind == 2; i++) sum += (double)x[i];
-    *mean = sum / (double)n;
-    for (long i = 0; i < n; i++) squares += ((double)x[i] - *mean) * ((double)x[i] - *mean);
-    return 1.0 / sqrt(squares / (double)n + eps);
-}
-
-static void norm(const pace_norm *g, long m0, long m1) {
-    for (long m = m0; m < m1; m++) {
-        const float *x = g->x + m * g->ldx;
-        double mean;
-        const double scale = norm_scale(x, g->n, g->kind, (double)g->eps, &mean);
-        for (long i = 0; i < g->n; i++) {
-            const double w = (double)g->weight[i] + (g->kind == 1 ? 1.0 : 0.0);
-            const double y = ((double)x[i] - mean) * scale * w + (g->bias ? (double)g->bias[i] : 0.0);
-            if (g->y_bf16)
-                ((bf16 *)g->y)[m * g->ldy + i] = to_bf16(y);
-            else
-                ((float *)g->y)[m * g->ldy + i] = (float)(g->add ? (double)((float *)g->y)[m * g->ldy + i] + y : y);
+static void kernel_embed(const pace_embed *g, const pace_batch *b, long m0, long m1) {
+    long seq = 0;
+    for (long r = m0; r < m1; r++) {
+        while (r >= b->q_start[seq + 1]) seq++;
+        for (long i = 0; i < g->dst.width; i++) {
+            double x = g->add ? load(&g->dst, r, i) : 0.0;
+            if (g->weight.data) x += (double)g->scale * weight_at(&g->weight, b->token_ids[r], i);
+            if (g->positions.data) x += weight_at(&g->positions, g->offset + pace_position(b, seq, r), i);
+            store(&g->dst, r, i, (double)g->post * x);
         }
     }
 }
 
-// Norm and rotation of one head of row r into h.
-static void head(double *h, const pace_rope_kv *g, const float *x, const float *w, long r) {
-    const long d = g->kv.head_dim, half = g->rotary_dim / 2;
-    double mean = 0.0;
-    const double scale = w ? norm_scale(x, d, g->norm_kind, (double)g->norm_eps, &mean) : 1.0;
-    for (long i = 0; i < d; i++) {
-        h[i] = ((double)x[i] - mean) * scale;
-        if (w) h[i] *= (double)w[i] + (g->norm_kind == 1 ? 1.0 : 0.0);
+static void kernel_select(const pace_select *g, const pace_batch *b, long m0, long m1) {
+    for (long r = m0; r < m1; r++)
+        for (long i = 0; i < g->dst.width; i++) store(&g->dst, r, i, load(&g->src, b->logit_rows[r], i));
+}
+
+static double gain(const float *w, long i, int kind) {
+    return w ? (double)w[i] + (kind == PACE_NORM_rms1 ? 1.0 : 0.0) : 1.0;
+}
+
+static void kernel_norm(const pace_norm *g, const pace_batch *b, long m0, long m1) {
+    (void)b;
+    const long n = g->src.width / g->groups;
+    const double s = g->scale ? (double)*g->scale : 1.0;
+    for (long r = m0; r < m1; r++)
+        for (long at = 0; at < g->src.width; at += n) {
+            double mean = 0.0, squares = 0.0;
+            for (long i = 0; i < n && g->kind == PACE_NORM_layer; i++) mean += load(&g->src, r, at + i) / (double)n;
+            for (long i = 0; i < n; i++) squares += pow(load(&g->src, r, at + i) - mean, 2.0);
+            const double inv = g->kind == PACE_NORM_none ? 1.0 : 1.0 / sqrt(squares / (double)n + (double)g->eps);
+            for (long i = 0; i < n; i++) {
+                double y = (load(&g->src, r, at + i) - mean) * inv * gain(g->weight, i, g->kind);
+                if (g->bias) y += (double)g->bias[i];
+                store(&g->dst, r, at + i, s * (g->add ? load(&g->dst, r, at + i) + y : y));
+            }
+        }
+}
+
+static void kernel_angles(const pace_angles *g, const pace_batch *b, long m0, long m1) {
+    long seq = 0;
+    for (long r = m0; r < m1; r++) {
+        while (r >= b->q_start[seq + 1]) seq++;
+        for (long i = 0; i < g->cos.width; i++) {
+            const float angle = (float)pace_position(b, seq, r) * g->inv_freq[i];
+            store(&g->cos, r, i, cos((double)angle) * (double)g->attention_factor);
+            store(&g->sin, r, i, sin((double)angle) * (double)g->attention_factor);
+        }
     }
-    for (long i = 0; i < half; i++) {
-        const long a = g->interleaved ? 2 * i : i, b = g->interleaved ? 2 * i + 1 : i + half;
-        const double c = (double)g->cos[r * half + i], s = (double)g->sin[r * half + i], x0 = h[a], x1 = h[b];
+}
+
+static void rotate(double *h, const pace_rotation *g, long token) {
+    for (long i = 0; i < g->half; i++) {
+        const long a = g->interleaved ? 2 * i : i, b = g->interleaved ? 2 * i + 1 : i + g->half;
+        const double c = (double)g->cos[token * g->ld + i], s = (double)g->sin[token * g->ld + i], x0 = h[a], x1 = h[b];
         h[a] = x0 * c - x1 * s;
         h[b] = x1 * c + x0 * s;
     }
+}
+
+// Head i of n_heads of q or k of row r, which begin at column `at`, into h: norm and rotation.
+static void turn_head(double *h, const pace_rope *g, long at, long i, long n_heads, const float *w, long r,
+                      long token) {
+    const long d = g->kv.head_dim, n = g->norm_width ? g->norm_width : d;
+    const int full = g->norm_scope == PACE_SCOPE_full;
+    double mean = 0.0, sum = 0.0, squares = 0.0, x[PACE_MAX_HEAD_DIM];
+    // A norm of all heads: their sum in the first pass, their squares in the second; then this head as it is.
+    for (int pass = 0; g->qk_norm != PACE_NORM_none && pass < 2; pass++) {
+        for (long j = full ? 0 : i; j < (full ? n_heads : i + 1); j++) {
+            for (long e = 0; e < d; e++) x[e] = load(&g->src, r, at + j * d + e);
+            if (g->norm_after_rope) rotate(x, &g->rope, token);
+            for (long e = 0; e < n; e++) {
+                sum += x[e];
+                squares += (x[e] - mean) * (x[e] - mean);
+            }
+        }
+        const double count = (double)((full ? n_heads : 1) * n);
+        if (pass == 0) {
+            mean = g->qk_norm == PACE_NORM_layer ? sum / count : 0.0;
+            squares = 0.0;
+        } else {
+            squares /= count;
+        }
+    }
+    for (long e = 0; e < d; e++) h[e] = load(&g->src, r, at + i * d + e);
+    if (g->norm_after_rope) rotate(h, &g->rope, token);
+    const float *own = w && g->norm_scope != PACE_SCOPE_head ? w + i * d : w;
+    for (long e = 0; g->qk_norm != PACE_NORM_none && e < n; e++)
+        h[e] = (h[e] - mean) / sqrt(squares + (double)g->norm_eps) * gain(own, e, g->qk_norm);
+    if (!g->norm_after_rope) rotate(h, &g->rope, token);
 }
 
 // Element e of a token's key and value, counted from the start of its block and kv head.
@@ -149,55 +231,65 @@ static void cache(const pace_kv *kv, char *head, long at, double x, float scale)
         ((bf16 *)(void *)head)[at] = to_bf16(x);
 }
 
-static void rope_kv(const pace_rope_kv *g, const pace_rows *rows, long kv_head) {
-    const pace_kv *kv = &g->kv;
-    const long d = kv->head_dim, group = kv->n_heads / kv->n_kv_heads, clear = pace_kv_group(kv);
-    double h[PACE_MAX_HEAD_DIM], v[PACE_MAX_HEAD_DIM];
-    for (long r = rows->row0; r < rows->row1; r++) {
-        const long pos = (long)kv->kv_len[rows->seq] - kv->q_start[rows->seq + 1] + r;
-        const float *x = g->qkv + r * g->ldx;
-        for (long i = kv_head * group; i < (kv_head + 1) * group; i++) {
-            head(h, g, x + i * d, g->q_norm, r);
-            for (long e = 0; e < d; e++) g->q[r * g->ldq + i * d + e] = to_bf16(h[e]);
-        }
-        head(h, g, x + (kv->n_heads + kv_head) * d, g->k_norm, r);
-        for (long e = 0; e < d; e++) v[e] = (double)x[(kv->n_heads + kv->n_kv_heads + kv_head) * d + e];
-        char *at = pace_kv_at(kv, rows->seq, pos, kv_head);
-        const float k_scale = scale_of(kv, h), v_scale = scale_of(kv, v);
-        if (pos % clear == 0) {
-            const size_t size = kv->int8 ? 1 : sizeof(bf16);
-            memset(at + (size_t)value_at(kv, pos, 0) * size, 0, (size_t)(clear * d) * size);
-            if (kv->int8)
-                memset(pace_kv_scales(kv, at) + kv->block + pos % kv->block, 0, (size_t)clear * sizeof(float));
-        }
-        for (long e = 0; e < d; e++) {
-            cache(kv, at, key_at(kv, pos, e), h[e], k_scale);
-            cache(kv, at, value_at(kv, pos, e), v[e], v_scale);
-        }
-        if (kv->int8) {
-            pace_kv_scales(kv, at)[pos % kv->block] = k_scale;
-            pace_kv_scales(kv, at)[kv->block + pos % kv->block] = v_scale;
-        }
+static void append(const pace_kv *kv, char *at, long pos, const double *k, const double *v) {
+    const long d = kv->head_dim, clear = pace_kv_group(kv);
+    const float k_scale = scale_of(kv, k), v_scale = scale_of(kv, v);
+    if (pos % clear == 0) {
+        const size_t size = kv->int8 ? 1 : sizeof(bf16);
+        memset(at + (size_t)value_at(kv, pos, 0) * size, 0, (size_t)(clear * d) * size);
+        if (kv->int8) memset(pace_kv_scales(kv, at) + kv->block + pos % kv->block, 0, (size_t)clear * sizeof(float));
+    }
+    for (long e = 0; e < d; e++) {
+        cache(kv, at, key_at(kv, pos, e), k[e], k_scale);
+        cache(kv, at, value_at(kv, pos, e), v[e], v_scale);
+    }
+    if (kv->int8) {
+        pace_kv_scales(kv, at)[pos % kv->block] = k_scale;
+        pace_kv_scales(kv, at)[kv->block + pos % kv->block] = v_scale;
     }
 }
 
-static void attention(const pace_attention *g, const pace_rows *rows, long kv_head, void *scratch) {
+static void kernel_rope(const pace_rope *g, const pace_batch *b, const pace_rows *rows, long kv_head) {
+    const pace_kv *kv = &g->kv;
+    const long d = kv->head_dim, group = g->n_heads / kv->n_kv_heads, k_at = g->n_heads * d;
+    const long v_at = g->k_is_v ? k_at : k_at + kv->n_kv_heads * d, n = g->norm_width ? g->norm_width : d;
+    const float *t = g->temperature;
+    double h[PACE_MAX_HEAD_DIM], v[PACE_MAX_HEAD_DIM];
+    for (long r = rows->row0; r < rows->row1; r++) {
+        const long pos = pace_position_of(b, rows, r), token = rows->token + r - rows->row0;
+        const double warm =
+            t[0] == 0.0f ? 1.0 : 1.0 + (double)t[0] * log(1.0 + floor(((double)pos + (double)t[2]) / (double)t[1]));
+        for (long i = kv_head * group; i < (kv_head + 1) * group; i++) {
+            turn_head(h, g, 0, i, g->n_heads, g->q_norm, r, token);
+            for (long e = 0; e < d; e++) store(&g->dst, r, i * d + e, warm * h[e]);
+        }
+        if (!g->append) continue;
+        turn_head(h, g, k_at, kv_head, kv->n_kv_heads, g->k_norm, r, token);
+        double squares = 0.0;
+        for (long e = 0; e < d; e++) v[e] = load(&g->src, r, v_at + kv_head * d + e);
+        for (long e = 0; e < n; e++) squares += v[e] * v[e];
+        for (long e = 0; g->v_norm && e < n; e++) v[e] /= sqrt(squares / (double)n + (double)g->norm_eps);
+        append(kv, pace_kv_at(kv, b, rows->seq, pos, kv_head), pos, h, v);
+    }
+}
+
+static void kernel_attention(const pace_attention *g, const pace_batch *b, const pace_rows *rows, long kv_head,
+                             void *scratch) {
     (void)scratch;
     const pace_kv *kv = &g->kv;
-    const long d = kv->head_dim, group = kv->n_heads / kv->n_kv_heads;
+    const long d = kv->head_dim, group = g->n_heads / kv->n_kv_heads;
     for (long r = rows->row0; r < rows->row1; r++) {
-        const long pos = (long)kv->kv_len[rows->seq] - kv->q_start[rows->seq + 1] + r;
-        const long first = g->window && pos - g->window + 1 > 0 ? pos - g->window + 1 : 0;
+        const long pos = pace_position_of(b, rows, r);
         for (long i = kv_head * group; i < (kv_head + 1) * group; i++) {
             double top = g->sinks ? (double)g->sinks[i] : -HUGE_VAL, sum = 0.0, o[PACE_MAX_HEAD_DIM] = {0};
             if (g->sinks) sum = 1.0;
-            for (long p = first; p <= pos; p++) {  // running softmax, one position at a time
+            for (long p = pace_first_seen(pos, g->window, g->chunk); p <= pos; p++) {  // a running softmax
                 double s = 0.0;
-                char *at = pace_kv_at(kv, rows->seq, p, kv_head);
+                char *at = pace_kv_at(kv, b, rows->seq, p, kv_head);
                 const float *scale = kv->int8 ? pace_kv_scales(kv, at) + p % kv->block : NULL;
                 const float k_scale = scale ? scale[0] : 1.0f, v_scale = scale ? scale[kv->block] : 1.0f;
                 for (long e = 0; e < d; e++)
-                    s += from_bf16(g->q[r * g->ldq + i * d + e]) * cached(kv, at, key_at(kv, p, e), k_scale);
+                    s += load(&g->src, r, i * d + e) * cached(kv, at, key_at(kv, p, e), k_scale);
                 s *= (double)g->scale;
                 if (g->softcap > 0.0f) s = (double)g->softcap * tanh(s / (double)g->softcap);
                 const double m = s > top ? s : top, keep = exp(top - m), take = exp(s - m);
@@ -205,7 +297,7 @@ static void attention(const pace_attention *g, const pace_rows *rows, long kv_he
                 sum = sum * keep + take;
                 top = m;
             }
-            for (long e = 0; e < d; e++) g->out[r * g->ldo + i * d + e] = to_bf16(o[e] / sum);
+            for (long e = 0; e < d; e++) store(&g->dst, r, i * d + e, o[e] / sum);
         }
     }
 }
@@ -229,13 +321,11 @@ static long argmax(const float *x, long n) {
 extern const pace_kernels pace_kernels_reference;
 const pace_kernels pace_kernels_reference = {
     .isa = "reference",
-    .gemm_bf16 = gemm,
-    .gemm_rows = 1,
+#define ENTRY(op, cut) .op = kernel_##op,
+    PACE_OPERATORS(ENTRY)
+#undef ENTRY
+        .gemm_rows = 1,
     .unpack_row = unpack_row,
-    .embed = embed,
-    .norm = norm,
-    .rope_kv = rope_kv,
-    .attention = attention,
     .softmax = softmax,
     .argmax = argmax,
 };

@@ -3,6 +3,8 @@
 #ifndef PACE_ROWWISE_H
 #define PACE_ROWWISE_H
 
+#include <math.h>
+
 #include "simd.h"
 
 // ---- packing ----------------------------------------------------------------------------------------------
@@ -69,21 +71,70 @@ static void unpack_row(float *dst, const bf16 *w, long row, long k, long k_pad) 
     for (long i = 0; i < k; i++) dst[i] = bf16_to_f32(s[(i / 2) * 2 * PACE_NR + i % 2]);
 }
 
-// The embedding table is the packed matrix itself (shared with a tied LM head): one token touches k/2 cache lines,
-// 64 KB at dim 2048, against 525 MB for a second copy of a 128k vocabulary.
-static void embed(float *x, const bf16 *w, long token, long k, long k_pad, float scale) {
-    const bf16 *s = w + (token / PACE_NR) * k_pad * PACE_NR + (token % PACE_NR) * 2;
-    for (long p = 0; p < k / 2; p++) {
-        FETCH((uintptr_t)s + (uintptr_t)(p + 16) * 4 * PACE_NR, _MM_HINT_T0);
-        x[2 * p] = bf16_to_f32(s[p * 2 * PACE_NR]) * scale;
-        x[2 * p + 1] = bf16_to_f32(s[p * 2 * PACE_NR + 1]) * scale;
+// ---- embedding and selection ------------------------------------------------------------------------------
+
+// Columns [k0, k0 + n) of row `row` of a matrix as f32; k0 is even.
+// A tied embedding is the packed matrix of the LM head: one token touches k/2 cache lines, 64 KB at dim 2048, against
+// 525 MB for a second copy of a 128k vocabulary.
+static void gather(float *dst, const pace_matrix *w, long row, long k0, long n) {
+    const size_t at = (size_t)row * (size_t)w->k + (size_t)k0;
+    if (w->layout == PACE_PANELS) {
+        const bf16 *s = (const bf16 *)w->data + (row / PACE_NR) * w->k_pad * PACE_NR + (row % PACE_NR) * 2;
+        s += k0 * PACE_NR;
+        for (long p = 0; p < (n + 1) / 2; p++) {
+            FETCH((uintptr_t)s + (uintptr_t)(p + 16) * 4 * PACE_NR, _MM_HINT_T0);
+            dst[2 * p] = bf16_to_f32(s[p * 2 * PACE_NR]);
+            dst[2 * p + 1] = bf16_to_f32(s[p * 2 * PACE_NR + 1]);
+        }
+    } else if (w->layout == PACE_F32_ROWS) {
+        memcpy(dst, (const float *)w->data + at, (size_t)n * sizeof(float));
+    } else {
+        const uint16_t *s = (const uint16_t *)w->data + at;
+        for (long i = 0; i < n; i += VL) {
+            uint16_t t[VL] = {0};  // a file's last row may end where its mapping does
+            memcpy(t, s + i, (size_t)(n - i < VL ? n - i : VL) * 2);
+            v_store(dst + i, w->layout == PACE_F16_ROWS ? v_load_f16(t) : v_load_bf16(t));
+        }
     }
-    if (k % 2) x[k - 1] = bf16_to_f32(s[(k / 2) * 2 * PACE_NR]) * scale;
+}
+
+#define EMBED_K 256  // columns at a time
+
+static void kernel_embed(const pace_embed *g, const pace_batch *b, long m0, long m1) {
+    _Alignas(64) float x[EMBED_K + VL], y[EMBED_K + VL];
+    const vf scale = v_set(g->scale), post = v_set(g->post);
+    const long width = g->dst.width;
+    long seq = 0;
+    for (long r = m0; r < m1; r++) {
+        while (r >= b->q_start[seq + 1]) seq++;
+        const long at = g->offset + pace_position(b, seq, r);
+        for (long k0 = 0; k0 < width; k0 += EMBED_K) {
+            const long n = width - k0 < EMBED_K ? width - k0 : EMBED_K;
+            if (g->weight.data) gather(x, &g->weight, b->token_ids[r], k0, n);
+            if (g->positions.data) gather(y, &g->positions, at, k0, n);
+            for (long i = 0; i < n; i += VL) {
+                float *f = (float *)g->dst.data + r * g->dst.ld + k0 + i;
+                vf v = g->weight.data ? v_mul(v_load(x + i), scale) : v_zero();
+                if (g->positions.data) v = v_add(v, v_load(y + i));
+                if (g->add) v = v_add(load_left(f, n - i), v);
+                v = v_mul(v, post);
+                if (g->dst.bf16)
+                    store_bf16_left((bf16 *)g->dst.data + r * g->dst.ld + k0 + i, v, n - i);
+                else
+                    store_left(f, v, n - i);
+            }
+        }
+    }
+}
+
+static void kernel_select(const pace_select *g, const pace_batch *b, long m0, long m1) {
+    const size_t size = g->dst.bf16 ? sizeof(bf16) : sizeof(float);
+    for (long r = m0; r < m1; r++)
+        memcpy((char *)g->dst.data + (size_t)(r * g->dst.ld) * size,
+               (const char *)g->src.data + (size_t)(b->logit_rows[r] * g->src.ld) * size, (size_t)g->dst.width * size);
 }
 
 // ---- norms ------------------------------------------------------------------------------------------------
-
-INLINE vf load_left(const float *p, long left) { return left >= VL ? v_load(p) : v_load_n(p, left); }
 
 INLINE float sum_squares(const float *x, long n, float mean) {
     vf s0 = v_zero(), s1 = v_zero(), m = v_set(mean);
@@ -106,48 +157,79 @@ INLINE float row_sum(const float *x, long n) {
     return v_sum(s);
 }
 
-static void norm(const pace_norm *g, long m0, long m1) {
-    const long n = g->n;
-    const vf one = v_set(g->kind == 1 ? 1.0f : 0.0f);
-    for (long r = m0; r < m1; r++) {
-        const float *x = g->x + r * g->ldx;
-        const float mean = g->kind == 2 ? row_sum(x, n) / (float)n : 0.0f;
-        const float inv = 1.0f / __builtin_sqrtf(sum_squares(x, n, mean) / (float)n + g->eps);
-        const vf vi = v_set(inv), vm = v_set(mean);
-        for (long i = 0; i < n; i += VL) {
-            const long left = n - i;
-            vf y = v_mul(v_sub(load_left(x + i, left), vm), vi);
-            y = v_mul(y, v_add(load_left(g->weight + i, left), one));
-            if (g->bias) y = v_add(y, load_left(g->bias + i, left));
-            if (g->y_bf16) {
-                bf16 *o = (bf16 *)g->y + r * g->ldy + i;
-                if (left >= VL)
-                    v_store_bf16(o, y);
+// What a norm subtracts and multiplies by.
+typedef struct {
+    float mean, inv;
+} moments;
+
+// Over the first n columns of each of `parts` parts, `ld` apart.
+INLINE moments moments_of(const float *x, long parts, long ld, long n, int kind, float eps) {
+    if (kind == PACE_NORM_none) return (moments){0.0f, 1.0f};
+    const float count = (float)(parts * n);
+    float mean = 0.0f, squares = 0.0f;
+    if (kind == PACE_NORM_layer) {
+        for (long p = 0; p < parts; p++) mean += row_sum(x + p * ld, n);
+        mean /= count;
+    }
+    for (long p = 0; p < parts; p++) squares += sum_squares(x + p * ld, n, mean);
+    return (moments){mean, 1.0f / __builtin_sqrtf(squares / count + eps)};
+}
+
+// Elements i .. i + VL of x, normalised.
+INLINE vf normalised(const float *x, const float *weight, const float *bias, long i, long left, int kind, moments m) {
+    vf y = v_mul(v_sub(load_left(x + i, left), v_set(m.mean)), v_set(m.inv));
+    if (weight) y = v_mul(y, v_add(load_left(weight + i, left), v_set(kind == PACE_NORM_rms1 ? 1.0f : 0.0f)));
+    return bias ? v_add(y, load_left(bias + i, left)) : y;
+}
+
+static void kernel_norm(const pace_norm *g, const pace_batch *b, long m0, long m1) {
+    (void)b;
+    const long n = g->src.width / g->groups;
+    const vf scale = v_set(g->scale ? *g->scale : 1.0f);
+    for (long r = m0; r < m1; r++)
+        for (long at = 0; at < g->src.width; at += n) {
+            const float *x = (const float *)g->src.data + r * g->src.ld + at;
+            const long to = r * g->dst.ld + at;
+            const moments m = moments_of(x, 1, 0, n, g->kind, g->eps);
+            for (long i = 0; i < n; i += VL) {
+                const long left = n - i;
+                vf y = normalised(x, g->weight, g->bias, i, left, g->kind, m);
+                float *f = (float *)g->dst.data + to + i;
+                if (g->add) y = v_add(load_left(f, left), y);
+                y = v_mul(y, scale);
+                if (g->dst.bf16)
+                    store_bf16_left((bf16 *)g->dst.data + to + i, y, left);
                 else
-                    v_store_bf16_n(o, y, left);
-            } else {
-                float *o = (float *)g->y + r * g->ldy + i;
-                if (g->add) y = v_add(load_left(o, left), y);
-                if (left >= VL)
-                    v_store(o, y);
-                else
-                    v_store_n(o, y, left);
+                    store_left(f, y, left);
             }
         }
-    }
 }
 
 // ---- RoPE and KV append -----------------------------------------------------------------------------------
 
-// One head in place: optional RMS norm, then rotation of the first rotary_dim elements.
-INLINE void rotate_head(float *h, const pace_rope_kv *g, const float *w, long row) {
-    const long d = g->kv.head_dim, half = g->rotary_dim / 2;
-    if (w) {
-        pace_norm n = {
-            .x = h, .y = h, .weight = w, .ldx = d, .ldy = d, .m = 1, .n = d, .eps = g->norm_eps, .kind = g->norm_kind};
-        norm(&n, 0, 1);
+static void kernel_angles(const pace_angles *g, const pace_batch *b, long m0, long m1) {
+    long seq = 0;
+    for (long r = m0; r < m1; r++) {
+        while (r >= b->q_start[seq + 1]) seq++;
+        const float pos = (float)pace_position(b, seq, r);
+        float *cosines = (float *)g->cos.data + r * g->cos.ld, *sines = (float *)g->sin.data + r * g->sin.ld;
+        for (long i = 0; i < g->cos.width; i++) {
+            const double a = (double)(pos * g->inv_freq[i]);
+            cosines[i] = (float)cos(a) * g->attention_factor;
+            sines[i] = (float)sin(a) * g->attention_factor;
+        }
     }
-    const float *cos = g->cos + row * half, *sin = g->sin + row * half;
+}
+
+INLINE void normalise_head(float *h, const pace_rope *g, const float *w, moments m) {
+    const long n = g->norm_width ? g->norm_width : g->kv.head_dim;
+    for (long i = 0; i < n; i += VL) store_left(h + i, normalised(h, w, NULL, i, n - i, g->qk_norm, m), n - i);
+}
+
+// The first 2 * half elements of a head, in place.
+INLINE void rotate_head(float *h, const pace_rotation *g, long token) {
+    const long half = g->half;
+    const float *cos = g->cos + token * g->ld, *sin = g->sin + token * g->ld;
     if (g->interleaved) {
         for (long i = 0; i < half; i++) {
             const float a = h[2 * i], b = h[2 * i + 1];
@@ -161,13 +243,8 @@ INLINE void rotate_head(float *h, const pace_rope_kv *g, const float *w, long ro
         vf a = load_left(h + i, left), b = load_left(h + half + i, left);
         vf c = load_left(cos + i, left), s = load_left(sin + i, left);
         vf x = v_fnma(b, s, v_mul(a, c)), y = v_fma(a, s, v_mul(b, c));
-        if (left >= VL) {
-            v_store(h + i, x);
-            v_store(h + half + i, y);
-        } else {
-            v_store_n(h + i, x, left);
-            v_store_n(h + half + i, y, left);
-        }
+        store_left(h + i, x, left);
+        store_left(h + half + i, y, left);
     }
 }
 
@@ -187,47 +264,97 @@ INLINE float quantise_head(int8_t *q, const float *x, long d) {
     return scale;
 }
 
-// Query heads of one kv head go to q; its k and v go to the cache at their absolute positions. The row at the
-// first position of a group clears V of the whole group (see pace_kv_group).
-static void rope_kv(const pace_rope_kv *g, const pace_rows *rows, long kv_head) {
-    const pace_kv *kv = &g->kv;
-    const long d = kv->head_dim, b = kv->block, group = kv->n_heads / kv->n_kv_heads, clear = pace_kv_group(kv);
-    const long pos_of_row0 = (long)kv->kv_len[rows->seq] - kv->q_start[rows->seq + 1];
-    float h[PACE_MAX_HEAD_DIM];
-    for (long r = rows->row0; r < rows->row1; r++) {
-        const long pos = pos_of_row0 + r, in = pos % b;
-        const float *x = g->qkv + r * g->ldx;
-        for (long i = kv_head * group; i < (kv_head + 1) * group; i++) {
+// 1 where there is none.
+INLINE float query_temperature(const float *t, long pos) {
+    return t[0] == 0.0f ? 1.0f
+                        : (float)(1.0 + (double)t[0] * log(1.0 + floor(((double)pos + (double)t[2]) / (double)t[1])));
+}
+
+// One head of q or k at x to h: norm and rotation. m: of all heads, where they have one norm together.
+INLINE void turn_head(float *h, const float *x, const pace_rope *g, const float *w, const moments *m, long token) {
+    const long d = g->kv.head_dim;
+    memcpy(h, x, (size_t)d * 4);
+    if (g->norm_after_rope && g->rope.cos) rotate_head(h, &g->rope, token);
+    if (g->qk_norm != PACE_NORM_none)
+        normalise_head(h, g, w,
+                       m ? *m : moments_of(h, 1, 0, g->norm_width ? g->norm_width : d, g->qk_norm, g->norm_eps));
+    if (!g->norm_after_rope && g->rope.cos) rotate_head(h, &g->rope, token);
+}
+
+// Stores a key and a value, [head_dim] each, at position `in` of its block. The first position of a group clears V of
+// the whole group (see pace_kv_group).
+INLINE void append_head(const pace_kv *kv, char *head, long in, const float *xk, const float *xv) {
+    const long d = kv->head_dim, b = kv->block, clear = pace_kv_group(kv);
+    if (kv->int8) {
+        int8_t t[PACE_MAX_HEAD_DIM], *k = (int8_t *)head, *v = k + b * d;
+        float *k_scale = pace_kv_scales(kv, head), *v_scale = k_scale + b;
+        k_scale[in] = quantise_head(t, xk, d);
+        for (long e = 0; e < d; e += 2) memcpy(k + e * b + in * 2, t + e, 2);
+        if (in % clear == 0) {
+            memset(v + in * d, 0, (size_t)(clear * d));
+            memset(v_scale + in, 0, (size_t)clear * sizeof(float));
+        }
+        v_scale[in] = quantise_head(t, xv, d);
+        int8_t *pair = v + (in / 2) * 2 * d + in % 2;
+        for (long e = 0; e < d; e++) pair[2 * e] = t[e];
+    } else {
+        bf16 t[PACE_MAX_HEAD_DIM], *k = (bf16 *)(void *)head, *v = k + b * d;
+        for (long e = 0; e < d; e += VL) v_store_bf16(t + e, v_load(xk + e));
+        for (long e = 0; e < d; e += 2) memcpy(k + e * b + in * 2, t + e, 4);
+        if (in % clear == 0) memset(v + in * d, 0, (size_t)(clear * d) * sizeof(bf16));
+        for (long e = 0; e < d; e += VL) v_store_bf16(t + e, v_load(xv + e));
+        bf16 *pair = v + (in / 2) * 2 * d + in % 2;
+        for (long e = 0; e < d; e++) pair[2 * e] = t[e];
+    }
+}
+
+// Moments of all heads of q or k of one token, from x on. With the norm after the rotation the heads must turn first; a
+// rotation keeps a sum of squares but for rounding, and a mean it does not keep.
+static moments moments_of_all(const pace_rope *g, const float *x, long n_heads, long token) {
+    const long d = g->kv.head_dim, width = g->norm_width ? g->norm_width : d;
+    if (!g->norm_after_rope || !g->rope.cos) return moments_of(x, n_heads, d, width, g->qk_norm, g->norm_eps);
+    float h[PACE_MAX_HEAD_DIM], mean = 0.0f, squares = 0.0f;
+    for (int pass = g->qk_norm == PACE_NORM_layer ? 0 : 1; pass < 2; pass++)
+        for (long i = 0; i < n_heads; i++) {
             memcpy(h, x + i * d, (size_t)d * 4);
-            rotate_head(h, g, g->q_norm, r);
-            bf16 *q = g->q + r * g->ldq + i * d;
-            for (long e = 0; e < d; e += VL) v_store_bf16(q + e, v_load(h + e));  // d is a multiple of 16
+            rotate_head(h, &g->rope, token);
+            if (pass == 0)
+                mean += row_sum(h, width) / (float)(n_heads * width);
+            else
+                squares += sum_squares(h, width, mean);
         }
-        char *head = pace_kv_at(kv, rows->seq, pos, kv_head);
-        memcpy(h, x + (kv->n_heads + kv_head) * d, (size_t)d * 4);
-        rotate_head(h, g, g->k_norm, r);
-        const float *xv = x + (kv->n_heads + kv->n_kv_heads + kv_head) * d;
-        if (kv->int8) {
-            int8_t t[PACE_MAX_HEAD_DIM], *k = (int8_t *)head, *v = k + b * d;
-            float *k_scale = pace_kv_scales(kv, head), *v_scale = k_scale + b;
-            k_scale[in] = quantise_head(t, h, d);
-            for (long e = 0; e < d; e += 2) memcpy(k + e * b + in * 2, t + e, 2);
-            if (in % clear == 0) {
-                memset(v + in * d, 0, (size_t)(clear * d));
-                memset(v_scale + in, 0, (size_t)clear * sizeof(float));
-            }
-            v_scale[in] = quantise_head(t, xv, d);
-            int8_t *pair = v + (in / 2) * 2 * d + in % 2;
-            for (long e = 0; e < d; e++) pair[2 * e] = t[e];
-        } else {
-            bf16 t[PACE_MAX_HEAD_DIM], *k = (bf16 *)(void *)head, *v = k + b * d;
-            for (long e = 0; e < d; e += VL) v_store_bf16(t + e, v_load(h + e));
-            for (long e = 0; e < d; e += 2) memcpy(k + e * b + in * 2, t + e, 4);
-            if (in % clear == 0) memset(v + in * d, 0, (size_t)(clear * d) * sizeof(bf16));
-            for (long e = 0; e < d; e += VL) v_store_bf16(t + e, v_load(xv + e));
-            bf16 *pair = v + (in / 2) * 2 * d + in % 2;
-            for (long e = 0; e < d; e++) pair[2 * e] = t[e];
+    return (moments){mean, 1.0f / __builtin_sqrtf(squares / (float)(n_heads * width) + g->norm_eps)};
+}
+
+// Query heads of one kv head go to dst; its k and v go to the cache at their absolute positions.
+static void kernel_rope(const pace_rope *g, const pace_batch *b, const pace_rows *rows, long kv_head) {
+    const pace_kv *kv = &g->kv;
+    const long d = kv->head_dim, group = g->n_heads / kv->n_kv_heads;
+    const long own = g->norm_scope == PACE_SCOPE_head ? 0 : d;  // from the weights of a head to those of the next
+    const int full = g->qk_norm != PACE_NORM_none && g->norm_scope == PACE_SCOPE_full;
+    _Alignas(64) float h[PACE_MAX_HEAD_DIM], v[PACE_MAX_HEAD_DIM];
+    moments m = {0.0f, 1.0f};
+    for (long r = rows->row0; r < rows->row1; r++) {
+        const long pos = pace_position_of(b, rows, r), token = rows->token + r - rows->row0;
+        const float *x = (const float *)g->src.data + r * g->src.ld, *xk = x + g->n_heads * d;
+        if (full) m = moments_of_all(g, x, g->n_heads, token);
+        const vf warm = v_set(query_temperature(g->temperature, pos));
+        for (long i = kv_head * group; i < (kv_head + 1) * group; i++) {
+            turn_head(h, x + i * d, g, g->q_norm ? g->q_norm + i * own : NULL, full ? &m : NULL, token);
+            bf16 *q = (bf16 *)g->dst.data + r * g->dst.ld + i * d;
+            for (long e = 0; e < d; e += VL) v_store_bf16(q + e, v_mul(v_load(h + e), warm));
         }
+        if (!g->append) continue;
+        if (full) m = moments_of_all(g, xk, kv->n_kv_heads, token);
+        turn_head(h, xk + kv_head * d, g, g->k_norm ? g->k_norm + kv_head * own : NULL, full ? &m : NULL, token);
+        const float *xv = g->k_is_v ? xk + kv_head * d : xk + (kv->n_kv_heads + kv_head) * d;
+        if (g->v_norm) {
+            const long width = g->norm_width ? g->norm_width : d;
+            const moments mv = moments_of(xv, 1, 0, width, PACE_NORM_rms, g->norm_eps);
+            for (long e = 0; e < d; e += VL) v_store(v + e, v_mul(v_load(xv + e), v_set(mv.inv)));
+            xv = v;
+        }
+        append_head(kv, pace_kv_at(kv, b, rows->seq, pos, kv_head), pos % kv->block, h, xv);
     }
 }
 

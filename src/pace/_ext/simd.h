@@ -196,6 +196,23 @@ INLINE void v_int8_to_bf16(bf16 *p, const int8_t *x) {
 
 #endif
 
+// The first `left` lanes, or all of them.
+INLINE vf load_left(const float *p, long left) { return left >= VL ? v_load(p) : v_load_n(p, left); }
+
+INLINE void store_left(float *p, vf x, long left) {
+    if (left >= VL)
+        v_store(p, x);
+    else
+        v_store_n(p, x, left);
+}
+
+INLINE void store_bf16_left(bf16 *p, vf x, long left) {
+    if (left >= VL)
+        v_store_bf16(p, x);
+    else
+        v_store_bf16_n(p, x, left);
+}
+
 // e^x. x = n ln2 + r, |r| <= ln2 / 2; Taylor of e^r to r^7 / 7! leaves 2e-9 relative, below the rounding of f32.
 // Clamped to [-87.3, 88.3] so that 2^n stays a normal number on every tier: the low end gives 1e-38. NaN stays NaN
 // (max and min return their second operand then).
@@ -263,16 +280,21 @@ INLINE vf v_erf(vf x) {
 
 INLINE vf v_act(vf x, int act) {
     switch (act) {
-        case PACE_ACT_SILU:
+        case PACE_ACT_silu:
             return v_mul(x, v_sigmoid(x));
-        case PACE_ACT_GELU:
+        case PACE_ACT_quick_gelu:
+            return v_mul(x, v_sigmoid(v_mul(v_set(1.702f), x)));
+        case PACE_ACT_gelu:
             return v_mul(v_mul(v_set(0.5f), x), v_add(v_set(1.0f), v_erf(v_mul(x, v_set(0.70710678f)))));
-        case PACE_ACT_GELU_TANH: {  // 0.5 x (1 + tanh u) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)
+        case PACE_ACT_gelu_tanh: {  // 0.5 x (1 + tanh u) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)
             vf u = v_mul(v_set(1.59576912f), v_fma(v_mul(v_mul(x, x), x), v_set(0.044715f), x));
             return v_mul(x, v_sigmoid(u));
         }
-        case PACE_ACT_RELU:
+        case PACE_ACT_relu:
             return v_max(x, v_zero());
+        case PACE_ACT_relu2:
+            x = v_max(x, v_zero());
+            return v_mul(x, x);
         default:
             return x;
     }

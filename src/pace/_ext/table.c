@@ -22,15 +22,13 @@ extern const pace_kernels PASTE(pace_kernels_, PACE_ISA);
 
 const pace_kernels PASTE(pace_kernels_, PACE_ISA) = {
     .isa = TEXT(PACE_ISA),
-    .gemm_bf16 = gemm_bf16,
-    .gemm_scratch = GEMM_SCRATCH,
+#define ENTRY(op, cut) .op = kernel_##op,
+    PACE_OPERATORS(ENTRY)
+#undef ENTRY
+        .gemm_scratch = GEMM_SCRATCH,
     .gemm_rows = GEMM_TILE_ROWS,
     .pack_half = pack_half,
     .unpack_row = unpack_row,
-    .embed = embed,
-    .norm = norm,
-    .rope_kv = rope_kv,
-    .attention = attention,
     .attention_part = attention_part,
     .attention_fold = attention_fold,
     .attention_scratch = sizeof(attention_buf),

@@ -1,0 +1,124 @@
+# Part of _kernels.pyx: weights, and the KV cache's memory.
+
+cdef extern from "matrix.h" nogil:
+    ctypedef struct pace_packed:
+        pace_matrix m
+        bf16 *data
+        size_t bytes
+    int pace_packed_init(pace_packed *w, long n, long k)
+    void pace_packed_free(pace_packed *w)
+    int pace_packed_fill(pace_packed *w, pace_team *team, const pace_kernels *kernels, const void *src, int dtype,
+                         long ld, long rows, long at, int mode)
+
+
+cdef extern from "pool.h" nogil:
+    ctypedef struct pace_pool:
+        size_t bytes
+        long n_mapped
+    int pace_pool_init(pace_pool *pool, long n_layers, long n_blocks, const pace_kv *shape)
+    void pace_pool_free(pace_pool *pool)
+    pace_kv pace_pool_layer(const pace_pool *pool, long layer)
+    void pace_pool_copy(const pace_pool *pool, long src, long dst, long n_tokens)
+    void pace_pool_map_ahead(pace_pool *pool, long reached, long n_seqs)
+
+
+cdef class Matrix:
+    """What an operator takes for a weight [n, k]."""
+    cdef pace_matrix m
+    cdef readonly long n, k
+
+
+cdef class Packed(Matrix):
+    cdef pace_packed w
+
+    def __cinit__(self, long n, long k):
+        if n < 1 or k < 1:
+            raise ValueError(f"matrix is [{n}, {k}], both must be positive")
+        if pace_packed_init(&self.w, n, k):
+            raise MemoryError(f"cannot allocate a packed matrix [{n}, {k}]")
+        self.m, self.n, self.k = self.w.m, n, k
+
+    def __dealloc__(self):
+        pace_packed_free(&self.w)
+
+    @property
+    def nbytes(self):
+        return self.w.bytes
+
+    def pack(self, Team team, const unsigned char[:, ::1] src, int dtype, long at, int mode):
+        cdef long rows = src.shape[0], k = self.k, most, room = self.m.n_panels * PACE_NR
+        if dtype not in (0, 1, 2) or mode not in (0, 1, 2) or rows < 1 or src.shape[1] != k * (4 if dtype == 2 else 2):
+            raise ValueError(f"source rows have {src.shape[1]} bytes, the matrix wants {k} elements of type {dtype}")
+        most = rows if mode == 0 else (rows + 15) // 16 * 32 - 16 * (mode == 1)
+        if at < 0 or at % 16 or at > room or most > room - at:
+            raise ValueError(f"{rows} rows at {at} do not fit a packed matrix of {self.n} rows")
+        cdef const void *p = &src[0, 0]
+        cdef int e
+        with nogil:
+            e = pace_packed_fill(&self.w, team.team, current, p, dtype, k, rows, at, mode)
+        check_run(e)
+
+    def unpack(self):
+        out = np.empty((self.n, self.k), np.float32)
+        cdef float[:, ::1] o = out
+        cdef long i
+        with nogil:
+            for i in range(self.n):
+                current.unpack_row(&o[i, 0], self.w.data, i, self.k, self.m.k_pad)
+        return out
+
+
+cdef class Mapped(Matrix):
+    """Rows [n, k] of dtype 0 bf16, 1 f16, 2 f32 where they are; keeps their array."""
+    cdef const unsigned char[:, ::1] rows
+
+    def __cinit__(self, const unsigned char[:, ::1] src, int dtype):
+        if dtype not in (0, 1, 2) or src.shape[0] < 1 or src.shape[1] < 1:
+            raise ValueError(f"table of {src.shape[0]} rows of {src.shape[1]} bytes and type {dtype}")
+        self.rows = src
+        self.n, self.k = src.shape[0], src.shape[1] // (4 if dtype == 2 else 2)
+        self.m.data, self.m.n, self.m.k, self.m.layout = &src[0, 0], self.n, self.k, PACE_BF16_ROWS + dtype
+
+
+cdef class KVPool:
+    cdef pace_pool pool
+    cdef readonly long n_layers, n_kv_heads, head_dim, n_blocks, block_size
+    cdef readonly bint contiguous
+
+    def __cinit__(self, long n_layers, long n_kv_heads, long head_dim, long n_blocks, long block_size, bint int8,
+                  bint contiguous):
+        cdef pace_kv shape
+        if min(n_layers, n_kv_heads, n_blocks) < 1:
+            raise ValueError(f"KV pool of {n_layers} layers, {n_kv_heads} heads, {n_blocks} blocks: all must be positive")
+        if head_dim % 16 or not 16 <= head_dim <= PACE_MAX_HEAD_DIM:
+            raise ValueError(f"head_dim is {head_dim}, expected a multiple of 16 up to {PACE_MAX_HEAD_DIM}")
+        if block_size < 16 or block_size & (block_size - 1):
+            raise ValueError(f"block_size is {block_size}, expected a power of two from 16 on")
+        if n_blocks > 0x7fffffff:
+            raise ValueError(f"n_blocks is {n_blocks}, tables hold numbers up to {0x7fffffff}")
+        self.n_layers, self.n_kv_heads, self.head_dim = n_layers, n_kv_heads, head_dim
+        self.n_blocks, self.block_size, self.contiguous = n_blocks, block_size, contiguous
+        memset(&shape, 0, sizeof(shape))
+        shape.block, shape.n_kv_heads, shape.head_dim = block_size, n_kv_heads, head_dim
+        shape.int8, shape.contiguous = int8, contiguous
+        if pace_pool_init(&self.pool, n_layers, n_blocks, &shape):
+            raise MemoryError(f"cannot allocate a KV pool of {n_blocks} blocks of {block_size} tokens")
+
+    def __dealloc__(self):
+        pace_pool_free(&self.pool)
+
+    @property
+    def nbytes(self):
+        return self.pool.bytes
+
+    @property
+    def n_mapped(self):
+        return self.pool.n_mapped
+
+    def copy(self, long src, long dst, long n_tokens):
+        if not 0 <= src < self.n_blocks or not 0 <= dst < self.n_blocks or src == dst:
+            raise ValueError(f"copy of block {src} to {dst}: expected two different blocks of {self.n_blocks}")
+        if not 0 <= n_tokens <= self.block_size:
+            raise ValueError(f"copy of {n_tokens} tokens, expected 0 to {self.block_size}, the size of a block")
+        with nogil:
+            pace_pool_copy(&self.pool, src, dst, n_tokens)
