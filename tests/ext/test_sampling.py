@@ -9,6 +9,7 @@ import pytest
 from ext.kit import build, chosen, packed, put, rng, rows_batch, sample_params
 
 from pace import ops
+from pace._ext import _kernels
 from pace.models import plan as ir
 from pace.params import SamplingParams
 
@@ -544,6 +545,21 @@ def test_sample_refuses(team: ops.Team, logits: np.ndarray, n_params: int, histo
 def test_sample_refuses_a_malformed_history(team: ops.Team, row: Any) -> None:
     with pytest.raises(ValueError):
         ops.sample(team, np.zeros((1, 8), np.float32), sample_params(1), [row])
+
+
+@pytest.mark.parametrize("short", range(6))
+def test_results_of_the_wrong_size(team: ops.Team, short: int) -> None:
+    """The extension writes a row's results by its number: arrays for fewer rows are refused, for draws and scores."""
+    x = np.zeros((3, 8), np.float32)
+    drawn = list(ops.sample(team, x, sample_params(3), [None] * 3))
+    scored = list(ops.logprobs(team, x, np.zeros(3, np.int32), 2))
+    drawn[short] = drawn[short][:2]
+    with pytest.raises(ValueError, match="3 rows"):
+        _kernels.sample(team._team, x, None, sample_params(3), [None] * 3, *drawn)
+    if short < 5:
+        scored[short] = scored[short][:2]
+        with pytest.raises(ValueError, match="3 rows"):
+            _kernels.logprobs(team._team, x, np.zeros(3, np.int32), 2, *scored)
 
 
 def test_too_many_logprobs(team: ops.Team) -> None:

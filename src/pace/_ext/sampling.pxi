@@ -78,8 +78,13 @@ cdef int run_rows(Team team, sample_job *job, const float[:, :] logits, int32_t[
     """Draw or score every row; job.params or job.given, and room for the results, are the caller's."""
     cdef long i, n = logits.shape[0]
     cdef int e
+    if errors.shape[0] != n or top_ids.shape[0] != n or top_logprobs.shape[0] != n or top_ids.shape[1] != top_logprobs.shape[1]:
+        raise ValueError(f"results for {n} rows: errors [{errors.shape[0]}], top_ids [{top_ids.shape[0]}, {top_ids.shape[1]}] "
+                         f"and top_logprobs [{top_logprobs.shape[0]}, {top_logprobs.shape[1]}] do not fit")
     if logits.shape[1] > 1 and logits.strides[1] != 4:
         raise ValueError("the columns of the logits are not side by side")
+    if logits.shape[1] > INT_MAX or logits.strides[0] % 4:
+        raise ValueError(f"logits have {logits.shape[1]} columns in rows {logits.strides[0]} bytes apart")
     job.kernels = current
     job.logits, job.stride = &logits[0, 0], logits.strides[0] // 4
     job.errors = &errors[0]
@@ -116,8 +121,11 @@ def sample(Team team not None, const float[:, :] logits, maxima, const sample_re
     team.check_open()
     if not n:
         return
-    if params.shape[0] != n or len(history) != n or tokens.shape[0] != n or errors.shape[0] != n:
+    if params.shape[0] != n or len(history) != n:
         raise ValueError(f"{n} rows of logits, {params.shape[0]} of parameters, {len(history)} of history")
+    if tokens.shape[0] != n or logprobs.shape[0] != n or ranks.shape[0] != n:
+        raise ValueError(f"results for {n} rows: tokens [{tokens.shape[0]}], logprobs [{logprobs.shape[0]}] and ranks "
+                         f"[{ranks.shape[0]}] do not fit")
     memset(&job, 0, sizeof(job))
     job.vocab, job.n_blocks = <int>logits.shape[1], (logits.shape[1] + PACE_LOGIT_BLOCK - 1) // PACE_LOGIT_BLOCK
     if maxima is not None:
@@ -174,8 +182,8 @@ def logprobs(Team team not None, const float[:, :] logits, const int32_t[::1] to
     cdef long i, n = logits.shape[0]
     cdef sample_job job
     team.check_open()
-    if tokens.shape[0] != n:
-        raise ValueError(f"{n} rows of logits, {tokens.shape[0]} tokens")
+    if tokens.shape[0] != n or logprobs.shape[0] != n or ranks.shape[0] != n:
+        raise ValueError(f"{n} rows of logits, {tokens.shape[0]} tokens, results for {logprobs.shape[0]} and {ranks.shape[0]}")
     if not n:
         return
     memset(&job, 0, sizeof(job))
