@@ -255,11 +255,12 @@ class Checkpoint:
         """Whether two places hold the same tensor; compared in pieces, as both are as large as the model has them."""
         if (one.dtype, one.shape) != (other.dtype, other.shape):
             return False
-        left, right = (memoryview(self._maps[info.file])[info.offset :] for info in (one, other))
-        pieces = (
-            slice(at, min(at + _COMPARED_BYTES, one.n_bytes)) for at in range(0, one.n_bytes, _COMPARED_BYTES)
-        )
-        return all(left[piece] == right[piece] for piece in pieces)
+        left, right = self._maps[one.file], self._maps[other.file]
+        for at in range(0, one.n_bytes, _COMPARED_BYTES):
+            end = min(at + _COMPARED_BYTES, one.n_bytes)
+            if left[one.offset + at : one.offset + end] != right[other.offset + at : other.offset + end]:
+                return False
+        return True
 
 
 def _read_index(path: Path) -> dict[str, str]:
