@@ -15,7 +15,7 @@ from pace.errors import WeightsError
 from pace.models import weights
 from pace.models.decoder import lower
 from pace.models.plan import Plan, gated_rows
-from pace.models.registry import parse_config
+from pace.models.registry import ARCHITECTURES, parse_config
 from pace.models.weights import DenseSink, SourcePart, Tensors, WeightMap, load_weights, to_f32
 
 Array = npt.NDArray[Any]
@@ -248,6 +248,16 @@ def test_a_tied_head_is_told_by_content() -> None:
     assert tied(arrays).head_is_tied()
     nan = np.full_like(arrays[EMBED], 0x7FC0)
     assert tied({**arrays, EMBED: nan, HEAD: nan.copy()}).head_is_tied()
+
+
+@pytest.mark.parametrize("name", [name for name, known in ARCHITECTURES.items() if known.weights])
+def test_every_architecture_names_the_pair_that_may_be_one(name: str) -> None:
+    weight_map = ARCHITECTURES[name].weights
+    (embed,), (head,) = weight_map["embed"], weight_map["lm_head"]
+    matrix = np.zeros((4, 4), np.uint16)
+    for other in (matrix, matrix + 1):
+        memory = Memory({f"module.{embed.name}": matrix, f"_orig_mod.{head.name}": other})
+        assert Tensors(memory, weight_map, 1).head_is_tied() is (other is matrix)
 
 
 @pytest.mark.parametrize("at", [0, -1, weights._COMPARED - 1, weights._COMPARED])
