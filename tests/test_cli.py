@@ -170,6 +170,35 @@ def test_prompt_files_as_editors_write_them(
         options.decode(codecs.BOM_UTF16_LE + b"a", "x")
 
 
+def test_options_of_vllm_are_taken_or_answered_by_name(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = [
+        "generate",
+        "--model",
+        model,
+        "--prompt",
+        "a_b",
+        "--max_tokens",
+        "8",
+        "--temperature=0",
+        "--threads=1",
+    ]
+    code, out, _ = run(capsys, *same, "--kv_cache-type=slab")
+    assert (code, out) == (0, expected(model, "a_b", 8) + "\n")
+    text = "--a_b is no option"
+    assert run(capsys, *same, "--echo", "--prompt", text, "--json")[1].count(text) == 1
+    for argv, message in (
+        (["--gpu-memory-utilization", "0.9"], "does not have --gpu-memory-utilization: say how much with"),
+        (["--tensor_parallel_size=2"], "does not have --tensor-parallel-size: an engine is one process"),
+        (["--enforce-eager"], "there are no graphs"),
+        (["--fly_away"], "unrecognized arguments: --fly-away\n"),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([*same, *argv])
+        assert exit_.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_help_is_ascii(capsys: pytest.CaptureFixture[str]) -> None:
     for command in (
         ["generate"],

@@ -112,8 +112,23 @@ def test_no_encoding_loses_text(encoding: str, shown: str, monkeypatch: pytest.M
         assert stream.buffer.getvalue().decode(encoding) == shown + "\n"  # type: ignore[attr-defined]
 
 
+def test_stdout_may_be_any_object_that_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ascii(Mute):
+        def write(self, text: str) -> None:
+            self.text += text.encode("ascii").decode()
+
+    monkeypatch.setattr(sys, "stdout", Ascii())
+    console.out("größe")
+    assert sys.stdout.text == "gr\\xf6\\xdfe\n"  # type: ignore[attr-defined]
+
+
 def test_what_can_not_be_printed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    for stream, message in ((None, "stdout is closed"), (Full(), "stdout: No space left on device")):
+    closed_too = (closed(), "stdout is closed")
+    for stream, message in (
+        (None, "stdout is closed"),
+        closed_too,
+        (Full(), "stdout: No space left on device"),
+    ):
         monkeypatch.setattr(sys, "stdout", stream)
         with pytest.raises(console.OutputError, match=message):
             console.out("text")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from pace.commands import bench, chat, generate, info
 from pace.commands.options import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE
 from pace.config import ENVIRONMENT, PACE_LOG_LEVEL
 from pace.errors import PaceError, one_line
+from pace.vllm_names import ENGINE_OPTIONS, SAMPLING_FIELDS
 
 __all__ = ["main"]
 
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0: done; 1: it failed; 2: wrong usage or input; 130: interrupted.
     """
     console.open_missing()
-    args = _parser().parse_args(argv)
+    args = _parse(sys.argv[1:] if argv is None else argv)
     try:
         log.configure()
         return int(args.run(args))
@@ -66,6 +68,27 @@ def _complain(line: str) -> None:
         if PACE_LOG_LEVEL.get() == "debug":
             console.err(traceback.format_exc(), end="")
     console.err(f"pace: {line}")
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments; as vLLM, options may have underscores, and those of vLLM that pace lacks are answered by name."""
+    end = list(argv).index("--") if "--" in argv else len(argv)
+    # What has a space is a text that begins with dashes.
+    names = [re.fullmatch(r"(--[A-Za-z0-9_-]+)(=\S*)?", arg) for arg in argv[:end]]
+    dashed = [
+        arg if name is None else name[1].replace("_", "-") + (name[2] or "")
+        for arg, name in zip(argv, names, strict=False)
+    ]
+    parser = _parser()
+    args, unknown = parser.parse_known_args([*dashed, *argv[end:]])
+    if unknown:
+        name = unknown[0].partition("=")[0].removeprefix("--").replace("-", "_")
+        foreign = (ENGINE_OPTIONS | SAMPLING_FIELDS).get(name)
+        hint = (
+            "" if foreign is None else f"; pace does not have --{name.replace('_', '-')}: {foreign.instead}"
+        )
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:

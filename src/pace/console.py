@@ -27,12 +27,14 @@ def out(text: str, end: str = "\n") -> None:
         BrokenPipeError: nobody reads any more.
         OutputError: it is closed, or its disk is full.
     """
-    if sys.stdout is None:
-        raise OutputError("stdout is closed; the output has no place to go")
     try:
+        if sys.stdout is None:
+            raise ValueError
         _write(sys.stdout, text + end)
     except BrokenPipeError:
         raise
+    except ValueError:  # what a closed file raises, too
+        raise OutputError("stdout is closed; the output has no place to go") from None
     except OSError as error:
         raise OutputError(f"stdout: {error.strerror or error}; the output is incomplete") from None
 
@@ -47,9 +49,10 @@ def _write(stream: Any, text: str) -> None:
     try:
         stream.write(text)
     except UnicodeEncodeError:
-        encoding = stream.encoding or "ascii"
+        encoding = getattr(stream, "encoding", None) or "ascii"
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-    stream.flush()
+    if hasattr(stream, "flush"):
+        stream.flush()
 
 
 def is_terminal(stream: object) -> bool:

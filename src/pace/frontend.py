@@ -104,7 +104,11 @@ class Frontend(metaclass=AnswersByName):
             kv_cache_memory=kv_cache_memory,
             kv_cache_dtype=kv_cache_dtype,
             enable_prefix_caching=enable_prefix_caching,
-            generation_config=os.fspath(generation_config),
+            generation_config=(
+                os.fspath(generation_config)
+                if isinstance(generation_config, os.PathLike)
+                else generation_config
+            ),
             max_logprobs=max_logprobs,
             admission=admission,
             n_threads=threads,

@@ -45,7 +45,7 @@ _PLAIN = (str, int, float, list, tuple, dict, type(None))
 _ANY = None  # of Foreign.neutral
 _NO = (None, False)
 
-SAMPLING_FIELDS: Mapping[str, Foreign] = {
+SAMPLING_FIELDS: dict[str, Foreign] = {
     "best_of": Foreign("use n, and choose by cumulative_logprob", (None, 1)),
     "use_beam_search": Foreign("pace has no beam search; use n", _NO),
     "length_penalty": Foreign("pace has no beam search", (None, 1.0)),
@@ -96,7 +96,7 @@ _ONE = (None, 1)
 _GPU = "pace runs on the CPU"
 _ONE_PROCESS = "an engine is one process with all the cores it may use; start one engine per NUMA node"
 
-ENGINE_OPTIONS: Mapping[str, Foreign] = {
+ENGINE_OPTIONS: dict[str, Foreign] = {
     "tensor_parallel_size": Foreign(_ONE_PROCESS, _ONE),
     "pipeline_parallel_size": Foreign(_ONE_PROCESS, _ONE),
     "data_parallel_size": Foreign(_ONE_PROCESS, _ONE),

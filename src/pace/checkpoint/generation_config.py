@@ -73,7 +73,7 @@ def load_generation_defaults(
     if source == "vllm":
         generation = {}
     elif source != "auto":
-        path = checkpoint_file(Path(source), GENERATION_CONFIG)
+        path = checkpoint_file(Path(source).expanduser(), GENERATION_CONFIG)
         if path is None:
             raise CheckpointError(
                 f"generation_config: {source} has no {GENERATION_CONFIG}; name a folder that has one, auto or vllm"
