@@ -215,6 +215,38 @@ def test_abort(llm: AsyncLLM) -> None:
     assert all(o.finished and len(o.outputs[0].token_ids) < 400 for o in (a, b))
 
 
+def test_abort_of_a_request_whose_prompt_is_being_encoded(
+    llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was lost: the engine did not know the id yet. Now nothing of it runs, and its reader is told."""
+    encoding, aborted = threading.Event(), threading.Event()
+    encode = llm._inputs.encode
+
+    def slow(prompts: Any) -> Any:
+        encoding.set()
+        assert aborted.wait(TIMEOUT_S)
+        return encode(prompts)
+
+    async def one() -> None:
+        await idle(llm)
+        before = llm.stats()["n_steps"]
+        monkeypatch.setattr(llm._inputs, "encode", slow)
+        monkeypatch.setattr("pace.async_llm.MAX_INLINE_CHARS", 1)
+        task = asyncio.create_task(collect(llm, "prompt", LONG, "slow"))
+        await asyncio.to_thread(encoding.wait, TIMEOUT_S)
+        with pytest.raises(RequestError, match="'slow' is in use"):
+            await collect(llm, "prompt", LONG, "slow")
+        await llm.abort(["slow", "unknown"])
+        aborted.set()
+        (output,) = await task
+        assert output.finished and output.outputs[0].finish_reason == "abort"
+        assert not output.outputs[0].token_ids and llm.stats()["n_steps"] == before
+        monkeypatch.undo()
+        assert (await collect(llm, "prompt", GREEDY, "slow"))[-1].finished
+
+    run(one())
+
+
 def test_an_id_is_used_once_at_a_time(llm: AsyncLLM) -> None:
     async def main() -> None:
         first = asyncio.create_task(collect(llm, "x", LONG, "id"))

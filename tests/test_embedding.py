@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import gc
 import multiprocessing
 import os
 import pickle
@@ -12,14 +14,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny_checkpoint import write_checkpoint
 
+from pace import ops
 from pace.async_llm import AsyncLLM
-from pace.errors import EngineDeadError, ForkError
+from pace.engine.loader import Loaded
+from pace.errors import EngineDeadError, ForkError, PaceError, RequestError
+from pace.inputs import deadline
 from pace.llm import LLM
 from pace.outputs import RequestOutput
 from pace.params import RequestOutputKind, SamplingParams
@@ -395,3 +403,126 @@ def test_ctrl_c_stops_within_a_step(model: Path) -> None:
             timer.cancel()
         assert time.monotonic() - sent_s[0] < 0.5  # the rest of this step and the one that ends them
         assert not llm.engine.has_unfinished
+
+
+def alive(*kinds: type) -> int:
+    return sum(isinstance(thing, kinds) for thing in gc.get_objects())
+
+
+def test_close_gives_the_memory_back(model: Path) -> None:
+    """Weights, activations and KV cache stayed with an LLM that was closed."""
+    gc.collect()
+    kinds = (ops.Plan, ops.KVPool, ops.PackedMatrix)
+    before = alive(*kinds)
+    with LLM(model, threads=1) as llm:
+        llm.generate("x", GREEDY)
+        stats = llm.stats()
+        assert alive(*kinds) > before + 2
+    assert alive(*kinds) == before, "without the garbage collector's help"
+    assert llm.stats() == stats and not llm.engine.has_unfinished
+    llm.loaded.close()
+    with pytest.raises(PaceError, match="closed"):
+        llm.engine.add_request("a", [1], GREEDY)
+    with pytest.raises(PaceError, match="closed"):
+        llm.engine.step()
+
+
+@pytest.mark.parametrize("kind", [LLM, AsyncLLM])
+def test_an_engine_says_that_it_can_not_be_pickled(model: Path, kind: Any) -> None:
+    llm = kind(model, threads=1)
+    try:
+        for copied in (pickle.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(
+                TypeError, match=f"this {kind.__name__} can't be pickled or copied: its threads"
+            ):
+                copied(llm)  # type: ignore[operator]
+    finally:
+        llm.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_readers_learn_of_the_end_though_giving_memory_back_fails(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They waited for ever: they were told after the release, which had raised."""
+    close = Loaded.close
+
+    def broken(loaded: Loaded) -> None:
+        close(loaded)
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(Loaded, "close", broken)
+    llm = LLM(model, threads=1)
+
+    def reader() -> None:
+        with pytest.raises(PaceError, match="closed"):
+            llm.generate(PROMPTS, SamplingParams(max_tokens=400, ignore_eos=True))
+
+    def closer() -> None:
+        while not llm.engine.has_unfinished:
+            time.sleep(0.001)
+        llm.close()
+
+    in_threads(reader, closer)
+
+
+def test_a_submit_that_fails_leaves_no_ticket(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only PaceErrors were expected of it."""
+    with LLM(model, threads=1) as llm:
+        submit = llm.engine.submit
+
+        def before(*args: Any, **options: Any) -> None:
+            raise MemoryError
+
+        def after(*args: Any, **options: Any) -> None:
+            submit(*args, **options)
+            raise KeyboardInterrupt
+
+        for interrupted, error in ((before, MemoryError), (after, KeyboardInterrupt)):
+            monkeypatch.setattr(llm.engine, "submit", interrupted)
+            with pytest.raises(error):
+                llm.generate("x", GREEDY)
+            with pytest.raises(error):
+                next(llm.stream("x", GREEDY))
+            monkeypatch.setattr(llm.engine, "submit", submit)
+            (output,) = llm.generate("y", GREEDY)
+            assert output.outputs[0].finish_reason == "length"
+            assert llm._driver._tickets == {} and not llm.engine.has_unfinished
+
+
+def test_threads_are_served_in_the_order_in_which_they_came(model: Path) -> None:
+    """With a full queue whoever asked at the right moment was next."""
+    with LLM(model, threads=1, max_num_seqs=1, max_num_waiting=2) as llm:
+        ends: dict[int, list[float]] = {}
+        begun = [threading.Event() for _ in range(4)]
+        begun[0].set()
+        n_submitted = 0
+        submit = llm.engine.submit
+
+        def counted(*args: Any, **options: Any) -> None:
+            nonlocal n_submitted
+            submit(*args, **options)
+            n_submitted += 1
+            begun[(n_submitted + 10) // 20].set()  # the caller has submitted half of its own
+
+        llm.engine.submit = counted  # type: ignore[method-assign]
+
+        def work(i: int) -> None:
+            assert begun[i].wait(TIMEOUT_S)
+            outputs = llm.generate(["x"] * 20, GREEDY)
+            ends[i] = [output.metrics.finished_s or 0.0 for output in outputs]
+
+        in_threads(*(partial(work, i) for i in range(3)))
+    assert max(ends[0][:10]) < min(ends[1]) and max(ends[1][:10]) < min(ends[2])
+    assert all(one == sorted(one) for one in ends.values())
+
+
+@pytest.mark.parametrize("timeout_s", [10**400, -(10**400), True, "1", b"1", [], 0, float("nan")])
+def test_no_number_of_seconds(model: Path, timeout_s: Any) -> None:
+    with pytest.raises(RequestError, match="timeout_s is"):
+        deadline(timeout_s)
+
+
+@pytest.mark.parametrize("timeout_s", [np.int64(3), np.float32(3.0), Fraction(3), 3])
+def test_any_number_of_seconds(timeout_s: Any) -> None:
+    assert 2.0 < (deadline(timeout_s) or 0.0) - time.monotonic() < 3.1

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tqdm
 from tiny_checkpoint import write_checkpoint
@@ -30,6 +31,7 @@ from pace.errors import (
 from pace.llm import LLM
 from pace.outputs import RequestOutput
 from pace.params import RequestOutputKind, SamplingParams
+from pace.text.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 
@@ -332,6 +334,25 @@ def test_more_prompts_than_the_queue_holds(model: Path) -> None:
         for thread in threads:
             thread.join(60)
         assert found == [answers(outputs[:20])] * 4
+
+
+def test_many_texts_are_encoded_in_parts(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 000 prompts were lists of Python integers all at once: 1.3 GiB where the ids need 34 MB."""
+    sizes = []
+    encode = Tokenizer.encode_batch
+
+    def counted(self: Tokenizer, texts: Any) -> Any:
+        sizes.append(len(texts))
+        return encode(self, texts)
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", counted)
+    encoded = llm._inputs.encode(["a"] * 600)
+    assert sizes == [256, 256, 88]
+    assert all(
+        prompt.ids.dtype == np.int32 and prompt.ids.tolist() == encoded[0].ids.tolist() for prompt in encoded
+    )
+    with pytest.raises(RequestError, match="prompt 500: "):
+        llm.generate(["a"] * 500 + ["\ud800"] + ["a"] * 99)
 
 
 def test_priorities(model: Path) -> None:

@@ -123,6 +123,9 @@ class AsyncLLM(Frontend):
         Ids of requests that have finished, or never were, are ignored.
         """
         for one in [request_id] if isinstance(request_id, str) else request_id:
+            preparing = self._preparing.get(one)
+            if preparing is not None:
+                preparing.is_aborted = True
             self._driver.abort(one)
 
     def close(self) -> None:
@@ -147,6 +150,7 @@ class AsyncLLM(Frontend):
     def _start(self, *args: Any) -> None:
         super()._start(*args)
         self._encoders = ThreadPoolExecutor(N_ENCODERS, thread_name_prefix="pace-encode")
+        self._preparing: dict[str, _Preparing] = {}  # by request id: what the engine does not know yet
 
     async def _generate(
         self,
@@ -170,15 +174,28 @@ class AsyncLLM(Frontend):
             )
             return request
 
+        preparing = _Preparing()
+        if self._preparing.setdefault(request_id, preparing) is not preparing:
+            raise RequestError(f"request id {show(request_id)} is in use; choose another")
         loop = asyncio.get_running_loop()
-        encoding = None
-        if size > MAX_INLINE_CHARS:
-            with suppress(RuntimeError):  # no thread can be started: then it takes the loop's time
-                encoding = loop.run_in_executor(self._encoders, make)
-        request = make() if encoding is None else await encoding
-        ticket = _AsyncTicket(request, _Waker(loop))
         try:
-            self._driver.submit(ticket)
+            encoding = None
+            if size > MAX_INLINE_CHARS:
+                with suppress(RuntimeError):  # no thread can be started: then it takes the loop's time
+                    encoding = loop.run_in_executor(self._encoders, make)
+            ticket = _AsyncTicket(make() if encoding is None else await encoding, _Waker(loop))
+        except BaseException:
+            del self._preparing[request_id]
+            raise
+        try:
+            if preparing.is_aborted:
+                ticket.request.cancel()
+            try:
+                self._driver.submit(ticket)
+            finally:
+                del self._preparing[request_id]
+            if preparing.is_aborted:
+                self._driver.drop(ticket)
             finished = False
             while not finished:
                 output = ticket.take()
@@ -190,6 +207,13 @@ class AsyncLLM(Frontend):
                     yield output
         finally:
             self._driver.drop(ticket)
+
+
+@dataclass(slots=True)
+class _Preparing:
+    """A request whose prompt is being encoded."""
+
+    is_aborted: bool = False
 
 
 class _AsyncTicket(Ticket):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -106,7 +105,6 @@ class Driver:
         self._bell = Bell()
         self._tickets: dict[str, Ticket] = {}  # by request id
         self._waiting: set[Inbox] = set()
-        self._dropped: deque[Ticket] = deque()
         self._closing = False
         self._ended: Callable[[], PaceError] | None = None  # why nothing can be asked any more
         self._thread = threading.Thread(target=self._run, name="pace-engine", daemon=True)
@@ -126,8 +124,11 @@ class Driver:
         if self._closing:
             raise PaceError("this engine is closed")
 
-    def submit(self, ticket: Ticket) -> None:
+    def submit(self, ticket: Ticket, *, bounded: bool = True) -> None:
         """Accept a request; whatever happens then, `drop` it in the end.
+
+        Args:
+            bounded: refuse it where the engine's queue is full.
 
         Raises:
             RequestError: its id is in use.
@@ -138,9 +139,11 @@ class Driver:
         if self._tickets.setdefault(request_id, ticket) is not ticket:
             raise RequestError(f"request id {show(request_id)} is in use; choose another")
         try:
-            self._engine.submit(ticket.request)
-        except PaceError:
-            del self._tickets[request_id]
+            self._engine.submit(ticket.request, bounded=bounded)
+        except BaseException:
+            # A KeyboardInterrupt may have come when the engine had it already: then its outputs will come too.
+            if self._engine.intake.requests.get(request_id) is not ticket.request:
+                del self._tickets[request_id]
             raise
         self.check()  # once more: had the thread ended before it could see the ticket, nobody would wake us
         self._bell.ring()
@@ -156,9 +159,13 @@ class Driver:
         """End a request before the next step, where it still runs."""
         if os.getpid() != self._pid:
             return  # a generator that a forked child inherited
-        if not ticket.finished and self._tickets.get(ticket.request_id) is ticket:
-            self._dropped.append(ticket)
+        if self._ended is None and self.holds(ticket):
+            self._engine.cancel(ticket.request)
             self._bell.ring()
+
+    def holds(self, ticket: Ticket) -> bool:
+        """Whether the ticket's last output is still to come."""
+        return self._tickets.get(ticket.request_id) is ticket
 
     def wait(self, inbox: Inbox, timeout_s: float | None = None) -> list[Ticket]:
         """Sleep until tickets of this inbox have something to read; meanwhile the engine steps.
@@ -194,7 +201,6 @@ class Driver:
         try:
             while not self._closing:
                 if self._has_work():
-                    self._abort_dropped()
                     self._deliver(self._engine.step())
                 else:
                     self._bell.wait()
@@ -202,25 +208,21 @@ class Driver:
             ended = _dead(error)
         finally:
             self._ended = ended
-            self._release()
-            for ticket in list(self._tickets.values()):
-                self._notify(ticket.notify, [ticket])
+            try:
+                for ticket in list(self._tickets.values()):
+                    self._notify(ticket.notify, [ticket])
+            finally:
+                self._release()
 
     def _has_work(self) -> bool:
         if not self._engine.has_unfinished:
             return False
-        # What is dropped is aborted at once: its memory shall not wait until somebody calls.
+        # What is dropped ends at once: its memory shall not wait until somebody calls.
         return (
-            not self._on_demand or bool(self._dropped) or any(inbox.empty() for inbox in tuple(self._waiting))
+            not self._on_demand
+            or self._engine.intake.has_ends
+            or any(inbox.empty() for inbox in tuple(self._waiting))
         )
-
-    def _abort_dropped(self) -> None:
-        # Here and not by the callers: an id is free again once its last output was delivered, by this thread;
-        # an abort that came a moment later would hit the id's next owner.
-        while self._dropped:
-            ticket = self._dropped.popleft()
-            if not ticket.finished:
-                self._engine.abort(ticket.request_id)
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         news: dict[Notify, list[Ticket]] = {}

@@ -132,9 +132,9 @@ class Frontend(metaclass=AnswersByName):
         self._inputs = Inputs(loaded)
         self._ids = itertools.count()  # its next() is atomic
         try:
-            self._driver = Driver(loaded.engine, loaded.team.close, on_demand=self._on_demand)
+            self._driver = Driver(loaded.engine, loaded.close, on_demand=self._on_demand)
         except BaseException:
-            loaded.team.close()
+            loaded.close()
             raise
         # Also for those who forget to close: when the last reference goes, and before the interpreter ends.
         weakref.finalize(self, self._driver.close)
@@ -156,8 +156,17 @@ class Frontend(metaclass=AnswersByName):
         return self.engine.stats()
 
     def close(self) -> None:
-        """End the engine's threads; requests in flight end with an error. Calling it again does nothing."""
+        """End the engine's threads and give back its memory, weights and KV cache; requests in flight end with an error.
+
+        Calling it again does nothing.
+        """
         self._driver.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"this {type(self).__name__} can't be pickled or copied: its threads and memory belong to this process; build "
+            "one where it is needed"
+        )
 
     if not TYPE_CHECKING:  # for a type checker every attribute would exist
 

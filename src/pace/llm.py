@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import suppress
@@ -12,7 +11,7 @@ from typing import Any
 
 from pace.console import progress_bar
 from pace.driver import Inbox, Ticket
-from pace.errors import PaceError, QueueFullError, RequestError, show
+from pace.errors import PaceError, RequestError, show
 from pace.frontend import Frontend
 from pace.inputs import ChatOptions, Encoded, Messages, Prompt, deadline, prompt_list
 from pace.outputs import RequestOutput
@@ -22,7 +21,6 @@ from pace.vllm_names import REQUEST_OPTIONS, takes_names
 __all__ = ["LLM", "Messages", "Prompt"]
 
 UseTqdm = bool | Callable[..., Any] | None
-RETRY_S = 0.01  # how long to wait for room where other callers fill the queue; about a step
 
 
 class LLM(Frontend):
@@ -189,46 +187,32 @@ class LLM(Frontend):
         inbox: Inbox = SimpleQueue()
         notify = inbox.put
         tickets = [Ticket(request, notify) for request in requests]
-        # The engine's queue may not hold them all, and what stays outside can't run first.
-        unsent = deque(sorted(tickets, key=lambda ticket: ticket.request.seqs[0].priority))
         done: dict[str, RequestOutput] = {}
         if use_tqdm is None and len(tickets) < 2:
             use_tqdm = False
         try:
             with _Progress(len(tickets), use_tqdm) as progress:
+                # max_num_waiting does not bound them: they are in memory already, and in one queue the callers of all
+                # threads are served in order.
+                for ticket in tickets:
+                    self._driver.submit(ticket, bounded=False)
                 while len(done) < len(tickets):
-                    self._send(unsent)
-                    n_sent = len(tickets) - len(unsent)
-                    # With nothing of ours in the engine nobody would wake us.
-                    for ticket in self._driver.wait(inbox, RETRY_S if n_sent == len(done) else None):
+                    for ticket in self._driver.wait(inbox):
                         output = ticket.take()
                         if output is not None:
                             done[output.request_id] = output
                             progress.add(output)
         except BaseException:
-            self._give_up(tickets, unsent, inbox)
+            self._give_up(tickets, inbox)
             raise
         return [done[ticket.request_id] for ticket in tickets]
 
-    def _send(self, unsent: deque[Ticket]) -> None:
-        """Give the engine as many requests as its queue has room for."""
-        while unsent:
-            try:
-                self._driver.submit(unsent[0])
-            except QueueFullError:
-                if unsent[0].request.params.n > self.config.max_num_waiting:
-                    raise  # it can never fit
-                return
-            unsent.popleft()
-
-    def _give_up(self, tickets: list[Ticket], unsent: deque[Ticket], inbox: Inbox) -> None:
+    def _give_up(self, tickets: list[Ticket], inbox: Inbox) -> None:
         """End all these requests, and return when the engine has: in a step or two."""
         for ticket in tickets:
             self._driver.drop(ticket)
-        # The engine may or may not have the one whose submit was interrupted: nobody waits for it.
-        sent = set(tickets).difference(unsent)
         with suppress(PaceError):
-            while not all(ticket.finished for ticket in sent):
+            while any(map(self._driver.holds, tickets)):
                 self._driver.wait(inbox)
 
     def _stream(

@@ -13,6 +13,7 @@ from fakes import VOCAB, LetterTokenizer, logits_of, make_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pace.driver import merged
 from pace.engine.core import Engine
 from pace.errors import CapacityError, ForkError, QueueFullError, RequestError
 from pace.outputs import RequestOutput
@@ -456,6 +457,37 @@ def test_prompt_logprobs(max_tokens: int) -> None:
         assert done[name].outputs[0].token_ids == greedy(prompt, 2)
     assert done["other"].prompt_logprobs is None
     assert done["two"].num_cached_tokens == 0
+
+
+@pytest.mark.parametrize("kind", list(RequestOutputKind))
+def test_prompt_logprobs_come_once(kind: RequestOutputKind) -> None:
+    """They were copied into every output of a stream, where clients that join deltas counted them twice."""
+    engine, _ = make_engine(max_tokens=6)
+    engine.add_request(
+        "a", list(range(20)), params(max_tokens=4, prompt_logprobs=0, output_kind=kind), stream=True
+    )
+    outputs = []
+    while engine.has_unfinished:
+        outputs += engine.step()
+    found = [output.prompt_logprobs for output in outputs]
+    assert found[0] is not None and len(found[0]) == 20
+    if kind is RequestOutputKind.DELTA:
+        assert found[1:] == [None] * 3
+        assert merged(merged(outputs[0], outputs[1]), outputs[2]).prompt_logprobs is found[0]
+        assert merged(outputs[1], outputs[2]).prompt_logprobs is None
+    else:
+        assert all(one is found[0] for one in found)
+
+
+def test_no_prompt_logprobs_before_all_are_known() -> None:
+    engine, _ = make_engine(max_tokens=6)
+    engine.add_request("a", list(range(20)), params(max_tokens=4, prompt_logprobs=0), stream=True)
+    engine.add_request("b", list(range(20)), params(max_tokens=4, prompt_logprobs=0), stream=True)
+    engine.step()
+    engine.abort("a")
+    (output,) = engine.step()
+    assert output.request_id == "a" and output.prompt_logprobs is not None
+    assert 1 < len(output.prompt_logprobs) < 20
 
 
 def test_scored_rows_cost_what_plain_ones_do() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence as Seq
-from typing import Any
+from typing import Any, cast
 
 from pace.engine.intake import Intake
 from pace.engine.logprobs import LogprobRecorder
@@ -39,6 +39,13 @@ INTAKE_SHARE = 0.2
 
 USUAL_WEIGHT = 0.1
 """Of the newest step in what is usual."""
+
+
+class _Closed:
+    """In place of the parts of an engine that was closed."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise PaceError("this engine is closed; build a new one")
 
 
 class Engine:
@@ -97,6 +104,7 @@ class Engine:
         self._n_repeated_steps = 0
         self._step_s = self._sample_s = 0.0
         self._usual_s = 0.0  # of late steps
+        self._last_stats: dict[str, Any] | None = None  # of a closed engine
 
     # ---- requests -----------------------------------------------------------------------------------------
 
@@ -106,9 +114,9 @@ class Engine:
         """Check a request without accepting it; see `Preparer.prepare`."""
         return self.preparer.prepare(request_id, prompt_ids, params, **options)
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request, *, bounded: bool = True) -> None:
         """Accept a prepared request; see `Intake.submit`."""
-        self.intake.submit(request)
+        self.intake.submit(request, bounded=bounded)
 
     def add_request(
         self, request_id: str, prompt_ids: Seq[int] | I32Array, params: SamplingParams, **options: Any
@@ -140,7 +148,16 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         """Whether any accepted request has not finished."""
-        return bool(self.intake.requests)
+        return self._last_stats is None and bool(self.intake.requests)
+
+    def close(self) -> None:
+        """Let go of everything that holds memory: weights, KV cache, requests. `stats` stays as it is; all else raises
+        PaceError from now on. Calling it again does nothing.
+        """
+        if self._last_stats is None:
+            self._last_stats = self.stats()
+            self.runner = self.sampler = self.scheduler = self.intake = cast(Any, _Closed())
+            self._emit = []
 
     # ---- the loop -----------------------------------------------------------------------------------------
 
@@ -354,6 +371,8 @@ class Engine:
             at a time); n_blocks, n_free_blocks, block_size; kv_cache: the
             counters of `KVTables.stats`.
         """
+        if self._last_stats is not None:
+            return dict(self._last_stats)
         scheduler = self.scheduler
         tables = scheduler.tables
         run_s = self.runner.run_s

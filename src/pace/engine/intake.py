@@ -28,7 +28,7 @@ class Intake:
 
     Args:
         scheduler: where requests wait.
-        max_num_waiting: sequences that may wait to run.
+        max_num_waiting: sequences that may wait to run; a bounded submit refuses more.
         seed: seeds the requests that give none.
     """
 
@@ -53,8 +53,11 @@ class Intake:
         """Whether a request was cancelled and its end is still to come."""
         return bool(self._ends)
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request, *, bounded: bool = True) -> None:
         """Accept a prepared request; it starts to run in one of the next steps.
+
+        Args:
+            bounded: refuse it where the queue is full.
 
         Raises:
             RequestError: the request id is in use.
@@ -62,7 +65,7 @@ class Intake:
         """
         seqs = request.seqs
         with self._lock:
-            if self.n_waiting + len(seqs) > self._max_num_waiting:
+            if bounded and self.n_waiting + len(seqs) > self._max_num_waiting:
                 raise QueueFullError(
                     f"{self.n_waiting} sequences wait, max_num_waiting is {self._max_num_waiting}; try again "
                     "later or raise it"
@@ -79,8 +82,7 @@ class Intake:
 
     def cancel(self, request: Request) -> None:
         """From now on the request does not start any more, and where it runs it ends before the next step."""
-        for seq in request.seqs:
-            seq.cancelled = True
+        request.cancel()
         self._ends.append(request)
 
     def receive(self, seconds: float) -> Iterator[tuple[Request, str | None]]:

@@ -55,6 +55,12 @@ class Loaded:
     weights_bytes: int
     load_s: float
 
+    def close(self) -> None:
+        """End the threads and give back weights and KV cache; `plan` is gone, `engine` closed."""
+        self.team.close()
+        self.engine.close()
+        self.__dict__.pop("plan", None)
+
 
 def load(
     config: EngineConfig,

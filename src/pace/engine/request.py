@@ -81,6 +81,11 @@ class Request:
         """Whether all its sequences have ended."""
         return self.n_unfinished == 0
 
+    def cancel(self) -> None:
+        """Let its sequences start no more; only `Engine.cancel` ends them too."""
+        for seq in self.seqs:
+            seq.cancelled = True
+
     def output(self) -> RequestOutput:
         """What the request has produced so far, or since the last time where deltas are wanted."""
         if self._prompt_token_ids is None:
