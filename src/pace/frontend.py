@@ -67,7 +67,8 @@ class Frontend(metaclass=AnswersByName):
                 less where the memory does not hold one such sequence.
             max_num_seqs: sequences that run in one step.
             max_num_batched_tokens: tokens of one step; a longer prompt is read in several.
-            max_num_waiting: sequences that may wait to run.
+            max_num_waiting: sequences that may wait to run; more raise QueueFullError, but for those of `LLM.generate` and
+                `LLM.chat`, which wait in memory anyway.
             kv_cache_type: "slab" (large blocks), "paged" (blocks of 16 tokens) or "contiguous" (one extent per
                 sequence).
             block_size: tokens of a KV block, a power of two from 16 on; None: what suits the type.
