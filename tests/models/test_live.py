@@ -93,6 +93,36 @@ def test_a_config_that_ties_over_every_form_of_the_file(name: str, stored: str, 
     assert relative_error(prefill(ours.reference(), tokens), logits_of(model, tokens)) < TOLERANCE
 
 
+YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama-mha", {"pretraining_tp": 2}),
+        ("llama-mha", {"sliding_window": 64, "layer_types": ["full_attention"] * 2}),
+        ("llama-mha", {"rope_scaling": {"rope_type": "default", "factor": 8.0}}),
+        (
+            "rope-linear",
+            {"rope_scaling": {"type": "linear", "factor": 2.5, "beta_fast": 32, "truncate": None}},
+        ),
+        ("rope-yarn", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, **YARN}}),
+        ("qwen2-window", {"attention_bias": False, "mlp_bias": True}),
+        ("mistral-window", {"attention_bias": True, "architectures": None}),
+    ],
+)
+def test_what_is_let_pass_changes_nothing_in_transformers(
+    name: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    directory = tiny.write(name, tmp_path / name)
+    (directory / "config.json").write_text(json.dumps({**tiny.CASES[name].config, **changes}))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    ours, tokens = load(directory, tiny.CASES[name].max_model_len), tiny.prompt(name)
+    assert relative_error(prefill(ours.reference(), tokens), logits_of(model, tokens)) < TOLERANCE
+
+
 def test_long_prompt_crosses_many_blocks(tmp_path: Path) -> None:
     config = {**tiny.CASES["rope-llama3"].config, "max_position_embeddings": 512}
     model = saved(config, tmp_path, seed=2)
