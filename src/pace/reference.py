@@ -83,6 +83,7 @@ class Reference:
             np.full(shape, np.nan, dtype) for shape in shapes
         ]  # integers with int8; v_scale makes them values
         self.v_scale = [np.full((*shape[:-1], 1), np.nan, dtype) for shape in shapes]  # 1 with bf16
+        self._group_of = {layer: i for i, group in enumerate(plan.groups()) for layer in group.layers}
         self.trace: dict[str, dict[str, Array]] | None = {} if trace else None
         """Operator name -> slot name -> value after it; RopeKV adds "k" and "v": [T, G, D] as appended."""
         self._slots: dict[str, Array] = {}
@@ -183,7 +184,7 @@ class Reference:
         else:
             k, v = self._round(k), self._round(v)
             k_scale = v_scale = np.ones((*k.shape[:-1], 1), self.dtype)
-        cells = self._cells(batch, batch.positions())  # [T]
+        cells = self._cells(batch, layer, batch.positions())  # [T]
         self.k[layer][cells] = k * k_scale
         self.v[layer][cells] = v
         self.v_scale[layer][cells] = v_scale
@@ -197,10 +198,11 @@ class Reference:
         positions, sequence = self._positions(op.src, batch), self._sequences(op.src, batch)
         for s in range(batch.n_seqs):
             rows = sequence == s
-            kv_positions = np.arange(int(batch.kv_len[s]), dtype=np.int32)  # [kv_len]
-            cells = self._cells_of(batch.block_tables[s], kv_positions)
+            visible = visible_to(positions[rows], int(batch.kv_len[s]), op.window, op.chunk)
+            seen = np.flatnonzero(visible.any(axis=0)).astype(np.int32)  # a table may lead nowhere for the others
+            cells = self._cells_of(self._table(batch, op.kv)[s], seen)
             k, v, v_scale = (cache[op.kv][cells] for cache in (self.k, self.v, self.v_scale))
-            out[rows] = self._attend(op, q[rows], k, v, v_scale, positions[rows], sinks)
+            out[rows] = self._attend(op, q[rows], k, v, v_scale, visible[:, seen], sinks)
         self._store(op.dst, out.reshape(x.shape))
 
     def _attend(
@@ -210,16 +212,15 @@ class Reference:
         k: Array,
         v: Array,
         v_scale: Array,
-        positions: I32Array,
+        visible: npt.NDArray[np.bool_],
         sinks: Array | None,
     ) -> Array:
-        """One sequence: q [n, H, D] over k, v [kv_len, G, D], v_scale [kv_len, G, 1] -> [n, H, D]."""
+        """One sequence: q [n, H, D] over k, v [m, G, D], v_scale [m, G, 1] where visible [n, m] -> [n, H, D]."""
         group = op.n_heads // self.plan.kv[op.kv].n_kv_heads
-        k, v, v_scale = (np.repeat(x, group, axis=1) for x in (k, v, v_scale))  # [kv_len, H, D or 1]
-        scores = op.scale * np.einsum("qhd,khd->hqk", q, k)  # [H, n, kv_len]
+        k, v, v_scale = (np.repeat(x, group, axis=1) for x in (k, v, v_scale))  # [m, H, D or 1]
+        scores = op.scale * np.einsum("qhd,khd->hqk", q, k)  # [H, n, m]
         if op.softcap is not None:
             scores = op.softcap * np.tanh(scores / op.softcap)
-        visible = visible_to(positions, len(k), op.window, op.chunk)  # [n, kv_len]
         scores = np.where(visible, scores, -np.inf)
         top = scores.max(axis=-1, keepdims=True)  # [H, n, 1]
         if sinks is not None:
@@ -228,9 +229,6 @@ class Reference:
         total = p.sum(axis=-1, keepdims=True)  # the sum sees p before rounding
         if sinks is not None:
             total = total + np.exp(sinks[:, None, None] - top)
-        # A masked cell may hold NaN (never written), and 0 * NaN is NaN: take it out of v as well.
-        seen: npt.NDArray[np.bool_] = np.asarray(visible.any(axis=0))
-        v, v_scale = (np.where(seen[:, None, None], x, 0) for x in (v, v_scale))
         p = self._round(self._round(p) * v_scale[:, :, 0].T[:, None, :])  # the scale is 1 with bf16
         return np.asarray(np.einsum("hqk,khd->qhd", p / total, v))
 
@@ -256,10 +254,15 @@ class Reference:
         sequences = np.repeat(np.arange(batch.n_seqs, dtype=np.int32), np.diff(batch.q_start))
         return sequences if self.plan.slots[slot].rows == "tokens" else sequences[batch.logit_rows]
 
-    def _cells(self, batch: Batch, positions: I32Array) -> Array:
-        """KV cell of every row: [T]."""
+    def _table(self, batch: Batch, layer: int) -> I32Array:
+        """The block table of a layer's group, or the one that all share."""
+        return batch.tables[self._group_of[layer] if len(batch.tables) > 1 else 0]
+
+    def _cells(self, batch: Batch, layer: int, positions: I32Array) -> Array:
+        """KV cell of every row in a layer: [T]."""
+        table = self._table(batch, layer)
         parts = [
-            self._cells_of(batch.block_tables[s], positions[batch.q_start[s] : batch.q_start[s + 1]])
+            self._cells_of(table[s], positions[batch.q_start[s] : batch.q_start[s + 1]])
             for s in range(batch.n_seqs)
         ]
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
