@@ -199,7 +199,9 @@ class Reference:
         for s in range(batch.n_seqs):
             rows = sequence == s
             visible = visible_to(positions[rows], int(batch.kv_len[s]), op.window, op.chunk)
-            seen = np.flatnonzero(visible.any(axis=0)).astype(np.int32)  # a table may lead nowhere for the others
+            seen = np.flatnonzero(visible.any(axis=0)).astype(
+                np.int32
+            )  # a table may lead nowhere for the others
             cells = self._cells_of(self._table(batch, op.kv)[s], seen)
             k, v, v_scale = (cache[op.kv][cells] for cache in (self.k, self.v, self.v_scale))
             out[rows] = self._attend(op, q[rows], k, v, v_scale, visible[:, seen], sinks)

@@ -18,6 +18,7 @@ from golden.harness import Model, batch_of
 
 from pace import ops
 from pace.models import plan as ir
+from pace.reference import Reference
 
 Array = npt.NDArray[Any]
 F64 = npt.NDArray[np.float64]
@@ -220,3 +221,72 @@ def pack_model(team: ops.Team, model: Model) -> Packed:
 def chosen(kernel: str) -> dict[str, str] | None:
     """`kernels=` of a plan: tiers come from `using_isa`, the scalar C table is named for every operator."""
     return dict.fromkeys(ops.OPERATORS, "reference") if kernel == "reference" else None
+
+
+# ---- operators beside the float64 reference ---------------------------------------------------------------
+
+
+class Beside:
+    """A plan on the kernels and in exact float64, stepped together.
+
+    Args:
+        inputs: f32 slots that no operator writes first, with their width: each is filled by an Embed from a table of bf16
+            values, so that both sides begin with the same numbers.
+        slots: the others.
+        weights: vectors as f32 arrays; matrices [n, k] are rounded to bf16 and packed.
+    """
+
+    def __init__(
+        self,
+        team: ops.Team,
+        kernel: str,
+        operators: Sequence[ir.Op],
+        inputs: Mapping[str, int],
+        slots: Sequence[ir.Slot],
+        weights: Mapping[str, Array] | None = None,
+        kv: Sequence[ir.KVLayer] = (SMALL_KV,),
+        ropes: tuple[ir.Rope, ...] = (),
+        tables: Mapping[str, Array] | None = None,
+        n_blocks: int = 16,
+        max_tokens: int = 320,
+    ) -> None:
+        vocab = 97
+        dense = {name: np.asarray(value, np.float32) for name, value in (weights or {}).items()}
+        dense |= {f"in.{name}": rng(name).standard_normal((vocab, n)) for name, n in inputs.items()}
+        dense |= tables or {}
+        dense = {
+            name: bf16(value).astype(np.float32) if value.ndim == 2 else value
+            for name, value in dense.items()
+        }
+        makers = [ir.Embed(f"make.{name}", name, f"in.{name}") for name in inputs]
+        made = [ir.Slot(name, n, "f32", "tokens") for name, n in inputs.items()]
+        self.plan = ir.Plan(
+            {slot.name: slot for slot in (*made, *slots)},
+            (*makers, *operators),
+            ropes,
+            tuple(kv),
+            vocab,
+            8,
+            slots[-1].name,
+        )
+        packs = {name: packed(team, value) if value.ndim == 2 else value for name, value in dense.items()}
+        pools = [
+            ops.KVPool(len(g.layers), g.layer.n_kv_heads, g.layer.head_dim, n_blocks, 16)
+            for g in self.plan.groups()
+        ]
+        self.kernels = ops.Plan(team, self.plan, packs, pools, max_tokens, 8, max_tokens, chosen(kernel))
+        self.exact = Reference(self.plan, dense, n_blocks, 16, trace=True)
+
+    def step(self, batch: ir.Batch) -> None:
+        """One step on both sides."""
+        self.kernels.step(batch)
+        self.exact.step(batch)
+
+    def got(self, slot: str, n: int) -> F64:
+        """The first n rows that the kernels computed."""
+        rows = self.kernels.slot(slot)[:n]
+        return from_bf16(rows) if rows.dtype == np.uint16 else rows.astype(np.float64)
+
+    def want(self, slot: str) -> F64:
+        """What the reference computed."""
+        return np.asarray(self.exact._slots[slot], np.float64)

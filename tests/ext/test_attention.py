@@ -44,7 +44,7 @@ from golden.harness import batch_of
 from pace import ops
 from pace.errors import ConfigError
 from pace.models import plan as ir
-from pace.reference import norm, rotate
+from pace.reference import norm, rotate, visible_to
 
 
 @dataclass(frozen=True)
@@ -185,8 +185,7 @@ def attend(
     """
     n, length = len(q), len(k)
     out, tolerance = np.empty_like(q), np.empty_like(q)
-    age = np.arange(length - n, length)[:, None] - np.arange(length)[None, :]
-    visible = (age >= 0) & (age < (op.window or length))
+    visible = visible_to(np.arange(length - n, length, dtype=np.int32), length, op.window, op.chunk)
     for h in range(shape.n_heads):
         kh, vh = k[:, h // shape.group], v[:, h // shape.group]
         s = op.scale * q[:, h] @ kh.T
@@ -217,6 +216,7 @@ def check(
     softcap: float | None = None,
     sinks: Sequence[float] | None = None,
     scale: float | None = None,
+    chunk: int | None = None,
 ) -> None:
     """Sequences of (kv_len, rows of the checked step): cache all but those rows, then one step over all."""
     pool = shape.pool()
@@ -228,6 +228,7 @@ def check(
         0,
         scale or shape.head_dim**-0.5,
         window,
+        chunk,
         softcap=softcap,
         sinks=None if sinks is None else "s",
     )
@@ -260,9 +261,9 @@ def check(
 
 
 # Every head_dim at a ratio of 3, every ratio at 64, and the corners.
-HEADS = [(6, 2, dim) for dim in (16, 32, 48, 64, 80, 96, 128, 256)]
+HEADS = [(6, 2, dim) for dim in (16, 32, 48, 64, 80, 96, 128, 256, 272, 512)]
 HEADS += [(heads, kv_heads, 64) for heads, kv_heads in ((1, 1), (4, 4), (8, 2), (8, 1), (12, 1))]
-HEADS += [(4, 4, 16), (8, 1, 256), (8, 1, 80)]
+HEADS += [(4, 4, 16), (8, 1, 256), (8, 1, 80), (8, 1, 512)]
 
 
 DTYPES = ops.KV_DTYPES
@@ -301,6 +302,15 @@ def test_rows(kernel: str, team: ops.Team, rows: int, dtype: str) -> None:
 def test_window(kernel: str, team: ops.Team, window: int, block_size: int, dtype: str) -> None:
     shape = Shape(4, 2, 32, block_size, n_blocks=960 // block_size, dtype=dtype)
     check(kernel, team, shape, [(530, 3), (40, 40), (257, 1)], window=window)
+
+
+@pytest.mark.parametrize("chunk", [1, 31, 32, 100, 256, 300])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunk(kernel: str, team: ops.Team, chunk: int, dtype: str) -> None:
+    """Chunks that end anywhere, in a row of tiles, under a window as well."""
+    shape = Shape(4, 2, 32, 16, n_blocks=60, dtype=dtype)
+    check(kernel, team, shape, [(530, 3), (40, 40), (257, 1)], chunk=chunk)
+    check(kernel, team, shape, [(301, 70)], chunk=chunk, window=40, softcap=20.0, sinks=[0.5])
 
 
 @pytest.mark.parametrize("sinks", [[0.0], [-5.0, 3.0], [60.0], [-1000.0], [4.0, 0.0, -3.0, 1.0]])
@@ -352,8 +362,13 @@ def last_rows(
     return np.concatenate(out).tobytes()
 
 
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (70, None), (257, 20.0)])
-@pytest.mark.parametrize(("n_heads", "n_kv_heads", "head_dim"), [(8, 1, 64), (3, 3, 80), (4, 2, 32)])
+@pytest.mark.parametrize(
+    ("window", "softcap", "chunk"),
+    [(None, None, None), (70, None, None), (257, 20.0, None), (None, None, 90)],
+)
+@pytest.mark.parametrize(
+    ("n_heads", "n_kv_heads", "head_dim"), [(8, 1, 64), (3, 3, 80), (4, 2, 32), (2, 1, 512)]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_do_not_depend_on_the_cut(
     isa: str,
@@ -363,6 +378,7 @@ def test_bits_do_not_depend_on_the_cut(
     head_dim: int,
     window: int | None,
     softcap: float | None,
+    chunk: int | None,
     dtype: str,
 ) -> None:
     """Chunks, single rows, block sizes, block tables and extents: the same bytes, over more than one piece of
@@ -371,7 +387,7 @@ def test_bits_do_not_depend_on_the_cut(
     shape = Shape(n_heads, n_kv_heads, head_dim, 32, n_blocks=40, dtype=dtype)
     n = 300
     qkv = make_rows(shape, n)
-    op = ir.Attention("a", "q", "o", shape.n_heads, 0, 0.2, window, softcap=softcap, sinks="s")
+    op = ir.Attention("a", "q", "o", shape.n_heads, 0, 0.2, window, chunk, softcap=softcap, sinks="s")
     whole = last_rows(isa, team, shape, op, qkv, [n])
     assert whole == last_rows(isa, team, shape, op, qkv, [1, 14, 33, 100, 113, 240, 280, 299, n], seed=1)
     assert whole == last_rows(isa, team, shape, op, qkv, [250, *range(251, n + 1)], seed=2)
