@@ -21,7 +21,14 @@ from pace.errors import CheckpointError, ConfigError, RequestError
 from pace.llm import LLM
 from pace.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from pace.params import SamplingParams
-from pace.vllm_names import ENGINE_OPTIONS, METHODS, OUTPUT_FIELDS, REQUEST_OPTIONS, SAMPLING_FIELDS
+from pace.vllm_names import (
+    ENGINE_OPTIONS,
+    METHODS,
+    OUTPUT_FIELDS,
+    REQUEST_OPTIONS,
+    SAMPLING_FIELDS,
+    TOKENIZER_NAMES,
+)
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4)
 
@@ -114,6 +121,15 @@ def test_methods_are_answered_by_name(llm: LLM) -> None:
         llm.nothing  # type: ignore[attr-defined]  # noqa: B018
 
 
+def test_what_transformers_tokenizer_has_is_answered_by_name(llm: LLM) -> None:
+    tokenizer = llm.get_tokenizer()
+    for name, instead in TOKENIZER_NAMES.items():
+        assert not hasattr(type(tokenizer), name), "pace has it"
+        with pytest.raises(AttributeError) as error:
+            getattr(tokenizer, name)
+        assert instead in str(error.value)
+
+
 def test_classes_of_pace_still_mix_with_others() -> None:
     class Mixed(LLM, ABC):
         pass
@@ -136,7 +152,7 @@ def test_the_page_names_all_of_them() -> None:
     if not (page.parents[1] / "pyproject.toml").is_file():
         pytest.skip("needs the source checkout")
     text = page.read_text(encoding="utf-8")
-    for table in (SAMPLING_FIELDS, REQUEST_OPTIONS, ENGINE_OPTIONS, METHODS, OUTPUT_FIELDS):
+    for table in (SAMPLING_FIELDS, REQUEST_OPTIONS, ENGINE_OPTIONS, METHODS, OUTPUT_FIELDS, TOKENIZER_NAMES):
         assert [name for name in table if f"`{name}" not in text] == []
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "OUTPUT_FIELDS",
     "REQUEST_OPTIONS",
     "SAMPLING_FIELDS",
+    "TOKENIZER_NAMES",
     "AnswersByName",
     "Foreign",
     "refuse_attribute",
@@ -242,6 +243,29 @@ OUTPUT_FIELDS: Mapping[str, str] = {
     "spec_decode_metrics": "pace does not speculate yet",
 }
 """Of RequestOutput, CompletionOutput and their metrics."""
+
+
+TOKENIZER_NAMES: Mapping[str, str] = {
+    "apply_chat_template": "use llm.chat(), which renders the checkpoint's template",
+    "chat_template": "use llm.chat(), which renders the checkpoint's template",
+    "batch_decode": "call decode() for each",
+    "batch_encode_plus": "use encode_batch()",
+    "encode_plus": "use encode()",
+    "tokenize": "use encode(), and decode_token() for each id",
+    "convert_tokens_to_ids": "use token_to_id()",
+    "convert_ids_to_tokens": "use decode_token()",
+    "convert_tokens_to_string": "use decode()",
+    "eos_token": "use special_tokens['eos_token'], or eos_token_id",
+    "bos_token": "use special_tokens['bos_token'], or bos_token_id",
+    "pad_token": "nothing is padded",
+    "pad_token_id": "nothing is padded",
+    "all_special_ids": "use is_special()",
+    "get_vocab": "use token_to_id() and decode_token()",
+    "max_token_id": "use vocab_size",
+    "name_or_path": "use directory",
+    "model_max_length": "use max_model_len of the engine",
+}
+"""Of what get_tokenizer() returns, which is transformers' in vLLM."""
 
 
 def takes_names(known: Mapping[str, Foreign], error: type[PaceError] = RequestError) -> Callable[[F], F]:

@@ -6,7 +6,7 @@ import codecs
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from pace.errors import RequestError, TokenizerError, show
 from pace.log import logger
 from pace.text.added_tokens import ANCHOR, byte_form, literal_tokens
 from pace.text.tokenizer_json import NoThreads, decoder_kinds, guarded, load
+from pace.vllm_names import TOKENIZER_NAMES, refuse_attribute
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
@@ -85,6 +86,11 @@ class Tokenizer:
         self._prompt_bos_id = _bos_of_prompts(self._rust)
         self._has_threads = True
         self._texts: dict[int, str] = {}
+
+    if not TYPE_CHECKING:  # for a type checker every attribute would exist
+
+        def __getattr__(self, name: str) -> NoReturn:
+            refuse_attribute("Tokenizer", name, TOKENIZER_NAMES)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Encode one text without holding the GIL.
