@@ -185,19 +185,21 @@ class SamplingParams:
         if self.max_tokens is not None:
             put("max_tokens", _int("max_tokens", self.max_tokens, 1, MAX_INT32))
         put("min_tokens", _int("min_tokens", self.min_tokens, 0, MAX_INT32))
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise RequestError(f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}")
         for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                n = (
-                    1 if getattr(self, name) is True else getattr(self, name)
-                )  # True as in OpenAI's chat requests
-                put(name, _int(name, n, -1, MAX_INT32))
+            given = getattr(self, name)
+            if given is not None:  # True: as in OpenAI's chat requests
+                put(name, _int(name, 1 if given is True else given, -1, MAX_INT32))
         if not isinstance(self.output_kind, RequestOutputKind):
             raise RequestError(
                 f"output_kind is {show(self.output_kind)}, expected RequestOutputKind.CUMULATIVE, DELTA or "
                 "FINAL_ONLY"
             )
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Refuse what is valid alone and contradicts itself together."""
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}")
         if self.stop and not self.detokenize:
             raise RequestError("stop strings need text to search; leave detokenize on or use stop_token_ids")
         if self.n > 1 and self.greedy:
