@@ -22,7 +22,7 @@ import numpy as np
 
 from pace import ops
 from pace.checkpoint import Checkpoint, read_json, resolve
-from pace.engine.memory import default_block_size
+from pace.engine.kv_memory import default_block_size
 from pace.engine.packing import PackedSink
 from pace.kvcache import make_tables
 from pace.models.decoder import lower

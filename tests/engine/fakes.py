@@ -16,8 +16,8 @@ from pace.engine.core import Engine
 from pace.engine.runner import Runner
 from pace.engine.sampler import Sampler
 from pace.engine.scheduler import Scheduler
-from pace.kvcache import make_tables
-from pace.models.plan import Batch, F32Array
+from pace.kvcache import join_groups, make_tables
+from pace.models.plan import Batch, F32Array, I32Array
 
 VOCAB = 97
 SCORED_ROWS = 8
@@ -39,14 +39,41 @@ def logits_of(history: Sequence[int]) -> F32Array:
     return ((mixed >> np.uint64(40)).astype(np.float32) / np.float32(1 << 22)).astype(np.float32)
 
 
-class FakePlan:
-    """A plan.Runner over a token table [n_blocks, block_size]; keeps what it was asked."""
+class FakeGroup:
+    """Tokens of one group of layers, [n_blocks, block_size], of which a query sees the last `reach`."""
 
     def __init__(
-        self, n_blocks: int, block_size: int, max_tokens: int, max_logit_rows: int, contiguous: bool = False
+        self, n_blocks: int, block_size: int, reach: int | None = None, contiguous: bool = False
     ) -> None:
         self.cache = np.full((n_blocks, block_size), -1, dtype=np.int64)
+        self.reach = reach
         self.contiguous = contiguous
+
+    def copy(self, src: int, dst: int, n_tokens: int) -> None:
+        self.cache[dst, :n_tokens] = self.cache[src, :n_tokens]
+        self.cache[dst, n_tokens:] = -2
+
+    def cells(self, table: I32Array, first: int, end: int) -> tuple[Any, Any]:
+        """Where the positions first .. end - 1 of a sequence lie."""
+        at = np.arange(first, end)
+        i = at // self.cache.shape[1]
+        blocks = table[0] + i if self.contiguous else table[i]
+        assert (blocks >= 0).all() and (blocks < len(self.cache)).all()
+        return blocks, at % self.cache.shape[1]
+
+    def seen(self, table: I32Array, position: int) -> list[int]:
+        """What a query at `position` sees."""
+        first = 0 if self.reach is None else max(0, position - self.reach + 1)
+        tokens: list[int] = self.cache[self.cells(table, first, position + 1)].tolist()
+        return tokens
+
+
+class FakePlan:
+    """A plan.Runner over groups of tokens; keeps what it was asked. The logits are those of what the first group sees, and
+    of nonsense where another one sees something else."""
+
+    def __init__(self, groups: Sequence[FakeGroup], max_tokens: int, max_logit_rows: int) -> None:
+        self.groups = groups
         self.max_tokens = max_tokens
         self.max_logit_rows = max_logit_rows
         self.steps: list[tuple[int, ...]] = []  # rows of each sequence
@@ -54,36 +81,33 @@ class FakePlan:
         self.crash: BaseException | None = None  # of the next step
         self.crash_sizes: list[int] = []  # sequences of the steps that crashed
 
-    def copy(self, src: int, dst: int, n_tokens: int) -> None:
-        self.cache[dst, :n_tokens] = self.cache[src, :n_tokens]
-        self.cache[dst, n_tokens:] = -2
-
     def step(self, batch: Batch) -> F32Array:
         if self.crash is not None:
             crash, self.crash = self.crash, None
             self.crash_sizes.append(batch.n_seqs)
             raise crash
-        block_size = self.cache.shape[1]
         assert 0 < batch.n_tokens <= self.max_tokens
         assert batch.q_start[0] == 0 and batch.q_start[-1] == batch.n_tokens
         assert all(
             array.dtype == np.int32 and array.flags.c_contiguous
-            for array in (batch.token_ids, batch.q_start, batch.kv_len, batch.block_tables, batch.logit_rows)
+            for array in (batch.token_ids, batch.q_start, batch.kv_len, *batch.tables, batch.logit_rows)
         )
         self.steps.append(tuple(np.diff(batch.q_start).tolist()))
         positions = batch.positions()
         self.logits = logits = np.zeros((len(batch.logit_rows), VOCAB), dtype=np.float32)
         wanted = dict(zip(batch.logit_rows.tolist(), logits, strict=True))
         for s in range(batch.n_seqs):
-            table = batch.block_tables[s]
-            if self.contiguous:
-                table = table[0] + np.arange(-(-int(batch.kv_len[s]) // block_size))
-            for row in range(batch.q_start[s], batch.q_start[s + 1]):
-                at = int(positions[row])
-                self.cache[table[at // block_size], at % block_size] = batch.token_ids[row]
+            rows = range(batch.q_start[s], batch.q_start[s + 1])
+            first, end = int(positions[rows[0]]), int(batch.kv_len[s])
+            tables = [(group, tables[s]) for group, tables in zip(self.groups, batch.tables, strict=True)]
+            for group, table in tables:
+                group.cache[group.cells(table, first, end)] = batch.token_ids[rows[0] : rows[-1] + 1]
+            for row in rows:
                 if row in wanted:
-                    history = self.cache[table].ravel()[: at + 1].tolist()
-                    wanted[row][:] = np.nan if self.nan_token in history else logits_of(history)
+                    history, *others = (group.seen(table, int(positions[row])) for group, table in tables)
+                    agree = all(other[-len(history) :] == history[-len(other) :] for other in others)
+                    lost = self.nan_token in history
+                    wanted[row][:] = np.nan if lost else logits_of(history if agree else [-1])
         return logits[: self.max_logit_rows].copy()
 
     def logits_from(self, first: int) -> F32Array:
@@ -188,6 +212,8 @@ def make_engine(
     n_blocks: int = 16,
     block_size: int = 16,
     kv_cache_type: str = "slab",
+    reaches: Sequence[int | None] = (None,),
+    max_step: int | None = None,
     prefix_caching: bool = True,
     reserve: bool = False,
     max_num_waiting: int = 1 << 16,
@@ -195,21 +221,28 @@ def make_engine(
     eos: Sequence[int] = (),
     seed: int = 0,
 ) -> tuple[Engine, FakePlan]:
-    """An engine over the fake model."""
+    """An engine over the fake model; `reaches` of its groups. The first one sees no less than the others."""
     contiguous = kv_cache_type == "contiguous"
-    plan = FakePlan(n_blocks, block_size, max_tokens, max_num_seqs + SCORED_ROWS, contiguous)
-    tables = make_tables(
-        kv_cache_type,
-        n_blocks,
-        block_size,
-        max_num_seqs,
-        max_model_len,
-        copy=plan.copy,
-        prefix_caching=prefix_caching,
+    groups = [FakeGroup(n_blocks, block_size, reach, contiguous) for reach in reaches]
+    plan = FakePlan(groups, max_tokens, max_num_seqs + SCORED_ROWS)
+    tables = join_groups(
+        [
+            make_tables(
+                kv_cache_type,
+                n_blocks,
+                block_size,
+                max_num_seqs,
+                max_model_len,
+                copy=group.copy,
+                prefix_caching=prefix_caching,
+                reach=group.reach,
+                max_step=max_step,
+            )
+            for group in groups
+        ]
     )
-    columns = 0 if contiguous else block_size
     engine = Engine(
-        Runner(plan, tables.array, columns, max_tokens, max_num_seqs, max_num_seqs + SCORED_ROWS),
+        Runner(plan, tables.groups, max_tokens, max_num_seqs, max_num_seqs + SCORED_ROWS),
         Sampler(fake_sample, fake_logprobs, DTYPE, max_num_seqs),
         Scheduler(
             tables,

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import mixed
 import numpy as np
 import pytest
 from ext.kit import Packed
@@ -21,15 +22,17 @@ from hypothesis import strategies as st
 
 from pace import ops
 from pace.engine.core import Engine
+from pace.engine.kv_memory import plan_groups
 from pace.engine.runner import Runner
 from pace.engine.sampler import Sampler
 from pace.engine.scheduler import Scheduler
-from pace.kvcache import make_tables
-from pace.models.plan import Attention
+from pace.kvcache import join_groups, make_tables
+from pace.models.plan import Plan
 from pace.outputs import CompletionOutput, Logprob, RequestOutput
 from pace.params import SamplingParams
 
-MODELS = ("llama-gqa4-tied", "qwen2-window", "qwen3", "mistral-window")
+GOLDEN_MODELS = ("llama-gqa4-tied", "qwen2-window", "qwen3", "mistral-window")
+MODELS = (*GOLDEN_MODELS, *mixed.MODELS)
 MAX_LEN = 330  # prompt and output; more than one attention piece of 256
 N_OUTPUT = 40
 N_PROMPTS = (1, 15, 33, 90, 200, 270)
@@ -89,6 +92,7 @@ CROWDS = st.fixed_dictionaries(
         "max_tokens": st.sampled_from([6, 17, 64, 300]),
         "reserve": st.booleans(),
         "prefix_caching": st.booleans(),
+        "max_step": st.sampled_from([8, 40, 256]),
     }
 )
 
@@ -100,6 +104,14 @@ class Lab:
         self.packed_model = packed_model
         self.teams = {n: ops.Team(n) for n in (1, 2)}
         self.truth = functools.cache(self._truth)
+        self.model = functools.cache(self._model)
+
+    def _model(self, name: str) -> tuple[Plan, dict[str, Any]]:
+        if name in mixed.MODELS:
+            plan = mixed.plan_of(name, MAX_LEN)
+            return plan, mixed.pack(self.teams[1], plan)
+        packed = self.packed_model(name)
+        return packed.model.plan, packed.weights
 
     def engine(
         self,
@@ -113,45 +125,48 @@ class Lab:
         max_tokens: int,
         reserve: bool,
         prefix_caching: bool,
+        max_step: int = 256,
     ) -> Engine:
-        packed = self.packed_model(model)
-        plan, team = packed.model.plan, self.teams[n_threads]
+        plan, weights = self.model(model)
+        team = self.teams[n_threads]
         kind, block_size = cache
         contiguous = kind == "contiguous"
-        n_blocks = n_full * -(-MAX_LEN // block_size)
-        pool = ops.KVPool(
-            len(plan.kv),
-            plan.kv[0].n_kv_heads,
-            plan.kv[0].head_dim,
-            n_blocks,
-            block_size,
-            dtype=kv_dtype,
-            contiguous=contiguous,
-        )
         max_tokens = max(max_tokens, max_num_seqs)
         n_logit_rows = max_num_seqs + SCORED_ROWS
-        executor = ops.Plan(team, plan, packed.weights, pool, max_tokens, max_num_seqs, n_logit_rows)
-        windows = [op.window for op in plan.ops if isinstance(op, Attention)]
-        window = None if None in windows else max(w for w in windows if w is not None)
-        tables = make_tables(
-            kind,
-            n_blocks,
-            block_size,
-            max_num_seqs,
-            MAX_LEN,
-            copy=pool.copy,
-            prefix_caching=prefix_caching,
-            reach=window,
+        kv = plan_groups(plan, MAX_LEN, max_tokens, kind, kv_dtype, block_size, 1 << 20)
+        kv = replace(kv, max_step=min(kv.max_step, max_step))
+        kv = kv.divided(n_full * kv.bytes_for(MAX_LEN), MAX_LEN)
+        pools = [
+            ops.KVPool(
+                group.n_layers,
+                group.n_kv_heads,
+                group.head_dim,
+                group.n_blocks,
+                group.block_size,
+                dtype=kv_dtype,
+                contiguous=contiguous,
+            )
+            for group in kv.groups
+        ]
+        executor = ops.Plan(team, plan, weights, pools, max_tokens, max_num_seqs, n_logit_rows)
+        tables = join_groups(
+            [
+                make_tables(
+                    kind,
+                    group.n_blocks,
+                    group.block_size,
+                    max_num_seqs,
+                    MAX_LEN,
+                    copy=pool.copy,
+                    prefix_caching=prefix_caching,
+                    reach=group.reach,
+                    max_step=kv.max_step,
+                )
+                for group, pool in zip(kv.groups, pools, strict=True)
+            ]
         )
         return Engine(
-            Runner(
-                executor,
-                tables.array,
-                0 if contiguous else block_size,
-                max_tokens,
-                max_num_seqs,
-                n_logit_rows,
-            ),
+            Runner(executor, tables.groups, max_tokens, max_num_seqs, n_logit_rows),
             Sampler(
                 executor.sample,
                 functools.partial(ops.logprobs, team),
@@ -230,6 +245,7 @@ class Lab:
                 if ask.abort == tick:
                     engine.abort(str(i))
             done.update((output.request_id, output) for output in engine.step())
+            self.check_held(engine)
             tick += 1
             assert tick < 50_000
         for i, ask in enumerate(asks):
@@ -253,6 +269,14 @@ class Lab:
         tables = engine.scheduler.tables
         assert (tables.n_free, tables.n_open) == (tables.n_blocks, 0)
         return engine
+
+    def check_held(self, engine: Engine) -> None:
+        """Layers with a reach hold no more than that, to whole blocks."""
+        for group in engine.scheduler.tables.groups:
+            if group.reach.n_tokens is not None and group.column_tokens:
+                n_rows = len(engine.scheduler.running)
+                ragged = max(group.block_size, 32) - 1
+                assert group.n_used <= n_rows * -(-(ragged + group.reach.n_tokens - 1) // group.block_size)
 
     def compare(self, ask: Ask, got: CompletionOutput, want: CompletionOutput) -> None:
         n = len(got.token_ids)
@@ -281,7 +305,14 @@ QUICK = settings(
 )
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", mixed.MODELS)
+@given(crowd=CROWDS)
+@settings(QUICK, max_examples=12)
+def test_a_crowd_changes_nobody_where_layers_differ(lab: Lab, model: str, crowd: dict[str, Any]) -> None:
+    lab.check(model, **crowd)
+
+
+@pytest.mark.parametrize("model", GOLDEN_MODELS)
 @given(crowd=CROWDS)
 @QUICK
 def test_a_crowd_changes_nobody(lab: Lab, model: str, crowd: dict[str, Any]) -> None:
@@ -326,6 +357,20 @@ def test_the_trials_reach_what_they_claim_to(lab: Lab) -> None:
     assert engine.stats()["kv_cache"]["copies"] > 0
     engine = lab.check("qwen3", [ask(), ask(stream=1)], **OPTIONS | {"cache": ("contiguous", 32)})
     assert engine.stats()["n_prompt_tokens"] == 400
+
+
+@pytest.mark.parametrize("cache", [("slab", 32), ("paged", 16), ("contiguous", 32)])
+@pytest.mark.parametrize("model", mixed.MODELS)
+def test_layers_that_differ_share_come_back_and_slide(lab: Lab, model: str, cache: tuple[str, int]) -> None:
+    """Prompts of many windows: found again with their head evicted, preempted, forked, moved."""
+    asks = [ask(n_prompt=5, arrival=4 * i, own_end=i % 2 == 1, n_output=40, n=1 + i % 2) for i in range(5)]
+    options = OPTIONS | {"cache": cache, "n_full": 2, "max_step": 40}
+    engine = lab.check(model, [replace(a, temperature=0.8) for a in asks], **options)
+    stats = engine.stats()
+    if cache[0] == "contiguous":
+        assert stats["kv_cache"]["moves"] > 0
+    else:
+        assert stats["n_cached_tokens"] > 200
 
 
 @pytest.mark.parametrize("caching", [False, True])

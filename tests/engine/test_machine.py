@@ -36,15 +36,21 @@ STREAMS = [_rng.integers(0, VOCAB - 6, MAX_LEN).tolist() for _ in range(3)]
 
 @functools.cache
 def truth(
-    prompt: tuple[int, ...], n: int, temperature: float, seed: int, index: int, ignore_eos: bool
+    prompt: tuple[int, ...],
+    n: int,
+    temperature: float,
+    seed: int,
+    index: int,
+    ignore_eos: bool,
+    reach: int | None,
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Tokens and log probabilities of a request, by definition."""
+    """Tokens and log probabilities of a request, by definition, of a model that sees `reach` tokens."""
     history, logprobs = list(prompt), []
     row = np.zeros(1, DTYPE)
     row["temperature"], row["seed"], row["sample_index"], row["n_logprobs"] = temperature, seed, index, 0
     while len(history) < len(prompt) + n:
         row["position"] = len(history)
-        drawn = fake_sample(logits_of(history)[None], row, [None])
+        drawn = fake_sample(logits_of(history[-(reach or MAX_LEN) :])[None], row, [None])
         history.append(int(drawn.tokens[0]))
         logprobs.append(float(drawn.logprobs[0]))
         if history[-1] == EOS and not ignore_eos:
@@ -73,7 +79,15 @@ class FairScheduler(Scheduler):
         given = dict(zip(step.seqs[step.n_decode :], step.n_new[step.n_decode :], strict=True))
         reading = [seq for seq in self.running if seq in given or seq.n_tokens - seq.n_computed > 1]
         assert sum(given.values()) <= room
-        cut = next((seq for seq in reading if given.get(seq, 0) < seq.n_tokens - seq.n_computed), None)
+        end = self.tables.step_end
+        cut = next(
+            (
+                seq
+                for seq in reading
+                if seq.n_computed + given.get(seq, 0) < min(seq.n_tokens, end(seq.n_computed))
+            ),
+            None,
+        )
         if cut is not None:
             assert sum(given.values()) == room, "rows are left while somebody has tokens to run"
             in_order = room - sum(n for seq, n in given.items() if seq.key < cut.key)
@@ -99,6 +113,8 @@ class EngineMachine(RuleBasedStateMachine):
         max_tokens=st.integers(6, 100),
         reserve=st.booleans(),
         prefix_caching=st.booleans(),
+        reaches=st.sampled_from([(None,), (None,), (None, 20), (40,), (None, 1, 50), (60, 33)]),
+        max_step=st.integers(8, 40),
     )
     def start(
         self,
@@ -108,7 +124,10 @@ class EngineMachine(RuleBasedStateMachine):
         max_tokens: int,
         reserve: bool,
         prefix_caching: bool,
+        reaches: tuple[int | None, ...],
+        max_step: int,
     ) -> None:
+        self.reaches = reaches
         block_size = 16 if kv_cache_type == "paged" else 32
         self.engine, self.plan = make_engine(
             max_model_len=MAX_LEN,
@@ -119,6 +138,8 @@ class EngineMachine(RuleBasedStateMachine):
             kv_cache_type=kv_cache_type,
             prefix_caching=prefix_caching,
             reserve=reserve,
+            reaches=reaches,
+            max_step=max_step,
             max_num_waiting=12,
             eos=[EOS],
         )
@@ -247,7 +268,7 @@ class EngineMachine(RuleBasedStateMachine):
         _, room, late = self.best if self.best is not None and self.best[0] == name else (name, 0, 0)
         if request.seqs[0].n_output or request.seqs[0].status is Status.FINISHED:
             return
-        room += scheduler.room
+        room += min(scheduler.room, scheduler.tables.max_step)
         late += room >= request.seqs[0].n_prompt
         assert late <= 2, "the best priority waits for somebody else"
         self.best = (name, room, late)
@@ -276,6 +297,7 @@ class EngineMachine(RuleBasedStateMachine):
                 asked["seed"],
                 completion.index,
                 asked["ignore_eos"],
+                self.reaches[0],
             )
             assert tuple(tokens) == expected[: len(tokens)]
             assert completion.logprobs is not None

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from pace.engine import memory
+from pace.engine.kv_memory import GroupMemory, default_block_size, plan_groups
 from pace.engine.memory import MemoryPlan, available_bytes, plan_memory
 from pace.errors import CapacityError
-from pace.kvcache import kv_block_bytes
+from pace.kvcache import join_groups, kv_block_bytes, make_tables
 from pace.models.decoder import lower
-from pace.models.plan import Plan
+from pace.models.plan import KVLayer, Plan
 from pace.models.registry import parse_config
 
 MIB = 1 << 20
@@ -51,6 +52,11 @@ def size(plan: Plan, available: int, max_model_len: int | None = None, max_num_s
     )
 
 
+def only(planned: MemoryPlan) -> GroupMemory:
+    (group,) = planned.kv.groups
+    return group
+
+
 def fixed(plan: Plan) -> int:
     roomy = size(plan, 1 << 40)
     return roomy.weights_bytes + roomy.activation_bytes + memory.SLACK_BYTES
@@ -58,7 +64,7 @@ def fixed(plan: Plan) -> int:
 
 def test_roomy(plan: Plan) -> None:
     roomy = size(plan, 1 << 40)
-    assert (roomy.n_blocks, roomy.block_size, roomy.max_model_len) == (64, 256, 4096)
+    assert (only(roomy).n_blocks, only(roomy).block_size, roomy.max_model_len) == (64, 256, 4096)
     assert roomy.kv_bytes == 64 * BLOCK
     n_params = 4 * (4 * 256 * 256 + 3 * 256 * 512) + 2 * 1024 * 256
     assert roomy.weights_bytes == 2 * n_params + 4 * 9 * 256
@@ -66,7 +72,7 @@ def test_roomy(plan: Plan) -> None:
 
 
 def test_short_sequences_have_small_blocks(plan: Plan) -> None:
-    assert [size(plan, 1 << 40, n).block_size for n in (1, 16, 17, 100, 256, 4096)] == [
+    assert [only(size(plan, 1 << 40, n)).block_size for n in (1, 16, 17, 100, 256, 4096)] == [
         16,
         16,
         32,
@@ -79,13 +85,13 @@ def test_short_sequences_have_small_blocks(plan: Plan) -> None:
 def test_the_pool_takes_its_share_only(plan: Plan) -> None:
     available = fixed(plan) + 100 * MIB
     some = size(plan, available, max_num_seqs=32)
-    assert some.n_blocks == int(memory.KV_SHARE * available) // BLOCK < 100
+    assert only(some).n_blocks == int(memory.KV_SHARE * available) // BLOCK < 100
 
 
 def test_the_default_length_shrinks_and_an_explicit_one_does_not(plan: Plan) -> None:
     tight = fixed(plan) + 8 * BLOCK
     assert size(plan, tight).max_model_len == 8 * 256
-    assert size(plan, tight, 8 * 256).n_blocks == 8
+    assert only(size(plan, tight, 8 * 256)).n_blocks == 8
     with pytest.raises(
         CapacityError, match=r"4096 tokens needs 16\.0 MiB .* lower max_model_len to at most 2048"
     ):
@@ -106,10 +112,10 @@ def test_an_explicit_cache(plan: Plan) -> None:
             **{"max_model_len": None, **options},
         )
 
-    assert sized(40 * BLOCK).n_blocks == 40
+    assert only(sized(40 * BLOCK)).n_blocks == 40
     assert sized(3 * BLOCK).max_model_len == 768
     everything = sized("auto", fixed(plan) + 50 * BLOCK)
-    assert (everything.n_blocks, everything.max_model_len) == (50, 4096)
+    assert (only(everything).n_blocks, everything.max_model_len) == (50, 4096)
     with pytest.raises(CapacityError, match="lower max_model_len to at most 768"):
         sized(3 * BLOCK, max_model_len=1000)
     with pytest.raises(CapacityError, match=r"kv_cache_memory is 1\.00 GiB, but"):
@@ -117,17 +123,17 @@ def test_an_explicit_cache(plan: Plan) -> None:
     with pytest.raises(CapacityError, match="raise kv_cache_memory"):
         sized(BLOCK - 1)
     paged = sized(40 * BLOCK, kv_cache_type="paged")
-    assert (paged.block_size, paged.n_blocks) == (16, 640)
+    assert (only(paged).block_size, only(paged).n_blocks) == (16, 640)
     small = sized(40 * BLOCK, kv_cache_type="paged", kv_cache_dtype="int8")
-    assert small.n_blocks == 640 * 2 * 64 * 2 // (2 * 64 + 8)
-    assert sized(40 * BLOCK, block_size=64).block_size == 64
+    assert only(small).n_blocks == 640 * 2 * 64 * 2 // (2 * 64 + 8)
+    assert only(sized(40 * BLOCK, block_size=64)).block_size == 64
 
 
 def test_a_slab_fits_the_l2() -> None:
-    assert memory.default_block_size("slab", "bf16", 128, 1 << 20, 1 << 17) == 256
-    assert memory.default_block_size("slab", "bf16", 128, 256 << 10, 1 << 17) == 128
-    assert memory.default_block_size("slab", "int8", 256, 256 << 10, 1 << 17) == 64
-    assert memory.default_block_size("slab", "bf16", 256, 0, 1 << 17) == 16
+    assert default_block_size("slab", "bf16", 128, 1 << 20, 1 << 17) == 256
+    assert default_block_size("slab", "bf16", 128, 256 << 10, 1 << 17) == 128
+    assert default_block_size("slab", "int8", 256, 256 << 10, 1 << 17) == 64
+    assert default_block_size("slab", "bf16", 256, 0, 1 << 17) == 16
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -159,3 +165,110 @@ def test_without_proc_the_system_is_asked_another_way(monkeypatch: pytest.Monkey
     for text in ("", "MemAvailable:", "MemAvailable: much kB"):
         monkeypatch.setattr(Path, "read_text", lambda path, text=text: text)
         assert available_bytes() > MIB
+
+
+# ---- groups of layers ---------------------------------------------------------------------------------------------
+
+
+def gemma(n_layers: int, heads: int, head_dim: int, window: int, every: int = 6) -> Plan:
+    """A plan with only what a KV cache is sized by: the windowed and the full layers of Gemma 3."""
+    full, windowed = KVLayer(heads, head_dim), KVLayer(heads, head_dim, window)
+    kv = tuple(windowed if (i + 1) % every else full for i in range(n_layers))
+    return Plan({}, (), (), kv, 1, 1, "logits")
+
+
+@pytest.mark.parametrize("kind", ["slab", "paged", "contiguous"])
+@pytest.mark.parametrize("n_seqs", [1, 32])
+@pytest.mark.parametrize(
+    ("plan", "n_full", "n_windowed", "context"),
+    [
+        (gemma(62, 16, 128, 1024), 10, 52, 32 << 10),  # 27B
+        (gemma(34, 4, 256, 1024), 5, 29, 16 << 10),  # 4B
+        (gemma(26, 1, 256, 512), 4, 22, 32 << 10),  # 1B
+    ],
+)
+def test_windows_cost_what_they_see(
+    plan: Plan, n_full: int, n_windowed: int, context: int, n_seqs: int, kind: str
+) -> None:
+    """They cost as much as full layers: five times what Gemma-3-27B needs at 32k."""
+    planned = plan_memory(
+        plan,
+        max_len=1 << 17,
+        max_model_len=context,
+        max_num_seqs=n_seqs,
+        max_num_batched_tokens=2048,
+        available=1 << 40,
+        kv_cache_type=kind,
+    )
+    layer = plan.kv[0]
+    token_bytes = 4 * layer.n_kv_heads * layer.head_dim
+    assert layer.reach is not None
+    need = (n_full * context + n_windowed * layer.reach) * token_bytes * n_seqs
+    assert need <= planned.kv_bytes <= 1.1 * need
+    windowed, full = planned.kv.groups
+    assert (windowed.n_layers, full.n_layers) == (n_windowed, n_full)
+    assert f"{n_windowed} layers of {layer.n_kv_heads} x {layer.head_dim}" in planned.describe()
+    assert (
+        f"{windowed.n_blocks} blocks of {windowed.block_size} tokens, of which a query sees {layer.reach}"
+        in (planned.describe())
+    )
+
+
+def test_pools_of_any_size_hold_equally_many_sequences() -> None:
+    plan = gemma(12, 2, 64, 256)
+
+    def planned(n_bytes: int) -> MemoryPlan:
+        return plan_memory(
+            plan,
+            max_len=8192,
+            max_model_len=None,
+            max_num_seqs=8,
+            max_num_batched_tokens=512,
+            available=1 << 34,
+            kv_cache_memory=n_bytes,
+        )
+
+    one = planned(1 << 30).kv.bytes_for(8192)
+    for share in (1, 2, 5.5):
+        sized = planned(int(share * one))
+        assert sized.max_model_len == 8192 and sized.kv_bytes <= share * one
+        counts = [g.n_blocks / n for g, n in zip(sized.kv.groups, sized.kv.blocks(8192), strict=True)]
+        assert min(counts) >= int(share) and max(counts) - min(counts) < 0.2
+    short = planned(one // 2)
+    assert 2048 < short.max_model_len < 8192
+    assert short.kv.bytes_for(short.max_model_len) <= one // 2 < short.kv.bytes_for(short.max_model_len + 256)
+    tables = join_groups(
+        [
+            make_tables(
+                "slab",
+                group.n_blocks,
+                group.block_size,
+                4,
+                short.max_model_len,
+                copy=lambda *_: None,
+                prefix_caching=True,
+                reach=group.reach,
+                max_step=short.kv.max_step,
+            )
+            for group in short.kv.groups
+        ]
+    )
+    assert tables.capacity >= short.max_model_len and tables.open(short.max_model_len) is not None
+    with pytest.raises(CapacityError, match=r"one block of 16 and 256 tokens takes .* raise kv_cache_memory"):
+        planned(1000)
+
+
+def test_a_window_that_no_sequence_outgrows_is_none() -> None:
+    plan = gemma(6, 2, 64, 4096)
+    kv = plan_groups(plan, 4096, 512, "slab", "bf16", None, 1 << 20)
+    assert [group.reach for group in kv.groups] == [None, None] and kv.max_step == 512
+    kv = plan_groups(plan, 4097, 2048, "slab", "bf16", None, 1 << 20)
+    assert [group.reach for group in kv.groups] == [4096, None] and kv.max_step == 1024
+
+
+def test_blocks_of_a_window_are_small_beside_it() -> None:
+    sizes = [
+        default_block_size("slab", "bf16", 128, 1 << 20, 1 << 17, reach)
+        for reach in (1, 128, 512, 1024, 4096)
+    ]
+    assert sizes == [16, 16, 32, 64, 256]

@@ -203,7 +203,7 @@ class TablesMachine(RuleBasedStateMachine):
                 for held, group in zip(row.held, self.config.groups, strict=True)
             ]
             return True
-        assert n_tokens > row.promise or n_tokens > row.at + self.max_step or not row.is_sure
+        assert n_tokens > row.promise or n_tokens > self.tables.step_end(row.at) or not row.is_sure
         lacks = []
         for (group, tables, _), (n_available, array), held in zip(self.groups, before, row.held, strict=True):
             assert tables.n_available == n_available and (tables.array == array).all()
@@ -298,7 +298,8 @@ class TablesMachine(RuleBasedStateMachine):
         number = self.start((0, n_prompt, MAX_LEN)[reserve], reuse, row)
         while number is not None and len(row.tokens) < n_prompt:
             n_tokens = len(row.tokens)
-            end = min(n_prompt, n_tokens + self.max_step)
+            end = min(n_prompt, self.tables.step_end(n_tokens))
+            assert end >= min(n_prompt, n_tokens + self.max_step)
             if not self.grow(number, end):
                 break
             row.tokens, row.values = prompt[:end], values_of(salt, prompt[:end])

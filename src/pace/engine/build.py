@@ -14,8 +14,8 @@ from pace.engine.runner import Runner
 from pace.engine.sampler import Sampler
 from pace.engine.scheduler import Scheduler
 from pace.errors import ConfigError
-from pace.kvcache import make_tables
-from pace.models.plan import Attention, Plan
+from pace.kvcache import join_groups, make_tables
+from pace.models.plan import Plan
 from pace.text.tokenizer import Tokenizer
 
 __all__ = ["SCORED_ROWS", "build_engine", "make_team"]
@@ -53,26 +53,36 @@ def build_engine(
     max_seqs, max_tokens = config.max_num_seqs, config.max_num_batched_tokens
     n_logit_rows = max_seqs + SCORED_ROWS
     contiguous = config.kv_cache_type == "contiguous"
-    kv_pool = ops.KVPool(
-        len(plan.kv),
-        plan.kv[0].n_kv_heads,
-        plan.kv[0].head_dim,
-        memory.n_blocks,
-        memory.block_size,
-        dtype=config.kv_cache_dtype,
-        contiguous=contiguous,
+    kv_pools = [
+        ops.KVPool(
+            group.n_layers,
+            group.n_kv_heads,
+            group.head_dim,
+            group.n_blocks,
+            group.block_size,
+            dtype=config.kv_cache_dtype,
+            contiguous=contiguous,
+        )
+        for group in memory.kv.groups
+    ]
+    executor = ops.Plan(
+        team, plan, sink.weights, kv_pools, max_tokens, max_seqs, n_logit_rows, config.kernels
     )
-    executor = ops.Plan(team, plan, sink.weights, kv_pool, max_tokens, max_seqs, n_logit_rows, config.kernels)
-    reach = _reach(plan)
-    tables = make_tables(
-        config.kv_cache_type,
-        memory.n_blocks,
-        memory.block_size,
-        max_seqs,
-        memory.max_model_len,
-        copy=kv_pool.copy,
-        prefix_caching=config.enable_prefix_caching,
-        reach=reach,
+    tables = join_groups(
+        [
+            make_tables(
+                config.kv_cache_type,
+                group.n_blocks,
+                group.block_size,
+                max_seqs,
+                memory.max_model_len,
+                copy=pool.copy,
+                prefix_caching=config.enable_prefix_caching,
+                reach=group.reach,
+                max_step=memory.kv.max_step,
+            )
+            for group, pool in zip(memory.kv.groups, kv_pools, strict=True)
+        ]
     )
     scheduler = Scheduler(
         tables,
@@ -81,9 +91,7 @@ def build_engine(
         prefix_caching=config.enable_prefix_caching and not contiguous,
     )
     engine = Engine(
-        Runner(
-            executor, tables.array, 0 if contiguous else memory.block_size, max_tokens, max_seqs, n_logit_rows
-        ),
+        Runner(executor, tables.groups, max_tokens, max_seqs, n_logit_rows),
         Sampler(
             executor.sample,
             functools.partial(ops.logprobs, team),
@@ -101,9 +109,3 @@ def build_engine(
         seed=config.seed,
     )
     return engine, executor
-
-
-def _reach(plan: Plan) -> int | None:
-    """The longest window of all layers; None where a layer sees everything."""
-    windows = [op.window for op in plan.ops if isinstance(op, Attention)]
-    return max(w for w in windows if w is not None) if windows and None not in windows else None

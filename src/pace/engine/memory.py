@@ -6,21 +6,14 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from pace.engine.kv_memory import GroupMemory, KVMemory, plan_groups
 from pace.errors import CapacityError
-from pace.kvcache import blocks_for, kv_block_bytes
 from pace.models.plan import Plan
 
 __all__ = ["MemoryPlan", "available_bytes", "plan_memory"]
 
 KV_SHARE = 0.4
 """Of the available memory, what the KV pool takes by default; the rest is for the host program."""
-
-MAX_SLAB, PAGE, MIN_BLOCK_SIZE = 256, 16, 16
-"""Tokens of a block: of the largest slab (the piece that attention works in), of a page, of the smallest."""
-
-L2_SHARE = 4
-"""A slab's K and V of one head take at most this part of the L2 of the core that reads them: the rest of a work item (its
-queries, scores and results) is of the same size."""
 
 SLACK_BYTES = 64 << 20
 """Tokenizer, staging, thread stacks and Python."""
@@ -37,31 +30,43 @@ class MemoryPlan:
     Attributes:
         weights_bytes: packed matrices and vectors.
         activation_bytes: the slots of the largest step.
-        n_blocks, block_size: the KV pool.
-        kv_bytes: of the pool; its pages are mapped when tokens are stored.
+        kv: the KV pools; their pages are mapped when tokens are stored.
         available_bytes: what the system and the cgroup had left.
         max_model_len: longest sequence in tokens.
-        kv_cache_type, kv_cache_dtype: of the pool.
+        kv_cache_type, kv_cache_dtype: of the pools.
     """
 
     weights_bytes: int
     activation_bytes: int
-    n_blocks: int
-    block_size: int
-    kv_bytes: int
+    kv: KVMemory
     available_bytes: int
     max_model_len: int
     kv_cache_type: str = "slab"
     kv_cache_dtype: str = "bf16"
 
+    @property
+    def kv_bytes(self) -> int:
+        """Of all KV pools."""
+        return self.kv.n_bytes
+
     def describe(self) -> str:
         """One line for the log."""
+        groups = [_describe(group) for group in self.kv.groups]
+        if len(groups) > 1:
+            groups = [
+                f"{group.n_layers} layers of {group.n_kv_heads} x {group.head_dim}: {gib(group.n_bytes)} in {text}"
+                for group, text in zip(self.kv.groups, groups, strict=True)
+            ]
         return (
             f"weights {gib(self.weights_bytes)}, activations {gib(self.activation_bytes)}, KV cache "
-            f"{gib(self.kv_bytes)} ({self.kv_cache_type}, {self.kv_cache_dtype}, {self.n_blocks} blocks of "
-            f"{self.block_size} tokens), of {gib(self.available_bytes)} available; max_model_len "
-            f"{self.max_model_len}"
+            f"{gib(self.kv_bytes)} ({self.kv_cache_type}, {self.kv_cache_dtype}, {'; '.join(groups)}), of "
+            f"{gib(self.available_bytes)} available; max_model_len {self.max_model_len}"
         )
+
+
+def _describe(group: GroupMemory) -> str:
+    seen = "" if group.reach is None else f", of which a query sees {group.reach}"
+    return f"{group.n_blocks} blocks of {group.block_size} tokens{seen}"
 
 
 def gib(n_bytes: int) -> str:
@@ -117,67 +122,47 @@ def plan_memory(
             f"{gib(available)} are available; lower max_num_batched_tokens or take a smaller model"
         )
     wanted_len = max_len if max_model_len is None else max_model_len
-    if block_size is None:
-        widest = max(layer.head_dim for layer in plan.kv)
-        block_size = default_block_size(kv_cache_type, kv_cache_dtype, widest, l2_bytes, wanted_len)
-    block_bytes = sum(
-        kv_block_bytes(1, layer.n_kv_heads, layer.head_dim, block_size, kv_cache_dtype) for layer in plan.kv
+    kv = plan_groups(
+        plan, wanted_len, max_num_batched_tokens, kv_cache_type, kv_cache_dtype, block_size, l2_bytes
     )
-    need = blocks_for(wanted_len, block_size)
+    need = kv.bytes_for(wanted_len)
     if isinstance(kv_cache_memory, int):
         if kv_cache_memory > left:
             raise CapacityError(
                 f"kv_cache_memory is {gib(kv_cache_memory)}, but {gib(left)} are left beside the weights; lower it"
             )
-        share = kv_cache_memory // block_bytes
-        n_blocks = share
+        share = n_bytes = kv_cache_memory
     elif kv_cache_memory is not None:
-        n_blocks = share = left // block_bytes
+        share = n_bytes = left
     else:
-        share = min(left, int(KV_SHARE * available)) // block_bytes
-        if max_model_len is not None and share < need <= left // block_bytes:
+        share = min(left, int(KV_SHARE * available))
+        if max_model_len is not None and share < need <= left:
             share = need  # one full sequence may take more than the default's share, if it was asked for
-        n_blocks = min(share, need * max_num_seqs)
+        n_bytes = min(share, need * max_num_seqs)
     if share < need:
-        if share == 0 and kv_cache_memory is not None:
+        longest = kv.longest(share, wanted_len)
+        if longest == 0 and kv_cache_memory is not None:
+            sizes = " and ".join(str(group.block_size) for group in kv.groups)
             raise CapacityError(
-                f"there are {gib(left if isinstance(kv_cache_memory, str) else kv_cache_memory)} for the KV cache, one "
-                f"block of {block_size} tokens takes {gib(block_bytes)}; raise kv_cache_memory"
+                f"there are {gib(share)} for the KV cache, one block of {sizes} tokens takes {gib(kv.bytes_for(1))}; "
+                "raise kv_cache_memory"
             )
-        if max_model_len is not None or share == 0:
-            most = share if kv_cache_memory is not None else left // block_bytes
+        if max_model_len is not None or longest == 0:
+            most = share if kv_cache_memory is not None else left
             raise CapacityError(
-                f"one sequence of {wanted_len} tokens needs {gib(need * block_bytes)} of KV cache, but there are "
-                f"{gib(most * block_bytes if kv_cache_memory is not None else left)}; lower max_model_len to at most "
-                f"{most * block_size}"
+                f"one sequence of {wanted_len} tokens needs {gib(need)} of KV cache, but there are {gib(most)}; "
+                f"lower max_model_len to at most {kv.longest(most, wanted_len)}"
             )
-        wanted_len = share * block_size
+        wanted_len = longest
     return MemoryPlan(
         weights_bytes,
         activation_bytes,
-        n_blocks,
-        block_size,
-        n_blocks * block_bytes,
+        kv.divided(n_bytes, wanted_len),
         available,
         wanted_len,
         kv_cache_type,
         kv_cache_dtype,
     )
-
-
-def default_block_size(
-    kv_cache_type: str, kv_cache_dtype: str, head_dim: int, l2_bytes: int, max_model_len: int
-) -> int:
-    """Tokens of a block: 16 of a page; of a slab as many as a quarter of the L2 holds keys and values of one head for, at
-    most 256, or less where no sequence fills that.
-    """
-    if kv_cache_type == "paged":
-        return PAGE
-    token_bytes = kv_block_bytes(1, 1, head_dim, 1, kv_cache_dtype)
-    size = MIN_BLOCK_SIZE
-    while size < min(max_model_len, MAX_SLAB) and 2 * size * token_bytes * L2_SHARE <= l2_bytes:
-        size *= 2
-    return size
 
 
 def available_bytes() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -12,7 +13,7 @@ import numpy as np
 from pace.engine.sampler import LogprobsResult
 from pace.engine.schedule import Schedule
 from pace.engine.sequence import Sequence
-from pace.kvcache import blocks_for
+from pace.kvcache import GroupTables, blocks_for
 from pace.models import plan
 from pace.models.plan import Batch, F32Array, I32Array
 
@@ -62,8 +63,7 @@ class Runner:
 
     Args:
         executor: the compiled plan, or anything else with its `step`.
-        block_tables: i32 [rows, columns], owned by `KVTables`.
-        block_size: tokens of a block; 0 where a table has one column for any length.
+        groups: tables of each group of layers.
         max_tokens: rows of one step.
         max_seqs: sequences of one step.
         max_logit_rows: rows of logits that the plan keeps, at least max_seqs.
@@ -72,23 +72,23 @@ class Runner:
     def __init__(
         self,
         executor: plan.Executor,
-        block_tables: I32Array,
-        block_size: int,
+        groups: Seq[GroupTables],
         max_tokens: int,
         max_seqs: int,
         max_logit_rows: int,
     ) -> None:
         self.executor = executor
         self.run_s = 0.0  # spent in `executor.step` so far; the rest of a step is Python
-        self._block_tables = block_tables
-        self._block_size = block_size
         self._token_ids = np.zeros(max_tokens, dtype=np.int32)
         self._counting = np.arange(
             max_seqs + 1, dtype=np.int32
         )  # q_start and logit_rows of one row per sequence
         self._q_start = np.zeros(max_seqs + 1, dtype=np.int32)
         self._kv_len = np.zeros(max_seqs, dtype=np.int32)
-        self._batch_tables = np.zeros(max_seqs * block_tables.shape[1], dtype=np.int32)
+        self._tables = [
+            (group.array, group.column_tokens, np.zeros(max_seqs * group.array.shape[1], dtype=np.int32))
+            for group in groups
+        ]
         self._logit_rows = np.zeros(max_tokens, dtype=np.int32)
         self._max_logit_rows = max_logit_rows
 
@@ -206,11 +206,18 @@ class Runner:
             logit_rows=self._counting[:n],
         )
 
-    def _gather_tables(self, rows: list[int], kv_len: list[int]) -> I32Array:
-        """The block tables of the sequences, i32 [n_seqs, columns]."""
-        # Only the columns in use: those of 16-token blocks up to a context of 128k would be a megabyte per step.
-        n_columns = blocks_for(max(kv_len), self._block_size) if self._block_size else 1
-        tables = self._batch_tables[: len(rows) * n_columns].reshape(len(rows), n_columns)
-        # mode: the default checks bounds through a temporary copy; the rows are ours.
-        self._block_tables[:, :n_columns].take(rows, 0, tables, "clip")
-        return tables
+    def _gather_tables(self, rows: list[int], kv_len: list[int]) -> I32Array | tuple[I32Array, ...]:
+        """The block tables of the sequences, i32 [n_seqs, columns], one for each group."""
+        longest = max(kv_len)
+        gathered = tuple([_gather(*tables, rows, longest) for tables in self._tables])
+        return gathered[0] if len(gathered) == 1 else gathered
+
+
+def _gather(array: I32Array, column_tokens: int, into: I32Array, rows: list[int], longest: int) -> I32Array:
+    """The rows of a table, i32 [len(rows), columns]: those in use, as a table of 16-token blocks up to a context of 128k
+    would be a megabyte per step."""
+    n_columns = blocks_for(longest, column_tokens) if column_tokens else 1
+    tables = into[: len(rows) * n_columns].reshape(len(rows), n_columns)
+    # mode: the default checks bounds through a temporary copy; the rows are ours.
+    array[:, :n_columns].take(rows, 0, tables, "clip")
+    return tables

@@ -212,12 +212,16 @@ class Scheduler:
                 at += 1
             else:
                 return
-            n_new = min(_n_pending(seq), self.tables.max_step)
+            n_new = self._n_next(seq)
             if n_new > room:
                 self._add(step, seq, room - self._pass(step, seq, prompts[at:], room // 2, has_room))
                 return
             self._add(step, seq, n_new)
             room -= n_new
+
+    def _n_next(self, seq: Sequence) -> int:
+        """Pending tokens that one step may run: layers that see a part of the sequence hold no more of it at once."""
+        return min(seq.n_tokens, self.tables.step_end(seq.n_computed)) - seq.n_computed
 
     def _add(self, step: Schedule, seq: Sequence, n_new: int) -> None:
         """Run tokens of a prompt, for all of which there are blocks since it was admitted."""
@@ -256,7 +260,7 @@ class Scheduler:
                 seq = short.pop()
             else:
                 break
-            n_new = min(_n_pending(seq), left, self.tables.max_step)
+            n_new = min(self._n_next(seq), left)
             self._add(step, seq, n_new)
             left -= n_new
         return room - left

@@ -79,6 +79,7 @@ class BlockTables(GroupTables):
         self.n_blocks = n_blocks
         self.block_size = self.column_tokens = block_size
         self.has_reach = reach is not None
+        self.max_len = max_len
         self.max_step = max_len if max_step is None or reach is None else max_step
         self.array: I32Array = np.zeros((max_seqs, blocks_for(max_len, block_size)), dtype=np.int32)
         self._copy = copy

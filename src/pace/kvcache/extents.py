@@ -82,6 +82,7 @@ class ExtentTables(GroupTables):
         self.block_size = block_size
         self.column_tokens = 0
         self.has_reach = reach is not None
+        self.max_len = max_len
         self.max_step = max_len if max_step is None or reach is None else max_step
         self.array: I32Array = np.zeros((max_seqs, 1), dtype=np.int32)
         self._copy = copy

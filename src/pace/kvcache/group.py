@@ -101,11 +101,13 @@ class GroupTables(KVTables):
     Attributes:
         array: i32 [n_rows, columns], gathered by the runner; contiguous has 1 column.
         column_tokens: tokens that a column stands for; 0 where the first one stands for all.
+        max_len: tokens of the longest row.
         reach: what its queries see.
     """
 
     array: I32Array
     column_tokens: int
+    max_len: int
     reach: Reach
 
     @property
@@ -116,6 +118,12 @@ class GroupTables(KVTables):
     def has_room(self, coming: Iterable[int], leaving: Iterable[int] = ()) -> bool:
         """Whether rows would fit if others were closed; see `KVTables.has_room`."""
         return sum(map(self._most, coming)) <= self.n_available + sum(map(self._most, leaving))
+
+    def step_end(self, position: int) -> int:
+        """Tokens to which a row may be extended in a step; see `KVTables.step_end`."""
+        if self.reach.n_tokens is None:
+            return self.max_len
+        return (self.reach.unseen_blocks(position) + self._most(self.max_len)) * self.block_size
 
     def grows(self, n_tokens: int, max_tokens: int) -> bool:
         """Whether a row takes further blocks; see `KVTables.grows`."""

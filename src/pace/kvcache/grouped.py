@@ -133,7 +133,8 @@ class GroupedTables(KVTables):
         found = []
         n_tokens = self._query = limit
         for group in self._groups:
-            part = group.find(tokens, salt, n_tokens) if n_tokens else None
+            # A block more than can be used: its beginning is known where all of it is, though too short to look for.
+            part = group.find(tokens, salt, min(limit, n_tokens + group.block_size)) if n_tokens else None
             if part is None:
                 return None
             n_tokens = part.longest(n_tokens)
@@ -166,6 +167,10 @@ class GroupedTables(KVTables):
             group.fits(n_tokens, headroom, part)
             for group, part in zip(self._groups, self._parts(reuse), strict=True)
         )
+
+    def step_end(self, position: int) -> int:
+        """Tokens to which a row may be extended in a step; see `KVTables.step_end`."""
+        return min(group.step_end(position) for group in self._groups)
 
     def has_room(self, coming: Iterable[int], leaving: Iterable[int] = ()) -> bool:
         """Whether rows would fit if others were closed; see `KVTables.has_room`."""

@@ -54,7 +54,7 @@ class KVTables(ABC):
     `open` promised it to.
 
     A group with a reach holds no more than a query sees, and the tokens of one step: call `release_before` between two
-    steps, and extend a row by at most `max_step` tokens at a time, so that its promise suffices for any length.
+    steps, and extend a row no further than `step_end`, so that its promise suffices for any length.
 
     Misuse (a row that is not open, more tokens than max_len) raises RuntimeError.
 
@@ -63,7 +63,7 @@ class KVTables(ABC):
         n_blocks: blocks in all.
         block_size: tokens per block, the largest of all groups: what is indexed while a row grows, and how finely.
         has_reach: whether some group has one, so that `release_before` is to be called.
-        max_step: tokens that a row may be extended by in one step; max_len where nothing has a reach.
+        max_step: tokens by which a row may be extended in any step; max_len where nothing has a reach.
     """
 
     n_rows: int
@@ -107,8 +107,8 @@ class KVTables(ABC):
         """Take a row.
 
         Args:
-            reserve: tokens in all, `reuse` included, for which blocks are promised: `extend` up to there never fails, in
-                steps of `max_step` where there is a reach. 0 promises nothing.
+            reserve: tokens in all, `reuse` included, for which blocks are promised: `extend` up to there never fails, with
+                `step_end` observed where there is a reach. 0 promises nothing.
             reuse: the row starts with these `reuse.n_tokens` tokens, nothing is to be computed for them. It must come
                 from a `match` or `fork` since which nothing was called that changes the tables.
             salt: as in `match`; what this row computes is found under it alone. A `reuse` brings its own, which counts.
@@ -190,6 +190,11 @@ class KVTables(ABC):
     def fits(self, n_tokens: int, headroom: int = 0, reuse: Reuse | None = None) -> bool:
         """Whether `open(n_tokens, reuse)` would succeed now and leave `headroom` blocks available: of each group, and at
         most an eighth of it."""
+
+    @abstractmethod
+    def step_end(self, position: int) -> int:
+        """Tokens to which a row may be extended that has just released what nobody sees at `position`: `max_step` more
+        or further, as far as what it may hold at once goes."""
 
     @abstractmethod
     def has_room(self, coming: Iterable[int], leaving: Iterable[int] = ()) -> bool:

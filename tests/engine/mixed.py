@@ -1,0 +1,70 @@
+"""Tiny models whose layers differ: what they see, how wide their heads are, whose keys they read. Random weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from ext.kit import packed, rng
+from golden import tiny
+
+from pace import ops
+from pace.models.decoder import lower
+from pace.models.plan import Attention, Plan
+from pace.models.spec import AttentionSpec, DecoderSpec, DenseSpec, LayerSpec, NormSpec, RopeSpec
+
+DIM, N_HEADS = 64, 4
+ROPES = tuple(RopeSpec(10000.0, width, 512, 512) for width in (16, 32))
+
+
+def mixer(
+    head_dim: int = 16, n_kv_heads: int = 2, window: int | None = None, **options: Any
+) -> AttentionSpec:
+    """Attention with the rope of its width."""
+    return AttentionSpec(N_HEADS, n_kv_heads, head_dim, window, rope=int(head_dim == 32), **options)
+
+
+MIXERS: dict[str, list[AttentionSpec]] = {
+    "windows-and-full": [mixer(window=24), mixer(), mixer(window=24)],
+    "two-windows": [mixer(window=40), mixer(window=70), mixer(window=40)],
+    # As Gemma 4: full layers with wider heads and fewer of them, and layers that read an earlier one's keys.
+    "two-widths-shared": [
+        mixer(window=33),
+        mixer(32, 1),
+        mixer(window=33, kv_from=0),
+        mixer(32, 1, kv_from=1),
+    ],
+    "chunks-and-full": [mixer(window=48), mixer(), mixer(window=48)],  # windows become chunks
+}
+MODELS = tuple(MIXERS)
+
+
+def plan_of(name: str, max_model_len: int) -> Plan:
+    """One of the models."""
+    layers = tuple(LayerSpec(m, DenseSpec(96, "silu")) for m in MIXERS[name])
+    norm = NormSpec("rms", 1e-6)
+    spec = DecoderSpec(DIM, tiny.VOCAB_SIZE, 512, norm, layers, ROPES, scale=0.25, tied=False)
+    plan = lower(spec, max_model_len)
+    if not name.startswith("chunks"):
+        return plan
+    chunked = tuple(
+        replace(op, chunk=op.window, window=None) if isinstance(op, Attention) else op for op in plan.ops
+    )
+    return replace(plan, ops=chunked)
+
+
+def weights_of(plan: Plan) -> dict[str, np.ndarray]:
+    """Matrices of variance 1 / k, and norms about 1."""
+    draw = rng("mixed", len(plan.ops))
+    return {
+        name: 1 + 0.1 * draw.standard_normal(shape.n).astype(np.float32)
+        if shape.k is None
+        else (draw.standard_normal((shape.n, shape.k)) * 2 / shape.k**0.5).astype(np.float32)
+        for name, shape in plan.weights().items()
+    }
+
+
+def pack(team: ops.Team, plan: Plan) -> dict[str, Any]:
+    """Its weights as the kernels take them."""
+    return {name: w if w.ndim == 1 else packed(team, w) for name, w in weights_of(plan).items()}
