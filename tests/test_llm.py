@@ -134,6 +134,26 @@ def test_chat_options_reach_the_template(llm: LLM) -> None:
             llm.chat(messages, GREEDY, **wrong)  # type: ignore[arg-type]
 
 
+def test_reasoning_is_no_part_of_the_answer(llm: LLM) -> None:
+    """The template opens the thought, and the model never closes it: all it writes is reasoning."""
+    template = "{{ messages[0].content.split('</think>')[-1] }}{{ '<think>\\n' }}"
+    messages = [{"role": "user", "content": "x"}]
+    (raw,) = llm.chat(messages, GREEDY, chat_template=template, include_reasoning=True)
+    text = raw.outputs[0].text
+    assert text.strip("\n") and raw.outputs[0].reasoning is None
+    (divided,) = llm.chat(messages, GREEDY, chat_template=template)
+    answer = divided.outputs[0]
+    assert (answer.text, answer.reasoning) == ("", text.strip("\n"))
+    assert answer.token_ids == raw.outputs[0].token_ids and divided.prompt == raw.prompt == "x<think>\n"
+    deltas = GREEDY.clone(output_kind=RequestOutputKind.DELTA)
+    parts = [output.outputs[0] for output in llm.stream_chat(messages, deltas, chat_template=template)]
+    assert "".join(part.reasoning or "" for part in parts) == answer.reasoning
+    assert not any(part.text for part in parts)
+    assert (
+        llm.generate("x<think>\n", GREEDY)[0].outputs[0].text == text
+    )  # a prompt has no template that says more
+
+
 def test_callers_in_threads_share_steps_and_keep_their_answers(llm: LLM) -> None:
     expected = [llm.generate(f"thread {i}", GREEDY)[0].outputs for i in range(6)]
     found: list[Any] = [None] * 6

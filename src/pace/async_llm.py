@@ -91,6 +91,7 @@ class AsyncLLM(Frontend):
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         tools: Seq[Mapping[str, Any]] | None = None,
+        include_reasoning: bool = False,
         priority: int = 0,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
@@ -98,7 +99,8 @@ class AsyncLLM(Frontend):
 
         Args:
             messages: the conversation.
-            add_generation_prompt, continue_final_message, chat_template, chat_template_kwargs, tools: as `LLM.chat`.
+            add_generation_prompt, continue_final_message, chat_template, chat_template_kwargs, tools,
+                include_reasoning: as `LLM.chat`.
 
         The other arguments, outputs and errors are those of `generate`.
 
@@ -107,7 +109,12 @@ class AsyncLLM(Frontend):
         """
 
         options = ChatOptions(
-            add_generation_prompt, continue_final_message, chat_template, chat_template_kwargs, tools
+            add_generation_prompt,
+            continue_final_message,
+            chat_template,
+            chat_template_kwargs,
+            tools,
+            include_reasoning,
         )
 
         def encode() -> list[Encoded]:

@@ -273,6 +273,11 @@ def merged(old: RequestOutput, new: RequestOutput) -> RequestOutput:
 
 def _joined(old: CompletionOutput, new: CompletionOutput) -> CompletionOutput:
     logprobs = None if old.logprobs is None or new.logprobs is None else old.logprobs + new.logprobs
+    reasoning = None if new.reasoning is None else (old.reasoning or "") + new.reasoning
     return replace(
-        new, text=old.text + new.text, token_ids=[*old.token_ids, *new.token_ids], logprobs=logprobs
+        new,
+        text=old.text + new.text,
+        token_ids=[*old.token_ids, *new.token_ids],
+        logprobs=logprobs,
+        reasoning=reasoning,
     )

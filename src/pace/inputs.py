@@ -18,6 +18,8 @@ from pace.engine.request import Request
 from pace.errors import PaceError, RequestError, show
 from pace.params import SamplingParams
 from pace.text.chat import ChatTemplates
+from pace.text.readers import Reader
+from pace.text.reasoning import find_reader
 from pace.text.tokenizer import Tokenizer
 
 __all__ = ["ChatOptions", "Encoded", "Inputs", "Messages", "Prompt", "deadline", "n_chars", "prompt_list"]
@@ -57,6 +59,7 @@ class ChatOptions:
     chat_template: str | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
     tools: Seq[Mapping[str, Any]] | None = None
+    include_reasoning: bool = False
 
 
 @dataclass(slots=True)
@@ -66,6 +69,7 @@ class Encoded:
     ids: Any
     text: str | None = None
     cache_salt: Any = None
+    reader: Callable[[], Reader] | None = None
 
 
 class Inputs:
@@ -121,7 +125,7 @@ class Inputs:
                     tools=options.tools,
                     variables=options.chat_template_kwargs,
                 )
-            encoded.append(Encoded(None, text))
+            encoded.append(Encoded(None, text, reader=_reader(template.source, text, messages, options)))
         self._encode_texts(encoded, "conversation", Tokenizer.encode_chats)
         return encoded
 
@@ -193,9 +197,23 @@ class Inputs:
                     priority=0 if rank is None else rank,
                     deadline_s=deadline_s,
                     cache_salt=prompt.cache_salt,
+                    reader=prompt.reader,
                 )
             requests.append(request)
         return requests
+
+
+def _reader(
+    template: str, prompt: str, messages: Messages, options: ChatOptions
+) -> Callable[[], Reader] | None:
+    """What divides the answers to a rendered conversation into reasoning and final text; None: nothing."""
+    if options.include_reasoning:
+        return None
+    continued = None
+    if options.continue_final_message:
+        content = messages[-1].get("content")
+        continued = content if isinstance(content, str) else ""
+    return find_reader(template, prompt, continued)
 
 
 def n_chars(value: object, depth: int = 4) -> int:

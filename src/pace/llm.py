@@ -80,6 +80,7 @@ class LLM(Frontend):
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         tools: Seq[Mapping[str, Any]] | None = None,
+        include_reasoning: bool = False,
         priority: int | Seq[int] = 0,
         timeout_s: float | None = None,
     ) -> list[RequestOutput]:
@@ -94,6 +95,8 @@ class LLM(Frontend):
                 default, or "tool_use" where there are tools and it has one.
             chat_template_kwargs: further variables of the template, such as {"enable_thinking": False}.
             tools: JSON schemas of functions that the model may call, as its template wants them.
+            include_reasoning: the text is all that the model writes; otherwise it is the final answer, and what the
+                model thinks before it is the output's `reasoning`.
 
         The other arguments are those of `generate`.
 
@@ -108,7 +111,12 @@ class LLM(Frontend):
         single = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Any = [messages] if single else messages
         options = ChatOptions(
-            add_generation_prompt, continue_final_message, chat_template, chat_template_kwargs, tools
+            add_generation_prompt,
+            continue_final_message,
+            chat_template,
+            chat_template_kwargs,
+            tools,
+            include_reasoning,
         )
         prompts = self._inputs.encode_chats(conversations, options)
         return self._run(prompts, sampling_params, use_tqdm, priority, timeout_s)
@@ -151,13 +159,19 @@ class LLM(Frontend):
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         tools: Seq[Mapping[str, Any]] | None = None,
+        include_reasoning: bool = False,
         priority: int = 0,
         timeout_s: float | None = None,
     ) -> Iterator[RequestOutput]:
         """`stream` for a conversation; arguments as `chat`."""
         self._driver.check()
         options = ChatOptions(
-            add_generation_prompt, continue_final_message, chat_template, chat_template_kwargs, tools
+            add_generation_prompt,
+            continue_final_message,
+            chat_template,
+            chat_template_kwargs,
+            tools,
+            include_reasoning,
         )
         prompts = self._inputs.encode_chats([messages], options)
         return self._stream(prompts, sampling_params, priority, timeout_s)

@@ -40,8 +40,8 @@ class _Output:
 class CompletionOutput(_Output):
     """One completion of a prompt.
 
-    Where a request's output_kind is DELTA, text, token_ids and logprobs hold only what is new since the output
-    before, and the other fields the state of the whole.
+    Where a request's output_kind is DELTA, text, reasoning, token_ids and logprobs hold only what is new since the
+    output before, and the other fields the state of the whole.
 
     Attributes:
         index: which of the request's completions this is.
@@ -53,6 +53,8 @@ class CompletionOutput(_Output):
         finish_reason: "stop", "length", "abort" or "error"; None while running.
         stop_reason: the stop string or token id that ended the output: of `stop`, of `stop_token_ids`, or an end token
             of the checkpoint besides its EOS token; None for EOS and the other reasons.
+        reasoning: what the model thought before its answer, where a chat divides the two; None elsewhere, and where it
+            answered at once.
     """
 
     index: int
@@ -62,6 +64,7 @@ class CompletionOutput(_Output):
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    reasoning: str | None = None
 
     def finished(self) -> bool:
         """Whether nothing will be added to this completion."""

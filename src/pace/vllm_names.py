@@ -86,7 +86,8 @@ REQUEST_OPTIONS: Mapping[str, Foreign] = {
     "prompt_text": Foreign("the prompt is a mapping with prompt and prompt_token_ids"),
     "guided_options_request": Foreign("pace does not constrain outputs to a grammar"),
     "chat_template_content_format": Foreign(
-        "the template gets the messages as they are", (None, "auto", "string")
+        "templates that loop over a message's content get lists of parts, others one text",
+        (None, "auto", "string"),
     ),
     "trace_headers": Foreign("pace writes no traces", (None, {})),
     "data_parallel_rank": Foreign("an engine is one process", (None, 0)),

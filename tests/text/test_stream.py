@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from text.kit import byte_level, load, save
+
+from pace.text.readers import Reader
+from pace.text.reasoning import find_reader
 from pace.text.stream import TextStream
 from pace.text.tokenizer import Tokenizer
 
@@ -35,3 +41,51 @@ def test_finish_can_complete_a_stop_string(gpt: Tokenizer) -> None:
     texts = TextStream(gpt, stop=["\ufffd"])
     assert [texts.push(token_id) for token_id in ids] == ["", ""]
     assert texts.finish() == "" and texts.matched == "\ufffd"
+
+
+# ---- divided by a reader
+
+
+def reader(template: str = "</think>") -> Reader:
+    make = find_reader(template, "")
+    assert make is not None
+    return make()
+
+
+def test_a_stop_string_inside_reasoning_ends_nothing(gpt: Tokenizer) -> None:
+    ids = gpt.encode("<think>The quick fox</think>The brown fox jumps", add_special_tokens=False)
+    texts = TextStream(gpt, stop=["fox"], reader=reader())
+    for token_id in ids:
+        texts.push(token_id)
+        if texts.matched:
+            break
+    assert texts.text == "The brown " and texts.reasoning == "The quick fox" and texts.matched == "fox"
+
+
+def test_a_stop_string_does_not_reach_over_a_marker(gpt: Tokenizer) -> None:
+    ids = gpt.encode("<think>a</think>b", add_special_tokens=False)
+    texts = TextStream(gpt, stop=["ab"], reader=reader())
+    assert texts.extend(ids) + texts.finish() == "b" and texts.reasoning == "a" and texts.matched is None
+
+
+def test_markers_that_are_special_tokens_are_read_and_others_skipped(tmp_path: Path) -> None:
+    """They leaked, or the text ran together, where the reader saw only what is shown."""
+    rust = byte_level()
+    rust.add_special_tokens(["<|channel>", "<channel|>", "<think>", "</think>", "<turn|>"])
+    tokenizer = load(save(tmp_path, rust))
+    for template, text in (
+        ("<channel|>", "<|channel>thought\nWhy?<channel|>So<turn|>."),
+        ("</think>", "<think>\nWhy?\n</think>\n\nSo<turn|>."),
+    ):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        texts = TextStream(tokenizer, reader=reader(template))
+        shown = "".join(map(texts.push, ids)) + texts.finish()
+        assert shown == texts.text == "So." and texts.reasoning == "Why?"
+        assert TextStream(tokenizer).extend(ids) != shown  # without a reader all that isn't special is text
+
+
+def test_an_unfinished_thought_is_reasoning(gpt: Tokenizer) -> None:
+    texts = TextStream(gpt, reader=reader())
+    assert texts.extend(gpt.encode("<think>The quick", add_special_tokens=False)) + texts.finish() == ""
+    assert texts.reasoning == "The quick"
+    assert TextStream(gpt, reader=reader()).reasoning is None

@@ -47,6 +47,9 @@ def add(commands: Any) -> None:
         metavar="JSON",
         help="""variables of the template, such as '{"enable_thinking": false}'""",
     )
+    parser.add_argument(
+        "--include-reasoning", action="store_true", help="print what the model thinks before it answers, too"
+    )
     parser.add_argument("--tools", metavar="FILE", help="JSON list of tools that the model may call")
     options.add_sampling_options(parser, max_tokens=1024)
     parser.add_argument(
@@ -95,7 +98,7 @@ def _chat_options(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         RequestError: a file can't be read, or is not what it must be.
     """
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = {"include_reasoning": True} if args.include_reasoning else {}
     if args.chat_template is not None:
         # A name has neither dot nor slash as a rule; a file of that name is what was meant, where there is one.
         is_name = not Path(args.chat_template).exists() and re.fullmatch(r"[\w-]+", args.chat_template)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import time
 from array import array
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from pace.engine.sequence import Sequence
 from pace.errors import CapacityError, RequestError, show
 from pace.models.plan import I32Array
 from pace.params import RequestOutputKind, SamplingParams
+from pace.text.readers import Reader
 from pace.text.stream import TextStream
 from pace.text.tokenizer import Tokenizer
 
@@ -76,6 +78,7 @@ class Preparer:
         priority: int = 0,
         deadline_s: float | None = None,
         cache_salt: str | None = None,
+        reader: Callable[[], Reader] | None = None,
     ) -> Request:
         """Check a request without accepting it, so that a caller can check many before any of them runs.
 
@@ -89,6 +92,7 @@ class Preparer:
             deadline_s: `time.monotonic()` at which it ends at the latest, with finish_reason "abort" and
                 stop_reason "deadline".
             cache_salt: share cached prompts only with requests of the same salt.
+            reader: makes what divides each completion's text; None: it is all the answer.
 
         Raises:
             RequestError: an invalid prompt or parameter.
@@ -120,6 +124,7 @@ class Preparer:
                 stop_ids=rules.stop_ids,
                 eos_ids=self.eos_token_ids,
                 constraints=rules.constraints,
+                reader=reader,
                 watched=watched,
                 cache_salt=cache_salt,
             )
@@ -184,6 +189,7 @@ class Preparer:
                 stop=params.stop_strings,
                 include_stop_str_in_output=params.include_stop_str_in_output,
                 skip_special_tokens=params.skip_special_tokens,
+                reader=None if seq.reader is None else seq.reader(),
             )
 
     def _rules(self, params: SamplingParams) -> _Rules:

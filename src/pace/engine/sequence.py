@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum, auto
 
 import numpy as np
@@ -10,6 +11,7 @@ from pace.engine.sampler import Constraints
 from pace.models.plan import I32Array
 from pace.outputs import CompletionOutput, Logprob
 from pace.params import SamplingParams
+from pace.text.readers import Reader
 from pace.text.stream import TextStream
 
 __all__ = ["NO_ROW", "Sequence", "Status"]
@@ -51,6 +53,7 @@ class Sequence:
         constraints: what may be drawn; None: what `params` and the ids say. Sequences may share one.
         watched: somebody waits for every token, so a pause between two of them is seen.
         cache_salt: sequences share cached prompts only with those of the same salt.
+        reader: makes what divides the output's text; None: it is all the answer.
     """
 
     __slots__ = (
@@ -69,6 +72,7 @@ class Sequence:
         "n_computed",
         "n_emitted",
         "n_emitted_chars",
+        "n_emitted_reasoning",
         "n_prompt",
         "n_scored",
         "n_text",
@@ -76,6 +80,7 @@ class Sequence:
         "output_ids",
         "params",
         "priority",
+        "reader",
         "request_id",
         "row",
         "seed",
@@ -101,6 +106,7 @@ class Sequence:
         constraints: Constraints | None = None,
         watched: bool = False,
         cache_salt: str | None = None,
+        reader: Callable[[], Reader] | None = None,
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -113,6 +119,7 @@ class Sequence:
         self.max_output = max_output
         self.watched = watched
         self.cache_salt = cache_salt
+        self.reader = reader
         self.text: TextStream | None = None  # of the output; made when the sequence starts
         self.n_text = 0  # output tokens that the text covers
         self.has_stops = bool(params.stop)
@@ -135,7 +142,9 @@ class Sequence:
         self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else NO_LOGPROBS
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
-        self.n_emitted = self.n_emitted_chars = 0  # of output that has been handed out as deltas
+        self.n_emitted = self.n_emitted_chars = self.n_emitted_reasoning = (
+            0  # of output that has been handed out as deltas
+        )
 
     def __repr__(self) -> str:
         return (
@@ -214,9 +223,13 @@ class Sequence:
     def output(self, *, delta: bool = False) -> CompletionOutput:
         """The completion so far, or with `delta` what is new since the last call; later tokens do not change it."""
         text = "" if self.text is None else self.text.text
+        reasoning = None if self.text is None else self.text.reasoning
         at, at_char = (self.n_emitted, self.n_emitted_chars) if delta else (0, 0)
         if delta:
             self.n_emitted, self.n_emitted_chars = len(self.output_ids), len(text)
+            if reasoning is not None:
+                at_reasoning, self.n_emitted_reasoning = self.n_emitted_reasoning, len(reasoning)
+                reasoning = reasoning[at_reasoning:]
         return CompletionOutput(
             index=self.index,
             text=text[at_char:],
@@ -225,4 +238,5 @@ class Sequence:
             logprobs=None if self.logprobs is None else self.logprobs[at:],
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
+            reasoning=reasoning,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from pace.text.tokenizer import Tokenizer
 
@@ -24,11 +24,21 @@ class IncrementalDetokenizer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool = True
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = True,
+        keep: Collection[str] = (),
     ) -> None:
-        """Start after a prompt, whose last tokens say whether the output's leading space is real."""
+        """Start after a prompt, whose last tokens say whether the output's leading space is real.
+
+        Args:
+            keep: special tokens that are never skipped.
+        """
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
+        self._kept = frozenset(map(tokenizer.token_to_id, keep))
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._context: list[int] = []  # tokens whose text has been returned
         self._pending: list[int] = []  # tokens whose text hasn't
@@ -67,7 +77,7 @@ class IncrementalDetokenizer:
 
     def _has_text(self, token_id: int) -> bool:
         # Skipped tokens must not become context either: a leading space is dropped where nothing precedes it.
-        return not (self._skip and self._tokenizer.is_special(token_id))
+        return not (self._skip and self._tokenizer.is_special(token_id)) or token_id in self._kept
 
     def _emit(self, text: str) -> str:
         n_old = len(self._context_text)
