@@ -154,6 +154,17 @@ def test_reasoning_is_no_part_of_the_answer(llm: LLM) -> None:
     )  # a prompt has no template that says more
 
 
+def test_padding_of_the_vocabulary_is_never_sampled(llm: LLM) -> None:
+    unused = llm.get_tokenizer().unused_ids.tolist()
+    assert unused
+    for temperature in (0.0, 1.0):
+        params = SamplingParams(
+            temperature=temperature, max_tokens=8, logit_bias={token_id: 100 for token_id in unused}
+        )
+        (output,) = llm.generate("x", params)
+        assert not set(unused) & set(output.outputs[0].token_ids)
+
+
 def test_callers_in_threads_share_steps_and_keep_their_answers(llm: LLM) -> None:
     expected = [llm.generate(f"thread {i}", GREEDY)[0].outputs for i in range(6)]
     found: list[Any] = [None] * 6

@@ -192,3 +192,53 @@ def test_derived_seeds_are_distinct_and_64_bits_wide(seed: int) -> None:
     ]
     assert len(set(seeds)) == 2000 and all(0 <= value < 1 << 64 for value in seeds)
     assert max(seeds) > 1 << 63
+
+
+# ---- ids that have no token
+
+UNUSED = np.array([60, 61, 62, 63], np.int32)
+
+
+def real_sampler(team: ops.Team, unused: Any = UNUSED) -> Sampler:
+    def sample(logits: Any, params: Any, history: Any, /) -> Any:
+        return ops.sample(team, logits, params, history)
+
+    return Sampler(sample, fake_logprobs, ops.SAMPLE_DTYPE, 8, unused_ids=unused)
+
+
+def test_ids_without_a_token_are_never_drawn(team: ops.Team) -> None:
+    """Qwen, Phi and others pad their vocabulary; a padded row's logit may be anything."""
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((6, 64)).astype(np.float32)
+    logits[:5, 61] = [3e38, 100, 100, 100, -100]
+    logits[5, 60:] = -100
+    seqs = [
+        running(0, [1], [], temperature=0.0),
+        running(1, [1], [], temperature=1.0),
+        running(2, [1], [2], temperature=0.7, top_k=4, repetition_penalty=1.2, logprobs=2),
+        running(3, [1], [], temperature=0.0, logit_bias={61: 100.0, 7: 1.0}, bad_words=None),
+        running(4, [1], [], temperature=0.0),
+        running(5, [1], [], temperature=1.0),
+    ]
+    sampler = real_sampler(team)
+    for seq in seqs:
+        sampler.open(seq)
+    tokens = sampler.sample(logits, seqs).tokens.tolist()
+    assert not set(tokens) & set(UNUSED.tolist())
+    assert tokens[0] == logits[0, :60].argmax() and tokens[4] == logits[4, :60].argmax()
+
+    # The others draw what they draw beside anybody (law 1).
+    alone = real_sampler(team, UNUSED[:0])
+    for seq in seqs:
+        alone.open(seq)
+    assert alone.sample(logits[5:], seqs[5:]).tokens.tolist() == tokens[5:]
+    for i, seq in enumerate(seqs):
+        assert sampler.sample(logits[i : i + 1], [seq]).tokens.tolist() == [tokens[i]]
+
+
+def test_a_request_that_allows_unused_ids_only_has_nothing_to_draw(team: ops.Team) -> None:
+    sampler = real_sampler(team)
+    seq = running(0, [1], [], temperature=0.0, allowed_token_ids=[60, 61])
+    sampler.open(seq)
+    result = sampler.sample(np.zeros((1, 64), np.float32), [seq])
+    assert "no token is left" in sampler.explain(int(result.errors[0]))

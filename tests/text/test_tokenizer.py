@@ -223,3 +223,17 @@ def test_what_is_put_behind_a_prompt_is_no_bos(tmp_path: Path) -> None:
     rust.post_processor = processors.TemplateProcessing(single="$A <s>", special_tokens=[("<s>", 0)])
     tokenizer = load(save(tmp_path, rust))
     assert tokenizer.encode_chats(["hi"]) == [tokenizer.encode("hi", add_special_tokens=False)]
+
+
+# ---- ids without a token
+
+
+def test_ids_without_a_token_are_known(tmp_path: Path) -> None:
+    """The union of the vocabulary, the added tokens, and those that only tokenizer_config.json lists."""
+    rust = byte_level()
+    n_tokens = rust.get_vocab_size()
+    rust.add_special_tokens(["<a>"])
+    config = {"added_tokens_decoder": {"500": {"content": "<tool>"}, "x": {}, "99999999999": {}}}
+    tokenizer = load(save(tmp_path, rust, config))
+    assert tokenizer.unused_ids.tolist() == [*range(n_tokens + 1, 500), *range(501, 512)]
+    assert load(tmp_path, vocab_size=n_tokens).unused_ids.tolist() == []

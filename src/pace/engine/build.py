@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
+
 from pace import ops
 from pace.checkpoint import GenerationDefaults
 from pace.config import PACE_CPUS, PACE_THREADS, EngineConfig
@@ -15,7 +17,7 @@ from pace.engine.sampler import Sampler
 from pace.engine.scheduler import Scheduler
 from pace.errors import ConfigError
 from pace.kvcache import join_groups, make_tables
-from pace.models.plan import Plan
+from pace.models.plan import I32Array, Plan
 from pace.text.tokenizer import Tokenizer
 
 __all__ = ["SCORED_ROWS", "build_engine", "make_team"]
@@ -97,6 +99,7 @@ def build_engine(
             functools.partial(ops.logprobs, team),
             ops.SAMPLE_DTYPE,
             max_seqs,
+            unused_ids=_unused_ids(tokenizer),
         ),
         scheduler,
         vocab_size=plan.vocab_size,
@@ -109,3 +112,8 @@ def build_engine(
         seed=config.seed,
     )
     return engine, executor
+
+
+def _unused_ids(tokenizer: Tokenizer | None) -> I32Array:
+    """i32 [n]: ids without a token; none where there is no tokenizer, as any id may then mean something."""
+    return np.empty(0, np.int32) if tokenizer is None else tokenizer.unused_ids

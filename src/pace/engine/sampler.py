@@ -228,11 +228,25 @@ class Sampler:
         logprobs: scores the tokens of prompts.
         dtype: `ops.SAMPLE_DTYPE`.
         max_seqs: rows.
+        unused_ids: i32 [n]: ids of the padded vocabulary that have no token, and are never drawn.
     """
 
-    def __init__(self, sample: SampleFn, logprobs: LogprobsFn, dtype: npt.DTypeLike, max_seqs: int) -> None:
+    def __init__(
+        self,
+        sample: SampleFn,
+        logprobs: LogprobsFn,
+        dtype: npt.DTypeLike,
+        max_seqs: int,
+        *,
+        unused_ids: I32Array = NO_IDS,
+    ) -> None:
         self._sample = sample
         self._logprobs = logprobs
+        self._unused_ids = unused_ids
+        self._is_unused = np.zeros(
+            int(unused_ids.max(initial=-1)) + 2, dtype=np.bool_
+        )  # the last stands for all above
+        self._is_unused[unused_ids] = True
         self._rows = np.zeros(max_seqs, dtype=dtype)
         # Of the last step: a batch that only decodes is the same for many, and gathering costs more than it looks, as
         # a step leaves nothing of the interpreter in the caches.
@@ -278,7 +292,21 @@ class Sampler:
         history = self._free
         if history is None:
             history = [seq.constraints.history(seq.tokens, seq.n_prompt, seq.n_tokens) for seq in seqs]
-        return self._sample(logits, self._params, history)
+        result = self._sample(logits, self._params, history)
+        if len(self._unused_ids):
+            # Rows of padding were never trained: none is drawn in the life of most engines. To look costs 2 us a step, to
+            # ban them beforehand a copy of every row of logits.
+            wrong = self._is_unused.take(result.tokens, mode="clip")
+            if wrong.any():
+                banned = [self._banning(old) if bad else old for old, bad in zip(history, wrong, strict=True)]
+                result = self._sample(logits, self._params, banned)
+        return result
+
+    def _banning(self, history: History | None) -> History:
+        """A row's history, with the ids that have no token among those that may not be drawn."""
+        if history is None:
+            return History(NO_IDS, NO_IDS, self._unused_ids, NO_IDS, NO_BIAS, NO_IDS)
+        return history._replace(banned=np.concatenate([history.banned, self._unused_ids]))
 
     def prompt_logprobs(self, logits: F32Array, tokens: I32Array, n: int) -> LogprobsResult:
         """Score prompt tokens under the distributions that predict them.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
+import numpy.typing as npt
 
 from pace.checkpoint.config_json import checkpoint_file, read_json
 from pace.errors import RequestError, TokenizerError, show
@@ -36,6 +37,7 @@ class Tokenizer:
     Attributes:
         directory: the folder it was read from.
         vocab_size: rows of the model's embedding; ids of added tokens may lie beyond them, and can't be used.
+        unused_ids: i32 [n]: ids below vocab_size that have no token, as where the embedding is padded.
         max_prompt_bytes: longest text that `encode` takes, in bytes of UTF-8: `max_model_len` of the longest token.
         special_tokens: {"bos_token": "<s>", …}, what chat templates see.
         config: the parsed tokenizer_config.json, {} where there is none.
@@ -69,6 +71,8 @@ class Tokenizer:
         added = self._rust.get_added_tokens_decoder()
         _check_vocabulary(path, vocabulary, added, vocab_size)
         self.vocab_size = vocab_size
+        self.config = _read_config(directory, "tokenizer_config.json")
+        self.unused_ids = _unused_ids([*vocabulary.values(), *_listed_ids(self.config)], vocab_size)
         kinds = decoder_kinds(self._rust)
         self.byte_level = kinds == ["ByteLevel"]
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
@@ -79,7 +83,6 @@ class Tokenizer:
         longest = _longest_token_bytes(vocabulary, self.byte_level)
         self.max_prompt_bytes = longest * max_model_len * shrinks + PROMPT_SLACK_BYTES
 
-        self.config = _read_config(directory, "tokenizer_config.json")
         self.special_tokens = _special_tokens(directory, self.config)
         self.bos_token_id = self._special_id(path, "bos_token", vocabulary)
         self.eos_token_id = self._special_id(path, "eos_token", vocabulary)
@@ -295,6 +298,20 @@ class Tokenizer:
         if token not in vocabulary:
             raise TokenizerError(f"{path}: {name} is {show(token)}, which isn't in the vocabulary")
         return vocabulary[token]
+
+
+def _unused_ids(used: list[int], vocab_size: int) -> npt.NDArray[np.int32]:
+    is_unused = np.ones(vocab_size, dtype=np.bool_)
+    ids = np.array(used, dtype=np.int64)
+    is_unused[ids[ids < vocab_size]] = False
+    return np.flatnonzero(is_unused).astype(np.int32)
+
+
+def _listed_ids(config: dict[str, Any]) -> list[int]:
+    """Ids of tokenizer_config.json's added_tokens_decoder; some files list tokens there alone."""
+    listed = config.get("added_tokens_decoder")
+    keys = listed if isinstance(listed, dict) else ()
+    return [int(key) for key in keys if key.isascii() and key.isdigit() and len(key) < 10]
 
 
 def _bos_of_prompts(rust: RustTokenizer) -> int | None:
