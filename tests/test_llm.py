@@ -158,9 +158,7 @@ def test_padding_of_the_vocabulary_is_never_sampled(llm: LLM) -> None:
     unused = llm.get_tokenizer().unused_ids.tolist()
     assert unused
     for temperature in (0.0, 1.0):
-        params = SamplingParams(
-            temperature=temperature, max_tokens=8, logit_bias={token_id: 100 for token_id in unused}
-        )
+        params = SamplingParams(temperature=temperature, max_tokens=8, logit_bias=dict.fromkeys(unused, 100))
         (output,) = llm.generate("x", params)
         assert not set(unused) & set(output.outputs[0].token_ids)
 

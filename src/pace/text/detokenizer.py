@@ -38,7 +38,7 @@ class IncrementalDetokenizer:
         """
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._kept = frozenset(map(tokenizer.token_to_id, keep))
+        self._kept = frozenset(tokenizer.token_to_id(token) for token in keep)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._context: list[int] = []  # tokens whose text has been returned
         self._pending: list[int] = []  # tokens whose text hasn't
