@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -200,13 +200,29 @@ class Packed:
         kv_dtype: str = "bf16",
         contiguous: bool = False,
     ) -> ops.Plan:
-        """The executor with a fresh KV pool."""
+        """The executor with fresh KV pools; a batch's one block table serves every group of layers."""
         plan = self.model.plan
-        layer = plan.kv[0]
-        pool = ops.KVPool(
-            len(plan.kv), layer.n_kv_heads, layer.head_dim, n_blocks, block_size, kv_dtype, contiguous
-        )
-        return ops.Plan(team, plan, self.weights, pool, max_tokens, max_seqs, max_tokens, kernels)
+        pools = [
+            ops.KVPool(
+                len(g.layers),
+                g.layer.n_kv_heads,
+                g.layer.head_dim,
+                n_blocks,
+                block_size,
+                kv_dtype,
+                contiguous,
+            )
+            for g in plan.groups()
+        ]
+        return OneTable(team, plan, self.weights, pools, max_tokens, max_seqs, max_tokens, kernels)
+
+
+class OneTable(ops.Plan):
+    """A plan whose pools are of one size, so that blocks of one number can belong together."""
+
+    def step(self, batch: ir.Batch) -> Array:
+        """One step with the batch's only table for every group."""
+        return super().step(replace(batch, block_tables=batch.tables * len(self.ir.groups())))
 
 
 def pack_model(team: ops.Team, model: Model) -> Packed:
