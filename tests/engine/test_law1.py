@@ -26,7 +26,7 @@ from pace.engine.kv_memory import plan_groups
 from pace.engine.runner import Runner
 from pace.engine.sampler import Sampler
 from pace.engine.scheduler import Scheduler
-from pace.kvcache import join_groups, make_tables
+from pace.kvcache import TokenTables, join_groups, make_tables
 from pace.models.plan import Plan
 from pace.outputs import CompletionOutput, Logprob, RequestOutput
 from pace.params import SamplingParams
@@ -273,6 +273,7 @@ class Lab:
     def check_held(self, engine: Engine) -> None:
         """Layers with a reach hold no more than that, to whole blocks."""
         for group in engine.scheduler.tables.groups:
+            assert isinstance(group, TokenTables)
             if group.reach.n_tokens is not None and group.column_tokens:
                 n_rows = len(engine.scheduler.running)
                 ragged = max(group.block_size, 32) - 1

@@ -381,6 +381,19 @@ def test_blocks_that_were_released_before_they_were_committed_are_not_indexed() 
     assert tables.found(512) == 4 * SIZE, "a query there sees nothing of the others"
 
 
+def test_a_prompt_is_found_whose_head_is_gone() -> None:
+    tables = Tables(n_blocks=6, reach=40)
+    row = tables.run(6 * SIZE)
+    tables.release_before(row, 6 * SIZE)
+    tables.close(row)
+    other = tables.run(3 * SIZE, tokens=OTHERS)
+    assert tables.held(other, 3) == [3, 2, 1], "released before the end, which closed last"
+    reuse = tables.match(TOKENS, None, 512)
+    assert reuse is not None and reuse.n_tokens == 6 * SIZE and tables.found(5 * SIZE - 1) == SIZE
+    row = tables.open(0, reuse)
+    assert row is not None and tables.n_used == 5 and tables.held(row, 6)[4:] == [4, 5]
+
+
 def test_equal_rows_index_one_of_them() -> None:
     tables = Tables()
     first, second = tables.run(2 * SIZE + 20), tables.run(2 * SIZE + 20)

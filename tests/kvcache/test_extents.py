@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pace.errors import ConfigError
-from pace.kvcache import BlockTables, ExtentTables, make_tables
+from pace.kvcache import BlockTables, ExtentTables, ReleasedError, make_tables
 from pace.kvcache.holes import Holes
 
 SIZE = 16
@@ -143,6 +143,59 @@ def test_nothing_is_found_or_released() -> None:
     tables.release_before(row, 64)
     assert tables.match(tokens, None, 64) is None and tables.n_used == 5
     tables.close(row, tokens)
+
+
+def test_an_extent_slides_to_what_is_seen() -> None:
+    """10 blocks at once: 40 tokens that a query sees, 64 of a step, and what blocks and groups round up to."""
+    copied: list[tuple[int, int, int]] = []
+    tables = ExtentTables(
+        40,
+        SIZE,
+        4,
+        1000,
+        copy=lambda src, dst, n: copied.append((src, dst, n)),
+        reach=40,
+        max_step=64,
+    )
+    below = tables.open(16)
+    row = tables.open(1000)
+    assert below is not None and row is not None and (tables.n_used, tables.array[row, 0]) == (10, 1)
+    at = 0
+    while at < 140:
+        at += 1
+        assert tables.extend(row, at)
+        tables.release_before(row, at)
+    assert copied == [] and tables.array[row, 0] == 1
+    assert tables.extend(
+        row, 145
+    )  # entry 9 is one too many; a query at 140 sees 101 .., so 6 entries are unseen
+    assert copied == [(7, 1, SIZE), (8, 2, SIZE), (9, 3, 12)]
+    assert tables.array[row, 0] == 1 - 6 and tables.n_used == 10
+    copied.clear()
+    for at in range(146, 1001):
+        assert tables.extend(row, at)
+        tables.release_before(row, at)
+    assert sum(n for _, _, n in copied) < 855, "a token is copied less than once, though 40 are seen"
+    assert tables.n_used == 10 and tables.stats()["moves"] == 3 + len(copied)
+    with pytest.raises(ReleasedError, match="released"):
+        tables.truncate(row, 900)
+    tables.truncate(row, 999)
+    tables.close(row)
+    tables.close(below)
+    assert tables.n_free == 40
+
+
+def test_an_extent_without_a_promise_grows_before_it_slides() -> None:
+    tables = ExtentTables(40, SIZE, 4, 1000, copy=lambda *_: None, reach=40, max_step=64)
+    row, wall = tables.open(0), None
+    assert row is not None
+    for at in range(1, 400):
+        assert tables.extend(row, at)
+        tables.release_before(row, at)
+        if at == 20:
+            wall = tables.open(16)  # it can't grow in place any more
+    assert wall is not None and tables.n_used <= 10 and tables.stats()["moves"] > 0
+    tables.close(row)
 
 
 def test_misuse() -> None:

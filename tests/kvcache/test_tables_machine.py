@@ -290,7 +290,7 @@ class TablesMachine(RuleBasedStateMachine):
         if (
             self.config.caching
             and self.config.kind != "contiguous"
-            and self.tables.n_free > 2 * len(self.groups)
+            and all(tables.n_free > 2 for _, tables, _ in self.groups)
         ):
             longer = range(n_tokens + 1, n_prompt, 3)
             assert not any(self.could_begin(salt, prompt[: n_prompt - 1], n) for n in longer)

@@ -3,7 +3,7 @@ blocks by what they hold."""
 
 from pace.kvcache.blocks import BlockTables
 from pace.kvcache.extents import ExtentTables
-from pace.kvcache.group import BlockReuse, GroupTables, Reach
+from pace.kvcache.group import BlockReuse, GroupTables, Reach, TokenTables
 from pace.kvcache.grouped import GroupedTables, join_groups
 from pace.kvcache.make import KV_CACHE_TYPES, make_tables
 from pace.kvcache.pool import BlockPool, blocks_for, kv_block_bytes
@@ -24,6 +24,7 @@ __all__ = [
     "Reach",
     "ReleasedError",
     "Reuse",
+    "TokenTables",
     "blocks_for",
     "join_groups",
     "kv_block_bytes",

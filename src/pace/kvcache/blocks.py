@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from pace.kvcache.found import FoundBlocks
-from pace.kvcache.group import BlockReuse, GroupTables, Reach
+from pace.kvcache.group import BlockReuse, TokenTables
 from pace.kvcache.pool import BlockPool, blocks_for
-from pace.kvcache.prefix import Entry, PrefixIndex, token_bytes
+from pace.kvcache.prefix import PrefixIndex
+from pace.kvcache.rows import Row
 from pace.kvcache.tables import CopyBlock, ReleasedError, Reuse
 from pace.models.plan import I32Array
 
@@ -21,30 +21,7 @@ CLOSED = -1  # in place of a row's capacity and next commit: nobody owns the row
 NEVER = sys.maxsize
 
 
-@dataclass(slots=True)
-class Row:
-    """What is known of an open row besides its table.
-
-    Attributes:
-        promise: entries that its table may have for certain, shared ones included.
-        owed: blocks for these that it does not hold yet, and may hold at once; the pool has them reserved.
-        n_blocks: entries of its table, released ones included.
-        n_released: of these, the leading ones that nobody sees any more; they are not the row's.
-        n_reused: the leading ones that somebody else has filled.
-        chain: digests of the whole blocks that are committed, behind the root; empty without an index.
-        left: what the row has indexed in blocks that it doesn't hold any more.
-    """
-
-    promise: int
-    owed: int
-    n_blocks: int
-    n_released: int
-    n_reused: int
-    chain: list[bytes]
-    left: list[Entry] = field(default_factory=list)
-
-
-class BlockTables(GroupTables):
+class BlockTables(TokenTables):
     """Rows of a single preallocated array of block indices; no list is converted in a step.
 
     A block with several holders is never written. Prefixes are shared in whole blocks, which are full, and what follows
@@ -73,24 +50,18 @@ class BlockTables(GroupTables):
         reach: int | None = None,
         max_step: int | None = None,
     ) -> None:
+        super().__init__(n_blocks, block_size, max_seqs, max_len, reach, max_step)
         self.pool = BlockPool(n_blocks, block_size, charge_shared=reach is not None)
         self.index = PrefixIndex(self.pool) if prefix_caching else None
-        self.n_rows = max_seqs
-        self.n_blocks = n_blocks
-        self.block_size = self.column_tokens = block_size
-        self.has_reach = reach is not None
-        self.max_len = max_len
-        self.max_step = max_len if max_step is None or reach is None else max_step
-        self.array: I32Array = np.zeros((max_seqs, blocks_for(max_len, block_size)), dtype=np.int32)
+        self.array: I32Array = np.zeros((max_seqs, self.max_blocks), dtype=np.int32)
+        self.column_tokens = block_size
         self._copy = copy
-        self.reach = Reach(reach, block_size, self.max_step)
         self._free_rows = list(range(max_seqs - 1, -1, -1))
         self._rows: list[Row | None] = [None] * max_seqs
         # Beside the rows, because every step looks at these: a list costs half as much as an attribute.
         self._capacity = [CLOSED] * max_seqs  # tokens that the row may hold without further ado
         self._commit_at = [CLOSED] * max_seqs  # tokens with which the next block is full
         self._release_at = [NEVER] * max_seqs  # position from which on a further block is unseen
-        self._epoch = 0  # of changes; what `match` and `fork` found is valid for one
         self._query = 0  # limit of the last match, until it is counted
         self._n_queries = self._n_query_tokens = self._n_hit_tokens = self._n_copies = 0
 
@@ -109,25 +80,18 @@ class BlockTables(GroupTables):
         """Rows in use."""
         return len(self._rows) - len(self._free_rows)
 
-    @property
-    def capacity(self) -> int:
-        """Tokens of the longest row that fits when there is no other."""
-        longest = self.array.shape[1]
-        fits = longest if self.reach.blocks_at_once(longest) <= self.n_blocks else self.n_blocks
-        return fits * self.block_size
-
     def open(self, reserve: int, reuse: Reuse | None = None, salt: str | None = None) -> int | None:
         """Take a row; see `KVTables.open`."""
         query, self._query = self._query, 0
         reuse = self._valid(reuse)
         promise = blocks_for(reserve, self.block_size)
-        if promise > self.array.shape[1]:
-            raise RuntimeError(f"can't promise {reserve} tokens; a table has {self.array.shape[1]} blocks")
+        if promise > self.max_blocks:
+            raise RuntimeError(f"can't promise {reserve} tokens; a table has {self.max_blocks} blocks")
         need = self._need(promise, reuse)
         if not self._free_rows or need > self.n_available:
             return None
         number = self._free_rows.pop()
-        row = Row(promise, 0, 0, 0, 0, [] if self.index is None else [self.index.root(salt)])
+        row = Row(promise, chain=[] if self.index is None else [self.index.root(salt)])
         if reuse is not None:
             self._start_with(reuse, row, self.array[number])
             if query:
@@ -188,14 +152,15 @@ class BlockTables(GroupTables):
                 self._capacity[row] = n_tokens
                 shared = int(self.reach.n_tokens is None)  # else the row has been charged for it
             else:
-                self._own_last(row, state, n_cut)
+                state.own_last(self.index, self.array[row], n_cut)
         self._settle(state, shared)
 
     def close(self, row: int, tokens: I32Array | None = None, forget: bool = False) -> None:
         """Free the row; see `KVTables.close`."""
         state = self._row(row)
         if forget:
-            self._forget(row, state)
+            if self.index is not None:
+                state.forget(self.index, self.array[row])
         elif tokens is not None:
             self.remember_tail(row, tokens, len(tokens))
         self._epoch += 1
@@ -219,13 +184,10 @@ class BlockTables(GroupTables):
         # The chain is shorter where it met a collision, and longer where the caller looks back: nothing to add then.
         if self.index is None or len(state.chain) != whole + 1 or whole < state.n_released:
             return
-        start = whole * self.block_size
-        if n_valid > start:
+        if n_valid > whole * self.block_size:
             self._check_valid(row, tokens, n_valid)
             self._epoch += 1
-            self.index.insert_tail(
-                int(self.array[row, whole]), state.chain[-1], token_bytes(tokens[start:n_valid])
-            )
+            state.index_tail(self.index, self.array[row], tokens, n_valid)
 
     def find(self, tokens: I32Array, salt: str | None, limit: int) -> FoundBlocks | None:
         """What is cached of tokens[:limit]; see `GroupTables.find`. O(limit)."""
@@ -289,13 +251,6 @@ class BlockTables(GroupTables):
         if state is None:
             raise RuntimeError(f"row {row} is not open")
         return state
-
-    def _valid(self, reuse: Reuse | None) -> BlockReuse | None:
-        if reuse is None:
-            return None
-        if not isinstance(reuse, BlockReuse) or reuse.epoch != self._epoch:
-            raise RuntimeError("the tables have changed since this prefix was found; match or fork again")
-        return reuse
 
     def _need(self, n_blocks: int, reuse: BlockReuse | None) -> int:
         """Available blocks that a row of n_blocks takes: new ones, cached ones that it takes back, and charged ones."""
@@ -386,9 +341,9 @@ class BlockTables(GroupTables):
     def _n_missing(self, row: int, state: Row, n_tokens: int) -> int:
         """Blocks that the row takes to hold n_tokens: new ones, and one for a copy of its last one."""
         need = blocks_for(n_tokens, self.block_size)
-        if need > self.array.shape[1]:
+        if need > self.max_blocks:
             raise RuntimeError(
-                f"row {row} can't hold {n_tokens} tokens; a table has {self.array.shape[1]} blocks"
+                f"row {row} can't hold {n_tokens} tokens; a table has {self.max_blocks} blocks"
             )
         copies = self.reach.n_tokens is None and self._is_cut(row, state)  # else charged already
         return need - state.n_blocks + copies
@@ -410,24 +365,14 @@ class BlockTables(GroupTables):
             self._copy(last, block, n_cut)
             self._n_copies += 1
             self.array[row, state.n_blocks - 1] = block
-        self._own_last(row, state, n_cut)
-
-    def _own_last(self, row: int, state: Row, n_valid: int) -> None:
-        """The last block is the row's alone, and what follows its first n_valid tokens will be overwritten."""
-        block = int(self.array[row, state.n_blocks - 1])
-        state.n_reused = min(state.n_reused, state.n_blocks - 1)
-        if self.index is not None and self.index.n_tokens(block) > n_valid:
-            self.index.drop(block)
+        state.own_last(self.index, self.array[row], n_cut)
 
     def _release(self, state: Row, row: int, start: int, end: int) -> None:
         """Release entries [start, end), the last first: so the tail of a chain is evicted before its head."""
-        index = self.index
         for i in range(end - 1, start - 1, -1):
             block = int(self.array[row, i])
-            if index is not None and i >= state.n_reused:
-                entry = index.entry(block)
-                if entry is not None:
-                    state.left.append(entry)
+            if self.index is not None:
+                state.note_left(self.index, i, block)
             self.pool.release(block)
 
     def _check_valid(self, row: int, tokens: I32Array, n_valid: int) -> None:
@@ -440,35 +385,9 @@ class BlockTables(GroupTables):
     def _index_full(self, row: int, tokens: I32Array, n_valid: int) -> None:
         """Continue the chain over the blocks that are full now."""
         state = self._row(row)
-        index = self.index
-        if index is None:
+        if self.index is None:
             return
         self._check_valid(row, tokens, n_valid)
         self._epoch += 1
-        size = self.block_size
-        chain = state.chain
-        first = len(chain) - 1
-        whole = n_valid // size
-        data = token_bytes(tokens[first * size : whole * size])
-        step = index.block_bytes
-        blocks: list[int] = self.array[row, first:whole].tolist()
-        for i, block in enumerate(blocks):
-            piece = data[i * step : (i + 1) * step]
-            parent = chain[-1]
-            digest = index.digest(parent, piece)
-            if first + i >= state.n_released and not index.insert(block, parent, digest, piece):
-                self._commit_at[row] = NEVER
-                return
-            chain.append(digest)
-        self._commit_at[row] = len(chain) * size
-
-    def _forget(self, row: int, state: Row) -> None:
-        """Un-index what the row has added, where that is still what the index says."""
-        index = self.index
-        if index is None:
-            return
-        for block in self.array[row, state.n_reused : state.n_blocks].tolist():
-            index.drop(block)
-        for entry in state.left:
-            if index.entry(entry.block) is entry:
-                index.drop(entry.block)
+        goes_on = state.index_whole(self.index, self.array[row], tokens, n_valid)
+        self._commit_at[row] = len(state.chain) * self.block_size if goes_on else NEVER

@@ -17,9 +17,9 @@ from math import isqrt
 
 import numpy as np
 
-from pace.kvcache.group import BlockReuse, GroupTables, Reach
+from pace.kvcache.group import BlockReuse, TokenTables
 from pace.kvcache.holes import Holes
-from pace.kvcache.pool import blocks_for, check_sizes
+from pace.kvcache.pool import blocks_for
 from pace.kvcache.tables import CopyBlock, ReleasedError, Reuse
 from pace.models.plan import I32Array
 
@@ -48,7 +48,7 @@ class Extent:
     promise: int
 
 
-class ExtentTables(GroupTables):
+class ExtentTables(TokenTables):
     """One extent per row; `array[row, 0]` is the block in which its token 0 lies, or would lie if it hadn't slid.
 
     O(1): `extend` within the extent, `commit`. O(rows): `open`, `close`, `truncate`, and `extend` where the blocks behind
@@ -76,27 +76,17 @@ class ExtentTables(GroupTables):
         reach: int | None = None,
         max_step: int | None = None,
     ) -> None:
-        check_sizes(n_blocks, block_size)
-        self.n_rows = max_seqs
-        self.n_blocks = n_blocks
-        self.block_size = block_size
-        self.column_tokens = 0
-        self.has_reach = reach is not None
-        self.max_len = max_len
-        self.max_step = max_len if max_step is None or reach is None else max_step
+        super().__init__(n_blocks, block_size, max_seqs, max_len, reach, max_step)
         self.array: I32Array = np.zeros((max_seqs, 1), dtype=np.int32)
+        self.column_tokens = 0
         self._copy = copy
-        self.reach = Reach(reach, block_size, self.max_step)
-        self._max_blocks = blocks_for(max_len, block_size)
-        self._max_size = self.reach.blocks_at_once(self._max_blocks)  # blocks that an extent needs at most
-        self._segment = max(1, isqrt(self._max_size))  # blocks by which an extent grows
+        self._segment = max(1, isqrt(self.max_held))  # blocks by which an extent grows
         self._holes = Holes(n_blocks)
         self._free_rows = list(range(max_seqs - 1, -1, -1))
         self._extents: list[Extent | None] = [None] * max_seqs
         self._capacity = [CLOSED] * max_seqs  # tokens up to the extent's end
         self._n_tokens = [0] * max_seqs  # tokens that may be written: what a move copies
         self._release_at = [NEVER] * max_seqs  # position from which on a further block is unseen
-        self._epoch = 0  # of changes; a `fork` is valid for one
         self._n_copies = self._n_moves = 0
 
     @property
@@ -113,11 +103,6 @@ class ExtentTables(GroupTables):
     def n_open(self) -> int:
         """Rows in use."""
         return self.n_rows - len(self._free_rows)
-
-    @property
-    def capacity(self) -> int:
-        """Tokens of the longest row that fits when there is no other."""
-        return (self._max_blocks if self._max_size <= self.n_blocks else self.n_blocks) * self.block_size
 
     def open(self, reserve: int, reuse: Reuse | None = None, salt: str | None = None) -> int | None:
         """Take a row; see `KVTables.open`. Nothing is indexed, so the salt has no effect."""
@@ -166,7 +151,7 @@ class ExtentTables(GroupTables):
         self._check_len(end)
         whole, slid = end - extent.head, end - extent.unseen
         return (
-            (whole <= self._max_size and self._has_behind(extent, whole))
+            (whole <= self.max_held and self._has_behind(extent, whole))
             or slid <= extent.size
             or self._holes.largest_with(extent.start, extent.size) >= slid
         )
@@ -264,13 +249,6 @@ class ExtentTables(GroupTables):
             raise RuntimeError(f"row {row} has no {n_tokens} tokens, it holds up to {self._capacity[row]}")
         return extent
 
-    def _valid(self, reuse: Reuse | None) -> BlockReuse | None:
-        if reuse is None:
-            return None
-        if not isinstance(reuse, BlockReuse) or reuse.epoch != self._epoch:
-            raise RuntimeError("the tables have changed since this fork; fork again")
-        return reuse
-
     def _size(self, n_tokens: int, reuse: BlockReuse | None) -> int:
         """Blocks of an extent for n_tokens that begins with `reuse`."""
         size = self._most(n_tokens)
@@ -279,18 +257,18 @@ class ExtentTables(GroupTables):
         return max(size, blocks_for(reuse.n_tokens, self.block_size) - reuse.n_released)
 
     def _check_len(self, n_blocks: int) -> None:
-        if n_blocks > self._max_blocks:
-            raise RuntimeError(f"a row can't hold {n_blocks} blocks, max_len is {self._max_blocks} of them")
+        if n_blocks > self.max_blocks:
+            raise RuntimeError(f"a row can't hold {n_blocks} blocks, max_len is {self.max_blocks} of them")
 
     def _place(self, row: int, extent: Extent) -> None:
         """Note where an extent lies and ends."""
         self.array[row, 0] = extent.start - extent.head
-        self._capacity[row] = min(extent.head + extent.size, self._max_blocks) * self.block_size
+        self._capacity[row] = min(extent.head + extent.size, self.max_blocks) * self.block_size
         self._release_at[row] = self.reach.position_beyond(extent.unseen)
 
     def _in_segments(self, n_blocks: int) -> int:
         """n_blocks, rounded up to whole segments, of which the last one ends where no extent needs more."""
-        return max(n_blocks, min(blocks_for(n_blocks, self._segment) * self._segment, self._max_size))
+        return max(n_blocks, min(blocks_for(n_blocks, self._segment) * self._segment, self.max_held))
 
     def _has_behind(self, extent: Extent, size: int) -> bool:
         """Whether an extent can have `size` blocks where it lies."""
@@ -302,7 +280,7 @@ class ExtentTables(GroupTables):
         end = blocks_for(n_tokens, self.block_size)
         self._check_len(end)
         whole, slid = end - extent.head, end - extent.unseen  # sizes without and with letting go of the head
-        if whole <= self._max_size:
+        if whole <= self.max_held:
             for size in (self._in_segments(whole), whole):
                 if self._has_behind(extent, size):
                     self._holes.take_at(extent.start + extent.size, size - extent.size)

@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from pace.kvcache.pool import blocks_for
+from pace.kvcache.pool import blocks_for, check_sizes
 from pace.kvcache.tables import KVTables, Reuse
 from pace.models.plan import I32Array
 
-__all__ = ["KEY_GROUP", "BlockReuse", "Found", "GroupTables", "Reach"]
+__all__ = ["KEY_GROUP", "BlockReuse", "Found", "GroupTables", "Reach", "TokenTables"]
 
 KEY_GROUP = 32
 """Keys that attention reads together; whoever writes the first one of them clears their V."""
@@ -94,44 +94,20 @@ class Found(Protocol):
 
 
 class GroupTables(KVTables):
-    """Rows of one group. Token p of row r lies at p % block_size in block `array[r, p // block_size]` (contiguous:
-    `array[r, 0] + p // block_size`). Unused and stale entries are somebody else's, never out of range (contiguous: the
-    entry of an extent that has slid may be negative).
+    """Rows of one group.
 
     Attributes:
-        array: i32 [n_rows, columns], gathered by the runner; contiguous has 1 column.
-        column_tokens: tokens that a column stands for; 0 where the first one stands for all.
-        max_len: tokens of the longest row.
-        reach: what its queries see.
+        array: i32 [n_rows, columns], gathered by the runner: where the kernels find what a row holds.
+        column_tokens: tokens that a column stands for; 0 where there is one column, which stands for all.
     """
 
     array: I32Array
     column_tokens: int
-    max_len: int
-    reach: Reach
 
     @property
     def groups(self) -> tuple[GroupTables, ...]:
         """Itself."""
         return (self,)
-
-    def has_room(self, coming: Iterable[int], leaving: Iterable[int] = ()) -> bool:
-        """Whether rows would fit if others were closed; see `KVTables.has_room`."""
-        return sum(map(self._most, coming)) <= self.n_available + sum(map(self._most, leaving))
-
-    def step_end(self, position: int) -> int:
-        """Tokens to which a row may be extended in a step; see `KVTables.step_end`."""
-        if self.reach.n_tokens is None:
-            return self.max_len
-        return (self.reach.unseen_blocks(position) + self._most(self.max_len)) * self.block_size
-
-    def grows(self, n_tokens: int, max_tokens: int) -> bool:
-        """Whether a row takes further blocks; see `KVTables.grows`."""
-        return self._most(max_tokens) > self._most(n_tokens)
-
-    def _most(self, n_tokens: int) -> int:
-        """Blocks that a row of n_tokens holds at most at one time."""
-        return self.reach.blocks_at_once(blocks_for(n_tokens, self.block_size))
 
     @abstractmethod
     def room(self, row: int) -> int:
@@ -148,3 +124,72 @@ class GroupTables(KVTables):
     @abstractmethod
     def find(self, tokens: I32Array, salt: str | None, limit: int) -> Found | None:
         """What is cached of tokens[:limit]; None where nothing ever is."""
+
+
+class TokenTables(GroupTables):
+    """Rows of a group that holds keys and values of tokens, in blocks. Token p of row r lies at p % block_size in block
+    `array[r, p // block_size]` (contiguous: `array[r, 0] + p // block_size`). Unused and stale entries are somebody else's,
+    never out of range (contiguous: the entry of an extent that has slid may be negative).
+
+    Args:
+        n_blocks, block_size, max_seqs, max_len, reach, max_step: as in `make_tables`.
+
+    Attributes:
+        reach: what its queries see.
+        max_blocks: entries of the longest row.
+        max_held: blocks that it holds at most at one time.
+
+    Raises:
+        ConfigError: a size is out of range.
+    """
+
+    def __init__(
+        self,
+        n_blocks: int,
+        block_size: int,
+        max_seqs: int,
+        max_len: int,
+        reach: int | None,
+        max_step: int | None,
+    ) -> None:
+        check_sizes(n_blocks, block_size)
+        self.n_rows = max_seqs
+        self.n_blocks = n_blocks
+        self.block_size = block_size
+        self.has_reach = reach is not None
+        self.max_step = max_len if max_step is None or reach is None else max_step
+        self.reach = Reach(reach, block_size, self.max_step)
+        self.max_blocks = blocks_for(max_len, block_size)
+        self.max_held = self.reach.blocks_at_once(self.max_blocks)
+        self._max_len = max_len
+        self._epoch = 0  # of changes; what `match` and `fork` found is valid for one
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of the longest row that fits when there is no other."""
+        return (self.max_blocks if self.max_held <= self.n_blocks else self.n_blocks) * self.block_size
+
+    def step_end(self, position: int) -> int:
+        """Tokens to which a row may be extended in a step; see `KVTables.step_end`."""
+        if self.reach.n_tokens is None:
+            return self._max_len
+        return (self.reach.unseen_blocks(position) + self.max_held) * self.block_size
+
+    def has_room(self, coming: Iterable[int], leaving: Iterable[int] = ()) -> bool:
+        """Whether rows would fit if others were closed; see `KVTables.has_room`."""
+        return sum(map(self._most, coming)) <= self.n_available + sum(map(self._most, leaving))
+
+    def grows(self, n_tokens: int, max_tokens: int) -> bool:
+        """Whether a row takes further blocks; see `KVTables.grows`."""
+        return self._most(max_tokens) > self._most(n_tokens)
+
+    def _most(self, n_tokens: int) -> int:
+        """Blocks that a row of n_tokens holds at most at one time."""
+        return self.reach.blocks_at_once(blocks_for(n_tokens, self.block_size))
+
+    def _valid(self, reuse: Reuse | None) -> BlockReuse | None:
+        if reuse is None:
+            return None
+        if not isinstance(reuse, BlockReuse) or reuse.epoch != self._epoch:
+            raise RuntimeError("the tables have changed since this prefix was found; match or fork again")
+        return reuse

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pace.errors import ConfigError, show
 from pace.kvcache.blocks import BlockTables
 from pace.kvcache.extents import ExtentTables
-from pace.kvcache.group import GroupTables
+from pace.kvcache.group import TokenTables
 from pace.kvcache.tables import CopyBlock
 
 __all__ = ["KV_CACHE_TYPES", "make_tables"]
@@ -24,7 +24,7 @@ def make_tables(
     prefix_caching: bool,
     reach: int | None = None,
     max_step: int | None = None,
-) -> GroupTables:
+) -> TokenTables:
     """The tables of one group of layers; see `join_groups`.
 
     Args:

@@ -82,12 +82,14 @@ class PrefixIndex:
         key: of the hash, 16 .. 64 bytes; None: a secret one.
 
     Attributes:
+        block_size: tokens of a whole block.
         block_bytes: of a whole block in `token_bytes`.
     """
 
     def __init__(self, pool: BlockPool, key: bytes | None = None) -> None:
         self._pool = pool
         self._key = secrets.token_bytes(32) if key is None else key
+        self.block_size = pool.block_size
         self.block_bytes = pool.block_size * TOKEN_BYTES
         self._entries: dict[int, Entry] = {}  # by block
         self._by_digest: dict[bytes, int] = {}  # whole blocks
