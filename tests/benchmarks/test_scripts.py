@@ -62,3 +62,19 @@ def test_mixed_load(model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[0] == "streams" and [line.split()[0] for line in lines[1:]] == ["1", "2"]
     assert all(float(value) > 0 for line in lines[1:] for value in line.split())
+
+
+def test_many_requests(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The counts are those of the full table; only the times want a quiet machine."""
+    many = script("many_requests", monkeypatch)
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 512}
+    monkeypatch.setattr(many, "SHAPE", many.SHAPE | small)
+    many.main(["--scale", "0.002", "--only", "queue", "slope", "chats", "urgent"])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert len(rows) == 2 + 1 + 6 + 3
+    assert float(rows[0][1].split()[0]) > 0
+    shares = [float(row[1].split("(")[1].split()[0]) for row in rows[3:9]]
+    assert min(shares[:4]) >= 90.0 and shares[4:] == [0.0, 0.0]
+    assert all(row[1].endswith(" 1 step") for row in rows[-2:]), "an urgent request waits for a long prompt"

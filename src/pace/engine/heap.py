@@ -21,34 +21,37 @@ class LazyHeap(Generic[T]):
     all the others when they are more than the living: every operation is O(log n), a rebuilding spread over those that
     made it necessary.
 
-    An item is in the heap once at most; it need not have an order.
+    An item is in the heap once at most; it need not have an order. The entries hold numbers, not items: tuples of numbers
+    are nothing that the garbage collector walks.
     """
 
-    __slots__ = ("_entries", "_heap", "_numbers")
+    __slots__ = ("_heap", "_items", "_next", "_numbers")
 
     def __init__(self) -> None:
-        self._heap: list[list[Any]] = []  # [key, number, item]; the item is None in a dead entry
-        self._numbers = itertools.count()  # an item that comes back meets its own dead entry
-        self._entries: dict[T, list[Any]] = {}
+        self._heap: list[tuple[Any, int]] = []  # keys and numbers
+        self._items: dict[int, T] = {}  # by number; those of dead entries are not there
+        self._numbers: dict[T, int] = {}
+        self._next = itertools.count()  # an item that comes back meets its own dead entry
 
     def __len__(self) -> int:
         """Items, the dead entries not among them."""
-        return len(self._entries)
+        return len(self._items)
 
     def __contains__(self, item: T) -> bool:
-        return item in self._entries
+        return item in self._numbers
 
     def push(self, key: object, item: T) -> None:
         """Add an item that is not in the heap."""
-        entry = [key, next(self._numbers), item]
-        self._entries[item] = entry
-        heapq.heappush(self._heap, entry)
+        number = next(self._next)
+        self._items[number] = item
+        self._numbers[item] = number
+        heapq.heappush(self._heap, (key, number))
 
     def peek(self) -> T | None:
         """The item with the smallest key; None where there is none."""
         heap = self._heap
         while heap:
-            item: T | None = heap[0][2]
+            item = self._items.get(heap[0][1])
             if item is not None:
                 return item
             heapq.heappop(heap)
@@ -60,11 +63,11 @@ class LazyHeap(Generic[T]):
 
     def discard(self, item: T) -> None:
         """Take an item out, if it is there."""
-        entry = self._entries.pop(item, None)
-        if entry is None:
+        number = self._numbers.pop(item, None)
+        if number is None:
             return
-        entry[2] = None
-        n_dead = len(self._heap) - len(self._entries)
-        if n_dead > MIN_DEAD and n_dead > len(self._entries):
-            self._heap = list(self._entries.values())
+        del self._items[number]
+        n_dead = len(self._heap) - len(self._items)
+        if n_dead > MIN_DEAD and n_dead > len(self._items):
+            self._heap = [entry for entry in self._heap if entry[1] in self._items]
             heapq.heapify(self._heap)
