@@ -32,7 +32,6 @@ void pace_plan_free(pace_plan *p) {
     for (int i = 0; i < 2; i++) pace_work_destroy(&p->ring[i]);
     pace_work_destroy(&p->fold);
     pace_free_huge(p->parts, PACE_PARTS_BYTES);
-    pace_free_huge(p->scratch, p->scratch_bytes);
     memset(p, 0, sizeof *p);
 }
 
@@ -75,17 +74,12 @@ static int grow(pace_plan *p, const pace_kernels *kernels) {
         p->op_s = op_s;
         p->cap_ops = cap;
     }
-    size_t need =
+    const size_t need =
         kernels->gemm_scratch > kernels->attention_scratch ? kernels->gemm_scratch : kernels->attention_scratch;
-    need = (need + 4095) / 4096 * 4096;
-    if (need <= p->scratch_stride) return 0;
-    void *scratch = pace_alloc_huge(need * (size_t)p->n_threads);
-    if (!scratch) return ENOMEM;
-    pace_free_huge(p->scratch, p->scratch_bytes);
-    p->scratch = scratch;
-    p->scratch_stride = need;
-    p->scratch_bytes = need * (size_t)p->n_threads;
-    return 0;
+    if (need <= p->scratch_bytes) return 0;
+    const int e = pace_team_reserve(p->team, need);
+    if (!e) p->scratch_bytes = need;
+    return e;
 }
 
 int pace_plan_add(pace_plan *p, const pace_op *op) {
@@ -253,7 +247,7 @@ static double seconds(void) {
 
 static void step_worker(void *arg, int tid, pace_team *team) {
     pace_plan *p = arg;
-    void *scratch = (char *)p->scratch + (size_t)tid * p->scratch_stride;
+    void *scratch = pace_team_scratch(team, tid);
     double last = tid == 0 ? seconds() : 0.0;
     for (long i = p->first_op; i < p->n_ops; i++) {
         const pace_op *op = &p->ops[i];
@@ -280,7 +274,7 @@ static int run_from(pace_plan *p, long op, long head_row) {
     p->first_op = op;
     p->head_row = head_row;
     for (int tid = 0; tid < p->n_threads; tid++) arm(p, op, tid);
-    return pace_team_run(p->team, step_worker, p);
+    return pace_team_run_with(p->team, step_worker, p, p->scratch_bytes);
 }
 
 int pace_plan_step(pace_plan *p, const pace_batch *batch) {

@@ -28,15 +28,14 @@ typedef struct {
     float *parts;  // split attention's partial results: [tile][kv head][piece][rows][2 + head_dim]
     pace_work fold;
     pace_work ring[2];
-    void *scratch;  // one area per worker
-    size_t scratch_stride, scratch_bytes;
-    double *op_s;  // seconds of every operator in the last step, as worker 0 saw it
+    size_t scratch_bytes;  // a worker's, which the team keeps
+    double *op_s;          // seconds of every operator in the last step, as worker 0 saw it
 } pace_plan;
 
 int pace_plan_init(pace_plan *p, pace_team *team, long max_tokens, long max_seqs, long max_logits);  // 0, or ENOMEM
 void pace_plan_free(pace_plan *p);
-// A copy of a checked operator goes behind the others. 0, ENOMEM, or E2BIG: more kinds of work than PACE_MAX_LISTS; the
-// plan is as it was then.
+// A copy of a checked operator goes behind the others. 0, ENOMEM, E2BIG: more kinds of work than PACE_MAX_LISTS, or a
+// code of pace_team_reserve; the plan is as it was then.
 int pace_plan_add(pace_plan *p, const pace_op *op);
 // The batch must have been checked by the caller (ranges, monotone q_start, table entries). 0 or an error of
 // pace_team_run.

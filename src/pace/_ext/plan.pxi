@@ -175,9 +175,9 @@ cdef class Plan:
             if op.kind < 0 or n_filled != len(fields):
                 raise ValueError(f"operator {name!r} with fields {', '.join(fields)}; known are {operators()}")
             e = pace_plan_add(&self.p, &op)
-            if e:
-                raise MemoryError("cannot allocate the plan") if e == ENOMEM else ValueError(
-                    "a plan with too many kinds of attention layers")
+            if e == E2BIG:
+                raise ValueError("a plan with too many kinds of attention layers")
+            check_run(e)
         except BaseException:
             del self.keep[n_kept:]
             raise

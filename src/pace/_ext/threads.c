@@ -315,12 +315,26 @@ static int run(pace_team *t, pace_team_fn fn, void *arg) {
     return 0;
 }
 
-int pace_team_run_with(pace_team *t, pace_team_fn fn, void *arg, size_t scratch_bytes) {
+// The caller's turn, on a team that is open, with that much scratch.
+static int begin(pace_team *t, size_t scratch_bytes) {
     if (!pace_origin_is_here(&t->origin)) return PACE_E_FORKED;
     if (inside == t) return PACE_E_BUSY;
     pthread_mutex_lock(&t->turn);
     int rc = pace_team_is_closed(t) ? PACE_E_CLOSED : grow_scratch(t, scratch_bytes);
-    if (rc == 0) rc = run(t, fn, arg);
+    if (rc) pthread_mutex_unlock(&t->turn);
+    return rc;
+}
+
+int pace_team_reserve(pace_team *t, size_t scratch_bytes) {
+    int rc = begin(t, scratch_bytes);
+    if (rc == 0) pthread_mutex_unlock(&t->turn);
+    return rc;
+}
+
+int pace_team_run_with(pace_team *t, pace_team_fn fn, void *arg, size_t scratch_bytes) {
+    int rc = begin(t, scratch_bytes);
+    if (rc) return rc;
+    rc = run(t, fn, arg);
     pthread_mutex_unlock(&t->turn);
     return rc;
 }

@@ -42,6 +42,8 @@ int pace_team_run(pace_team *team, pace_team_fn fn, void *arg);
 // The same for an fn whose workers want scratch_bytes each. The scratch is the team's, grown under the turn and kept,
 // so that a step allocates nothing once it is large enough.
 int pace_team_run_with(pace_team *team, pace_team_fn fn, void *arg, size_t scratch_bytes);
+// Grows it now, so that a later run does not fail for it. 0 or as pace_team_run.
+int pace_team_reserve(pace_team *team, size_t scratch_bytes);
 // For use inside fn: the worker's scratch, page-aligned, with whatever an earlier run left in it.
 void *pace_team_scratch(const pace_team *team, int tid);
 
