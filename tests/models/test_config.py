@@ -54,6 +54,12 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any], type[PaceError], str]] = [
         "num_key_value_heads is 3",
     ),
     (LLAMA, {"num_key_value_heads": 0}, CheckpointError, "num_key_value_heads is 0"),
+    (
+        LLAMA,
+        {"num_attention_heads": 128, "num_key_value_heads": 1, "head_dim": 16},
+        UnsupportedModel,
+        "num_key_value_heads is 1 for 128 query heads",
+    ),
     (LLAMA, {"head_dim": 41}, UnsupportedModel, "head_dim is 41"),
     (LLAMA, {"head_dim": 514}, UnsupportedModel, "head_dim is 514"),
     (LLAMA, {"vocab_size": 0}, CheckpointError, "vocab_size is 0"),

@@ -9,11 +9,9 @@ from typing import Final
 from pace.errors import UnsupportedModel, show
 from pace.models import rope
 from pace.models.config import Config
+from pace.models.operators import MAX_HEAD_DIM, MAX_QUERY_GROUP
 from pace.models.plan import Activation
 from pace.models.spec import AttentionSpec, DecoderSpec, DenseSpec, LayerSpec, NormSpec, RopeSpec
-
-MAX_HEAD_DIM: Final = 512
-"""The attention kernels hold a head of up to 512 columns in registers."""
 
 MAX_WIDTH: Final = 1 << 20
 
@@ -99,8 +97,7 @@ def heads(config: Config, dim: int, default_head_dim: int | None = None) -> tupl
     """
     n_heads = config.integer("num_attention_heads", high=1024)
     n_kv_heads = config.integer("num_key_value_heads", default=n_heads, high=1024)
-    if n_heads % n_kv_heads:
-        raise config.error("num_key_value_heads", n_kv_heads, f"a divisor of num_attention_heads ({n_heads})")
+    check_kv_heads(config, "num_key_value_heads", n_heads, n_kv_heads)
     known = config.has("head_dim") or default_head_dim is not None or "head_dim" in config.defaults
     if not known and dim % n_heads:
         raise config.error("num_attention_heads", n_heads, f"a divisor of hidden_size ({dim}), or a head_dim")
@@ -113,6 +110,17 @@ def plain_heads(config: Config) -> None:
     n_heads = config.integer("num_attention_heads", high=1024)
     config.only("num_key_value_heads", n_heads)
     config.only("head_dim", config.integer("hidden_size", high=MAX_WIDTH) // n_heads)
+
+
+def check_kv_heads(config: Config, key: str, n_heads: int, n_kv_heads: int) -> None:
+    """The key/value heads must divide the query heads into groups that the kernels have."""
+    if n_heads % n_kv_heads:
+        raise config.error(key, n_kv_heads, f"a divisor of num_attention_heads ({n_heads})")
+    if n_heads // n_kv_heads > MAX_QUERY_GROUP:
+        raise UnsupportedModel(
+            f"{config.where}: {key} is {n_kv_heads} for {n_heads} query heads; supported are up to {MAX_QUERY_GROUP} "
+            "times as many"
+        )
 
 
 def check_head_dim(config: Config, key: str, head_dim: int) -> int:

@@ -7,7 +7,16 @@ from dataclasses import replace
 from pace.errors import UnsupportedModel
 from pace.models import gemma, rope
 from pace.models import llama as base
-from pace.models.common import FULL, SLIDING, bf16, check_head_dim, decoder, layer_kinds, windows
+from pace.models.common import (
+    FULL,
+    SLIDING,
+    bf16,
+    check_head_dim,
+    check_kv_heads,
+    decoder,
+    layer_kinds,
+    windows,
+)
 from pace.models.config import Config
 from pace.models.spec import DecoderSpec, HeadNorm, Placement
 from pace.models.weights import Part, WeightMap
@@ -95,10 +104,7 @@ def head_shape(config: Config, i: int, is_full: bool) -> tuple[int, int]:
         if config.flag("attention_k_eq_v", default=False):
             n_kv = config.integer("num_global_key_value_heads", default=n_kv)
     n_heads = config.integer("num_attention_heads")
-    if n_heads % n_kv:
-        raise config.error(
-            "num_global_key_value_heads", n_kv, f"a divisor of num_attention_heads ({n_heads})"
-        )
+    check_kv_heads(config, "num_global_key_value_heads", n_heads, n_kv)
     return check_head_dim(config, "global_head_dim", head_dim), n_kv
 
 
