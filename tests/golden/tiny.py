@@ -1,7 +1,8 @@
 """Tiny checkpoints that are made from a seed with numpy alone, on every machine the same.
 
 `make.py` runs them through transformers and stores the logits; tests rebuild the same checkpoints without
-torch. Weights are bf16 values, scaled so that attention is far from uniform and no activation saturates.
+torch. Weights are bf16 values, scaled so that attention is far from uniform and no activation saturates. Names and
+shapes of the tensors are those that the loader wants; transformers loads the same files and would miss a wrong one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from pace.models.decoder import lower
+from pace.models.registry import parse_config
+from pace.models.spec import DecoderSpec
+from pace.models.weights import tensor_shapes
 
 VOCAB_SIZE = 307  # prime: no tile, vector or panel divides it
 N_TOKENS = 48
@@ -32,11 +38,13 @@ class Case:
     Args:
         config: the whole config.json.
         max_model_len: of the engine; equals the prompt's length where transformers' tables depend on that.
+        gain: of the projections of q, k and v: large ones make scores that saturate.
     """
 
     config: dict[str, Any]
     max_model_len: int = N_TOKENS
     tags: tuple[str, ...] = field(default=())
+    gain: float = 1.0
 
 
 def _config(architecture: str, model_type: str, **changes: Any) -> dict[str, Any]:
@@ -184,14 +192,18 @@ CASES: dict[str, Case] = {
 
 
 def seed_of(name: str) -> int:
-    """Seed of a case: a checksum of its name, so that cases can be added without changing others."""
+    """A checksum of the name of a case or a tensor, so that some can be added without changing others."""
     return zlib.crc32(name.encode())
 
 
-def prompt(name: str) -> list[int]:
+def rng_of(name: str) -> np.random.Generator:
+    """A generator of its own for each name."""
+    return np.random.Generator(np.random.PCG64(seed_of(name)))
+
+
+def prompt(name: str, vocab_size: int = VOCAB_SIZE) -> list[int]:
     """The case's prompt: N_TOKENS token ids."""
-    rng = np.random.Generator(np.random.PCG64(seed_of(name) + 1))
-    return [int(t) for t in rng.integers(0, VOCAB_SIZE, N_TOKENS)]
+    return [int(t) for t in rng_of(f"{name} prompt").integers(0, vocab_size, N_TOKENS)]
 
 
 def to_bf16(values: F32Array) -> npt.NDArray[np.uint16]:
@@ -200,52 +212,35 @@ def to_bf16(values: F32Array) -> npt.NDArray[np.uint16]:
     return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
 
 
-def tensors(name: str) -> dict[str, npt.NDArray[np.uint16]]:
+def tensors(name: str, case: Case | None = None) -> dict[str, npt.NDArray[np.uint16]]:
     """Every tensor of a case's checkpoint as bf16 bits, by its transformers name."""
-    config = CASES[name].config
-    rng = np.random.Generator(np.random.PCG64(seed_of(name)))
-    dim, inner = config["hidden_size"], config["intermediate_size"]
-    n_heads = config["num_attention_heads"]
-    n_kv_heads = config.get("num_key_value_heads", n_heads)
-    head_dim = config.get("head_dim", dim // n_heads)
-    qwen2, qwen3 = config["model_type"] == "qwen2", config["model_type"] == "qwen3"
-    attention_bias = config.get("attention_bias", False)
-    out: dict[str, npt.NDArray[np.uint16]] = {}
-
-    def matrix(key: str, n: int, k: int, gain: float = 1.0) -> None:
-        out[f"{key}.weight"] = to_bf16((rng.standard_normal((n, k)) * gain / np.sqrt(k)).astype(np.float32))
-
-    def bias(key: str, n: int) -> None:
-        out[f"{key}.bias"] = to_bf16((0.3 * rng.standard_normal(n)).astype(np.float32))
-
-    def norm(key: str, n: int) -> None:
-        out[f"{key}.weight"] = to_bf16((1 + 0.2 * rng.standard_normal(n)).astype(np.float32))
-
-    # A tied table is also the LM head, whose rows have unit length; otherwise the stream has variance 1.
-    tied = config.get("tie_word_embeddings", False)
-    matrix("model.embed_tokens", config["vocab_size"], dim, gain=1.0 if tied else np.sqrt(dim))
-    for i in range(config["num_hidden_layers"]):
-        layer = f"model.layers.{i}"
-        norm(f"{layer}.input_layernorm", dim)
-        for part, n in (("q", n_heads), ("k", n_kv_heads), ("v", n_kv_heads)):
-            matrix(f"{layer}.self_attn.{part}_proj", n * head_dim, dim, gain=1.3)
-            if attention_bias or qwen2:
-                bias(f"{layer}.self_attn.{part}_proj", n * head_dim)
-        if qwen3:
-            norm(f"{layer}.self_attn.q_norm", head_dim)
-            norm(f"{layer}.self_attn.k_norm", head_dim)
-        matrix(f"{layer}.self_attn.o_proj", dim, n_heads * head_dim)
-        if attention_bias and not qwen2:
-            bias(f"{layer}.self_attn.o_proj", dim)
-        norm(f"{layer}.post_attention_layernorm", dim)
-        for part, n, k in (("gate", inner, dim), ("up", inner, dim), ("down", dim, inner)):
-            matrix(f"{layer}.mlp.{part}_proj", n, k)
-            if config.get("mlp_bias"):
-                bias(f"{layer}.mlp.{part}_proj", n)
-    norm("model.norm", dim)
-    if not config.get("tie_word_embeddings"):
-        matrix("lm_head", config["vocab_size"], dim)
+    case = CASES[name] if case is None else case
+    spec, weight_map = parse_config(case.config)
+    shapes = tensor_shapes(lower(spec, case.max_model_len), weight_map, len(spec.layers))
+    prefix = "model.language_model." if "multimodal" in case.tags else "model."
+    out = {}
+    for tensor, (weight, shape) in shapes.items():
+        values = rng_of(f"{name} {tensor}").standard_normal(shape)
+        key = tensor.replace("model.", prefix, 1) if tensor.startswith("model.") else tensor
+        out[key] = to_bf16(_scaled(values, weight, spec, case.gain).astype(np.float32))
     return out
+
+
+def _scaled(values: npt.NDArray[Any], weight: str, spec: DecoderSpec, gain: float) -> npt.NDArray[Any]:
+    """Standard normal values made those of a plan weight: the stream keeps a variance of about 1."""
+    if weight.endswith(".bias"):
+        return 0.3 * values
+    if values.ndim == 1:
+        return 0.2 * values + (0.0 if spec.norm.kind == "rms1" else 1.0)
+    if weight == "positions":
+        return 0.5 * values
+    width = values.shape[1]
+    if weight == "embed":
+        # A tied table is also the LM head, whose rows have unit length; otherwise the stream has variance 1.
+        return values / np.sqrt(width) if spec.tied else values / spec.embed_scale
+    if weight == "inputs.table":
+        return values / np.sqrt(spec.per_layer_dim or 1)
+    return values / np.sqrt(width) * (1.3 * gain if weight.endswith(".qkv") else 1.0)
 
 
 def write_safetensors(
@@ -271,9 +266,10 @@ def write_safetensors(
             file.write(np.ascontiguousarray(array).tobytes())
 
 
-def write(name: str, directory: Path) -> Path:
+def write(name: str, directory: Path, case: Case | None = None) -> Path:
     """Write a case as a checkpoint directory; returns it."""
+    case = CASES[name] if case is None else case
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(CASES[name].config, indent=1))
-    write_safetensors(directory / "model.safetensors", tensors(name))
+    (directory / "config.json").write_text(json.dumps(case.config, indent=1))
+    write_safetensors(directory / "model.safetensors", tensors(name, case))
     return directory

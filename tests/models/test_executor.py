@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from ext.kit import Packed
 from golden import tiny
-from golden.harness import batch_of, in_chunks, prefill, relative_error
+from golden.harness import assert_greedy_agrees, batch_of, bf16_tolerance, in_chunks, prefill, relative_error
 
 from pace import ops
 from pace.errors import ConfigError
@@ -32,7 +32,7 @@ PackedModel = Callable[[str], Packed]
 
 def tolerance(packed: Packed) -> float:
     """max |difference| / max |logit| that bf16 rounding explains."""
-    return float(np.sqrt(8 * len(packed.model.spec.layers) + 1)) * 2.0**-8
+    return bf16_tolerance(len(packed.model.spec.layers))
 
 
 def int8_tolerance(packed: Packed) -> float:
@@ -61,14 +61,6 @@ def references(packed_model: PackedModel) -> Callable[[str], tuple[np.ndarray, n
         return found[name]
 
     return get
-
-
-def assert_greedy_agrees(got: np.ndarray, want: np.ndarray, slack: float) -> int:
-    """The best token is the same wherever the second is further away than both errors; returns how often."""
-    second, first = np.sort(want, axis=-1)[:, -2:].T
-    clear = first - second > 2 * slack
-    assert np.array_equal(got.argmax(-1)[clear], want.argmax(-1)[clear])
-    return int(clear.sum())
 
 
 @pytest.mark.parametrize("name", CASES)

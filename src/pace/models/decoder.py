@@ -39,8 +39,9 @@ from pace.models.plan import (
 )
 from pace.models.spec import AttentionSpec, Bias, DecoderSpec, DenseSpec, LearnedPositions, Placement
 
-HEAD_STEP = 16
-"""Heads are padded with zero columns to a multiple of what the attention kernels read at once."""
+STEP = 16
+"""Heads and the inner columns of MLPs are filled with zeros to a multiple of what the kernels read at once; every
+activation of 0 is 0."""
 
 
 def lower(spec: DecoderSpec, max_model_len: int) -> Plan:
@@ -94,9 +95,9 @@ def kv_layers(spec: DecoderSpec) -> tuple[KVLayer, ...]:
     return tuple(layers)
 
 
-def padded(head_dim: int) -> int:
-    """Columns of a head in the plan."""
-    return -(-head_dim // HEAD_STEP) * HEAD_STEP
+def padded(width: int) -> int:
+    """Columns in the plan, of a head or between the halves of an MLP."""
+    return -(-width // STEP) * STEP
 
 
 def _mixers(spec: DecoderSpec) -> list[AttentionSpec]:
@@ -230,18 +231,30 @@ class _Lowering:
 
     def mlp(self, i: int, ffn: DenseSpec, h: Slot, x: Slot) -> None:
         """x += down_proj(act(gate_proj(h)) * up_proj(h)), or without the gate."""
-        at = f"layers.{i}"
-        inner = self.slot("mlp", ffn.width, "bf16", h.rows)
+        at, filled = f"layers.{i}", padded(ffn.width)
+        inner = self.slot("mlp", filled, "bf16", h.rows)
+        if ffn.gated:
+            rows = (Blocks("gate", 1, ffn.width, filled), Blocks("up", 1, ffn.width, filled))
+        else:
+            rows = (Blocks("all", 1, ffn.width, filled),)
         name = f"{at}.gate_up" if ffn.gated else f"{at}.up"
-        bias = self.bias_of(Bias.MLP, f"{name}.bias")
-        epilogue = "gated" if ffn.gated else "store"
         self.ops.append(
-            Gemm(name, h.name, inner.name, name, bias, epilogue=epilogue, act=ffn.activation)  # type: ignore[arg-type]
+            Gemm(
+                name,
+                h.name,
+                inner.name,
+                name,
+                self.bias_of(Bias.MLP, f"{name}.bias"),
+                epilogue="gated" if ffn.gated else "store",
+                act=ffn.activation,
+                blocks=rows,
+            )
         )
         last = self.spec.layers[i].scalar and self.spec.per_layer_dim is None
         scalar = f"{at}.scalar" if last else None
+        columns = Blocks("all", 1, ffn.width, filled)
         bias = self.bias_of(Bias.MLP, f"{at}.down.bias")
-        self.leave(f"{at}.down", f"{at}.mlp", inner, bias, x, scalar=scalar)
+        self.leave(f"{at}.down", f"{at}.mlp", inner, bias, x, columns, scalar)
 
     def add_input(self, i: int, inputs: Slot, x: Slot) -> None:
         """x += norm(out(act(gate(x)) * input_i)), times the layer's scalar."""
@@ -301,7 +314,7 @@ class _Lowering:
         src: Slot,
         bias: str | None,
         x: Slot,
-        columns: Blocks | None = None,
+        columns: Blocks,
         scalar: str | None = None,
     ) -> None:
         """x += proj(src), through a norm where one stands behind; then times the layer's scalar."""

@@ -1,18 +1,18 @@
-"""Mistral 7B (v0.1 with its sliding window, v0.2 and v0.3 without), Nemo, Small (and Sarvam-M); Ministral 3."""
+"""Mistral 7B (v0.1 with its sliding window, v0.2 and v0.3 without), Nemo, Small (and Sarvam-M); Ministral; Ministral 3."""
 
 from __future__ import annotations
 
 from pace.errors import CheckpointError
 from pace.models import llama as base
 from pace.models import rope
-from pace.models.common import decoder, one_window
+from pace.models.common import decoder, layer_kinds, one_window, windows
 from pace.models.config import Config
 from pace.models.spec import DecoderSpec
 from pace.models.weights import WeightMap
 
 
 def mistral(config: Config) -> DecoderSpec:
-    """Llama without biases, with one sliding window for every layer or none.
+    """Llama without biases, with one sliding window for every layer or none; Ministral: for those of `layer_types`.
 
     attention_bias and mlp_bias are not read, as in transformers: a bias in the file would be an unexpected tensor.
     """
@@ -23,7 +23,8 @@ def mistral(config: Config) -> DecoderSpec:
         )
     spec = decoder(config)
     window = config.optional_integer("sliding_window")
-    return spec.with_mixers(window=one_window(config, len(spec.layers), window))
+    kinds = layer_kinds(config, len(spec.layers), lambda i: window is not None)
+    return spec.with_mixers(window=windows(config, kinds, window))
 
 
 MINISTRAL_ROPE = {

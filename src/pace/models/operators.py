@@ -257,7 +257,7 @@ class Gemm:
                 f"{self.name}: columns {self.at} to {self.at + width} of {other}",
             )
         blocks = self.blocks or (Blocks("all", 1, width, width),)
-        if self.epilogue == "gated":
+        if self.epilogue == "gated" and not self.blocks:
             filled = -(-width // GATED_BLOCK) * GATED_BLOCK
             blocks = Blocks("gate", 1, width, filled), Blocks("up", 1, width, filled)
         n = sum(block.n for block in blocks)

@@ -63,6 +63,7 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = MappingProxyType(
     {
         "LlamaForCausalLM": Architecture("llama", llama.llama, llama.WEIGHTS),
         "MistralForCausalLM": Architecture("mistral", mistral.mistral, mistral.WEIGHTS),
+        "MinistralForCausalLM": Architecture("ministral", mistral.mistral, mistral.WEIGHTS),
         "Ministral3ForCausalLM": Architecture("ministral3", mistral.ministral3, mistral.WEIGHTS),
         "Mistral3ForConditionalGeneration": _multimodal(
             "mistral3", "MistralForCausalLM", "Ministral3ForCausalLM"
@@ -137,9 +138,8 @@ def _text_tower(config: Config, allowed: tuple[str, ...]) -> DecoderSpec:
         raise text.error("model_type", model_type, " or ".join(map(repr, known)))
     spec = known[model_type].spec(text)
     text.refuse_unread(spec.max_len)
-    if config.has("tie_word_embeddings") and not text.has("tie_word_embeddings"):
-        spec = replace(spec, tied=config.flag("tie_word_embeddings"))
-    return spec
+    # The outer key counts, true by default; a file with a head of its own settles it.
+    return replace(spec, tied=config.flag("tie_word_embeddings", default=True))
 
 
 def _architecture(config: Config) -> Architecture:

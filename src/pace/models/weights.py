@@ -363,6 +363,16 @@ def _check(needed: Mapping[str, WeightShape], checkpoint: Tensors) -> dict[str, 
     return sources
 
 
+def tensor_shapes(plan: Plan, weight_map: WeightMap, n_layers: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What a checkpoint of this plan holds: tensor name -> the plan weight it belongs to, and its shape."""
+    table = _expand(weight_map, n_layers)
+    return {
+        part.name: (name, _expected(part, shape))
+        for name, shape in plan.weights().items()
+        for part in _parts(table[name], shape)
+    }
+
+
 def _parts(parts: tuple[Part, ...], shape: WeightShape) -> list[Part]:
     """The parts of a weight that this layer has; a tensor per head is as many parts."""
     blocks = _blocks(shape)
@@ -380,18 +390,30 @@ def _blocks(shape: WeightShape) -> dict[str, Blocks]:
     return {block.part: block for block in blocks}
 
 
+def _own(part: Part, shape: WeightShape) -> list[Blocks]:
+    """The blocks of rows that a tensor holds."""
+    blocks = _blocks(shape)
+    if part.rows == "head":
+        return [replace(blocks["all"], count=1)]
+    return [blocks[name] for name in part.rows.split("|")]
+
+
+def _expected(part: Part, shape: WeightShape) -> tuple[int, ...]:
+    """Shape of a part's tensor."""
+    rows = sum(block.count * block.width for block in _own(part, shape))
+    if shape.k is None:
+        return (rows,)
+    columns = shape.columns
+    return rows, shape.k if columns is None else columns.count * columns.width
+
+
 def _sources(
     parts: list[Part], shape: WeightShape, checkpoint: Tensors
 ) -> Iterator[tuple[_Source, list[str]]]:
     """How each part is loaded, in rows that stay together; and what is wrong with its tensor."""
-    blocks, at = _blocks(shape), 0
-    if "all" in blocks:
-        blocks["head"] = replace(blocks["all"], count=1)
-    k = shape.k if shape.columns is None else shape.columns.count * shape.columns.width
+    at = 0
     for part in parts:
-        own = [blocks[name] for name in part.rows.split("|")]
-        rows = sum(block.count * block.width for block in own)
-        expected = (rows,) if k is None else (rows, k)
+        own, expected = _own(part, shape), _expected(part, shape)
         info = checkpoint.info(part.name)
         dtype = _DTYPES.get(info.dtype.lower())
         complaints = []
