@@ -220,7 +220,7 @@ def tensors(name: str, case: Case | None = None) -> dict[str, npt.NDArray[np.uin
     prefix = "model.language_model." if "multimodal" in case.tags else "model."
     out = {}
     for tensor, (weight, shape) in shapes.items():
-        values = rng_of(f"{name} {tensor}").standard_normal(shape)
+        values = rng_of(f"{name}/{tensor}").standard_normal(shape)
         key = tensor.replace("model.", prefix, 1) if tensor.startswith("model.") else tensor
         out[key] = to_bf16(_scaled(values, weight, spec, case.gain).astype(np.float32))
     return out
