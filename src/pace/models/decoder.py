@@ -31,6 +31,7 @@ from pace.models.plan import (
     KVLayer,
     Norm,
     Op,
+    PartName,
     Plan,
     RopeKV,
     Rows,
@@ -233,10 +234,7 @@ class _Lowering:
         """x += down_proj(act(gate_proj(h)) * up_proj(h)), or without the gate."""
         at, filled = f"layers.{i}", padded(ffn.width)
         inner = self.slot("mlp", filled, "bf16", h.rows)
-        if ffn.gated:
-            rows = (Blocks("gate", 1, ffn.width, filled), Blocks("up", 1, ffn.width, filled))
-        else:
-            rows = (Blocks("all", 1, ffn.width, filled),)
+        parts: tuple[PartName, ...] = ("gate", "up") if ffn.gated else ("all",)
         name = f"{at}.gate_up" if ffn.gated else f"{at}.up"
         self.ops.append(
             Gemm(
@@ -247,7 +245,7 @@ class _Lowering:
                 self.bias_of(Bias.MLP, f"{name}.bias"),
                 epilogue="gated" if ffn.gated else "store",
                 act=ffn.activation,
-                blocks=rows,
+                blocks=tuple(Blocks(part, 1, ffn.width, filled) for part in parts),
             )
         )
         last = self.spec.layers[i].scalar and self.spec.per_layer_dim is None
