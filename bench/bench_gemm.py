@@ -1,4 +1,4 @@
-"""gemm_bf16 on the matrices of Llama-3.2-1B; GB/s count weights once, FLOPs are 2 m n k.
+"""The GEMM on the matrices of Llama-3.2-1B; GB/s count weights once, FLOPs are 2 m n k.
 
     python -m pytest bench/bench_gemm.py --benchmark-enable -k "amx and gate-up"
 

@@ -1,4 +1,4 @@
-"""gemm_bf16: every tier, odd shapes, epilogues and activations, against float64.
+"""The GEMM: every tier, odd shapes, epilogues and activations, against float64.
 
 Tolerance. Inputs are bf16, so the products are exact in float64. A sum of k products in f32 is off by at
 most (k + 2) u S, with u = 2^-24 and S = sum |a| |w| + |bias|. An activation stretches that by its
