@@ -133,7 +133,7 @@ def doubts(data: bytes) -> list[str]:
 
 
 def _model_doubts(model: dict[str, Any]) -> list[str]:
-    kind = model.get("type")
+    kind = model.get("type", "BPE")  # GPT-2's file, and those made of it, have none
     if not isinstance(kind, str) or kind not in _KNOWN_MODELS:
         return [f"a model of type {show(kind)}"]
     if unknown := sorted(set(model) - _KNOWN_MODELS[kind]):
