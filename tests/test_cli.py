@@ -379,8 +379,11 @@ def test_chat_options(
         "tools": [{"type": "function"}],
     }
     monkeypatch.setattr(sys, "stdin", Stdin("one\n"))
-    _, _, err = run(capsys, *argv, "--chat-template", "tool_use")
-    assert seen.pop() == {"chat_template": "tool_use"} and "no chat template is called 'tool_use'" in err
+    _, _, err = run(capsys, *argv, "--chat-template", "tool_use", "--include-reasoning")
+    assert (
+        seen.pop() == {"chat_template": "tool_use", "include_reasoning": True}
+        and "no chat template is called 'tool_use'" in err
+    )
     for wrong in ("[1]", "{", "[" * 100_000):
         _, _, err = run(capsys, *argv, "--chat-template-kwargs", wrong)
         assert "--chat-template-kwargs" in err and "expected an object" in err

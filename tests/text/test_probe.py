@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -114,6 +115,17 @@ def test_the_child_starts_from_threads_with_odd_streams(monkeypatch: pytest.Monk
     thread.start()
     thread.join()
     assert results[0] is not None and "fails on" in results[0]
+
+
+def test_a_parent_that_blocks_the_timers_signal_still_has_an_answer() -> None:
+    normalizers = [replace({"String": "a"}, "aa")] * 40
+    data = file_with(normalizer={"type": "Sequence", "normalizers": normalizers})
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPROF])
+    try:
+        harm = probe.probe(data)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+    assert harm is not None and ("too long" in harm or "ends the process" in harm)
 
 
 @pytest.mark.parametrize("executable", ["", None, "/usr/bin/editor", "/nowhere/python3", sys.executable])

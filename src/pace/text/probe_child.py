@@ -181,7 +181,12 @@ def try_all(rust: Any) -> None:
 
 def main() -> NoReturn:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    n_bytes = MAX_BYTES if hard == resource.RLIM_INFINITY else min(MAX_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (n_bytes, hard))
+    # A parent that ignores or blocks the timer's signal would hand that down.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     sys.path.insert(0, sys.argv[1])
     from tokenizers import Tokenizer
 
