@@ -2,8 +2,8 @@
 
     python bench/random_checkpoint.py llama-3.2-1b DIRECTORY
 
-The tokenizer is the embedded model's: token ids mean nothing here. Weights are N(0, 0.02) in bf16, norms are one;
-2.5 GB for llama-3.2-1b, written in about half a minute, tensor by tensor.
+The tokenizer is the embedded model's: token ids mean nothing here. Matrices are N(0, 0.02) in bf16, norms multiply by
+one, biases are zero; 2.5 GB for llama-3.2-1b, written in about half a minute, tensor by tensor.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from pace.models.decoder import lower
+from pace.models.registry import parse_config
+from pace.models.weights import tensor_shapes
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -66,35 +70,97 @@ SHAPES: dict[str, dict[str, Any]] = {
         "sliding_window": 32768,
         "max_window_layers": 21,
     },
+    "gemma-3-4b": COMMON
+    | {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "vocab_size": 262208,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 1024,
+        "sliding_window_pattern": 6,
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "phi-4-mini": COMMON
+    | {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "vocab_size": 200064,
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
+        "partial_rotary_factor": 0.75,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0] * 48,
+            "long_factor": [1.0 + i / 4 for i in range(48)],
+        },
+        "sliding_window": 262144,
+        "tie_word_embeddings": True,
+    },
+    "gemma-4-e2b": COMMON
+    | {
+        "architectures": ["Gemma4ForCausalLM"],
+        "model_type": "gemma4_text",
+        "hidden_size": 1536,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 35,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "global_head_dim": 512,
+        "vocab_size": 262144,
+        "vocab_size_per_layer_input": 262144,
+        "hidden_size_per_layer_input": 256,
+        "num_kv_shared_layers": 20,
+        "use_double_wide_mlp": True,
+        "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 7,
+        "sliding_window": 512,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "final_logit_softcapping": 30.0,
+        "attention_k_eq_v": False,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "proportional",
+                "rope_theta": 1000000.0,
+                "partial_rotary_factor": 0.25,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
 }
 
 
 def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a Llama-like checkpoint and its shape, in file order."""
-    dim, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    n_heads, n_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    head_dim = config.get("head_dim", dim // n_heads)
-    out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, dim)}
-    for i in range(config["num_hidden_layers"]):
-        p = f"model.layers.{i}."
-        for name, n in (("q", n_heads), ("k", n_kv_heads), ("v", n_kv_heads)):
-            out[f"{p}self_attn.{name}_proj.weight"] = (n * head_dim, dim)
-            if config["model_type"] == "qwen2":
-                out[f"{p}self_attn.{name}_proj.bias"] = (n * head_dim,)
-        out[p + "self_attn.o_proj.weight"] = (dim, n_heads * head_dim)
-        out[p + "mlp.gate_proj.weight"] = out[p + "mlp.up_proj.weight"] = (inner, dim)
-        out[p + "mlp.down_proj.weight"] = (dim, inner)
-        out[p + "input_layernorm.weight"] = out[p + "post_attention_layernorm.weight"] = (dim,)
-    out["model.norm.weight"] = (dim,)
-    if not config["tie_word_embeddings"]:
-        out["lm_head.weight"] = (vocab, dim)
-    return out
+    """Every tensor of a checkpoint and its shape, as its architecture reads them."""
+    spec, weight_map = parse_config(config)
+    tensors = tensor_shapes(lower(spec, 1), weight_map, len(spec.layers))
+    return {name: shape for name, (_, shape) in tensors.items()}
 
 
-def values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> bytes:
+def values(shape: tuple[int, ...], rng: np.random.Generator, vector: float) -> bytes:
     """The tensor's bytes in bf16."""
-    if "norm" in name:
-        return np.full(shape, 0x3F80, np.uint16).tobytes()
+    if len(shape) == 1:
+        return np.full(shape, int(np.float32(vector).view(np.uint32)) >> 16, np.uint16).tobytes()
     x = rng.standard_normal(shape, np.float32)
     x *= 0.02
     return ((x.view(np.uint32) + 0x8000) >> 16).astype(np.uint16).tobytes()
@@ -110,17 +176,20 @@ def write(model: str, directory: Path, seed: int = 0) -> None:
         shutil.copyfile(demo / name, directory / name)
     header: dict[str, Any] = {}
     at = 0
-    for name, shape in shapes(config).items():
+    tensors = shapes(config)
+    for name, shape in tensors.items():
         size = 2 * int(np.prod(shape))
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     rng = np.random.default_rng(seed)
+    spec, _ = parse_config(config)
+    one = 0.0 if spec.norm.kind == "rms1" else 1.0
     with (directory / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for name, shape in shapes(config).items():
-            file.write(values(name, shape, rng))
+        for name, shape in tensors.items():
+            file.write(values(shape, rng, 0.0 if name.endswith("bias") else one))
 
 
 if __name__ == "__main__":
