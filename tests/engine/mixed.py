@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from ext.kit import packed, rng
+from ext.kit import bf16, packed, rng
 from golden import tiny
 
 from pace import ops
@@ -68,3 +68,8 @@ def weights_of(plan: Plan) -> dict[str, np.ndarray]:
 def pack(team: ops.Team, plan: Plan) -> dict[str, Any]:
     """Its weights as the kernels take them."""
     return {name: w if w.ndim == 1 else packed(team, w) for name, w in weights_of(plan).items()}
+
+
+def rounded(w: np.ndarray) -> np.ndarray:
+    """A matrix as the kernels hold it; vectors stay as they are."""
+    return bf16(w) if w.ndim == 2 else w

@@ -135,7 +135,7 @@ class Lab:
         n_logit_rows = max_num_seqs + SCORED_ROWS
         kv = plan_groups(plan, MAX_LEN, max_tokens, kind, kv_dtype, block_size, 1 << 20)
         kv = replace(kv, max_step=min(kv.max_step, max_step))
-        kv = kv.divided(n_full * kv.bytes_for(MAX_LEN), MAX_LEN)
+        kv = kv.divided(n_full * kv.bytes_for(MAX_LEN), MAX_LEN, max_num_seqs)
         pools = [
             ops.KVPool(
                 group.n_layers,

@@ -11,7 +11,7 @@ from pace.engine import memory
 from pace.engine.kv_memory import GroupMemory, default_block_size, plan_groups
 from pace.engine.memory import MemoryPlan, available_bytes, plan_memory
 from pace.errors import CapacityError
-from pace.kvcache import join_groups, kv_block_bytes, make_tables
+from pace.kvcache import KVTables, join_groups, kv_block_bytes, make_tables
 from pace.models.decoder import lower
 from pace.models.plan import KVLayer, Plan
 from pace.models.registry import parse_config
@@ -214,48 +214,61 @@ def test_windows_cost_what_they_see(
     )
 
 
-def test_pools_of_any_size_hold_equally_many_sequences() -> None:
-    plan = gemma(12, 2, 64, 256)
+def sized(n_bytes: int, n_seqs: int = 8) -> MemoryPlan:
+    return plan_memory(
+        gemma(12, 2, 64, 256),
+        max_len=8192,
+        max_model_len=None,
+        max_num_seqs=n_seqs,
+        max_num_batched_tokens=512,
+        available=1 << 34,
+        kv_cache_memory=n_bytes,
+    )
 
-    def planned(n_bytes: int) -> MemoryPlan:
-        return plan_memory(
-            plan,
-            max_len=8192,
-            max_model_len=None,
-            max_num_seqs=8,
-            max_num_batched_tokens=512,
-            available=1 << 34,
-            kv_cache_memory=n_bytes,
-        )
 
-    one = planned(1 << 30).kv.bytes_for(8192)
-    for share in (1, 2, 5.5):
-        sized = planned(int(share * one))
-        assert sized.max_model_len == 8192 and sized.kv_bytes <= share * one
-        counts = [g.n_blocks / n for g, n in zip(sized.kv.groups, sized.kv.blocks(8192), strict=True)]
-        assert min(counts) >= int(share) and max(counts) - min(counts) < 0.2
-    short = planned(one // 2)
-    assert 2048 < short.max_model_len < 8192
-    assert short.kv.bytes_for(short.max_model_len) <= one // 2 < short.kv.bytes_for(short.max_model_len + 256)
-    tables = join_groups(
+def tables_of(planned: MemoryPlan, n_seqs: int) -> KVTables:
+    return join_groups(
         [
             make_tables(
                 "slab",
                 group.n_blocks,
                 group.block_size,
-                4,
-                short.max_model_len,
+                n_seqs,
+                planned.max_model_len,
                 copy=lambda *_: None,
                 prefix_caching=True,
                 reach=group.reach,
-                max_step=short.kv.max_step,
+                max_step=planned.kv.max_step,
             )
-            for group in short.kv.groups
+            for group in planned.kv.groups
         ]
     )
+
+
+@pytest.mark.parametrize("share", [1, 1.3, 2, 5.5, 8, 20])
+def test_windows_do_not_bound_how_many_run(share: float) -> None:
+    """Pools for so many sequences of full length: windows for one let one run, however much the full layers had left."""
+    one = sized(1 << 30).kv.bytes_for(8192)
+    planned = sized(int(share * one))
+    assert planned.max_model_len == 8192 and planned.kv_bytes <= share * one
+    # What each of eight can have, beside one of full length; to the block.
+    length = planned.kv.longest(int((min(share, 8) - 1) * one) // 7, 8192) // 256 * 256 - 256
+    tables = tables_of(planned, 8)
+    assert tables.open(8192) is not None
+    if length > 0:
+        assert all(tables.open(length) is not None for _ in range(7))
+    assert share < 5 or length >= 1024
+
+
+def test_less_than_one_sequence_of_full_length() -> None:
+    one = sized(1 << 30).kv.bytes_for(8192)
+    short = sized(one // 2)
+    assert 2048 < short.max_model_len < 8192
+    assert short.kv.bytes_for(short.max_model_len) <= one // 2 < short.kv.bytes_for(short.max_model_len + 256)
+    tables = tables_of(short, 4)
     assert tables.capacity >= short.max_model_len and tables.open(short.max_model_len) is not None
     with pytest.raises(CapacityError, match=r"one block of 16 and 256 tokens takes .* raise kv_cache_memory"):
-        planned(1000)
+        sized(1000)
 
 
 def test_a_window_that_no_sequence_outgrows_is_none() -> None:

@@ -1,6 +1,6 @@
 """How the memory of the KV cache is divided among the groups of layers, and of what blocks each part is made.
 
-Every group must hold the same sequences, so each gets what it needs of them: all tokens, or what its queries see.
+Every group must hold the same sequences, and needs all their tokens for it, or what its queries see.
 """
 
 from __future__ import annotations
@@ -91,12 +91,18 @@ class KVMemory:
             low, high = (middle, high) if self.bytes_for(middle) <= n_bytes else (low, middle - 1)
         return low
 
-    def divided(self, n_bytes: int, n_tokens: int) -> KVMemory:
-        """With pools of n_bytes together, which hold equally many sequences of n_tokens, one at least."""
-        total = self.bytes_for(n_tokens)
+    def divided(self, n_bytes: int, n_tokens: int, n_seqs: int) -> KVMemory:
+        """With pools of n_bytes together, for n_seqs sequences that run at once.
+
+        One of n_tokens, the longest, must fit, and n_bytes suffice for it. What is left is divided so that the others fit
+        with the greatest length that all of them can have: windows for 9 of full length would let 9 run, however short.
+        """
+        rest = n_bytes - self.bytes_for(n_tokens)
+        length = self.longest(rest // max(1, n_seqs - 1), n_tokens) or n_tokens
+        total = self.bytes_for(length)
         groups = (
-            replace(group, n_blocks=n * n_bytes // total)
-            for n, group in zip(self.blocks(n_tokens), self.groups, strict=True)
+            replace(group, n_blocks=longest + n * rest // total)
+            for longest, n, group in zip(self.blocks(n_tokens), self.blocks(length), self.groups, strict=True)
         )
         return replace(self, groups=tuple(groups))
 

@@ -157,7 +157,7 @@ def plan_memory(
     return MemoryPlan(
         weights_bytes,
         activation_bytes,
-        kv.divided(n_bytes, wanted_len),
+        kv.divided(n_bytes, wanted_len, max_num_seqs),
         available,
         wanted_len,
         kv_cache_type,

@@ -181,7 +181,8 @@ class TokenTables(GroupTables):
 
     def grows(self, n_tokens: int, max_tokens: int) -> bool:
         """Whether a row takes further blocks; see `KVTables.grows`."""
-        return self._most(max_tokens) > self._most(n_tokens)
+        held = blocks_for(n_tokens, self.block_size)  # asked for every running sequence when one is admitted
+        return held < self.max_held and held < blocks_for(max_tokens, self.block_size)
 
     def _most(self, n_tokens: int) -> int:
         """Blocks that a row of n_tokens holds at most at one time."""
