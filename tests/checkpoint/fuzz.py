@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import faulthandler
 import functools
 import json
@@ -28,7 +29,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from golden import tiny
+from golden import families, tiny
 from tiny_checkpoint import write_checkpoint
 
 LIMIT_S = 3.0  # of CPU time, so that a busy machine changes nothing
@@ -75,6 +76,9 @@ ROPES: tuple[dict[str, Any], ...] = (
 )
 
 
+GOLDEN = {**tiny.CASES, **families.CASES}
+
+
 def checkpoints(folder: Path) -> list[Files]:
     """The good ones that are damaged: a tied Llama in one file, a Qwen3 in shards with all that goes beside it."""
     small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -93,8 +97,11 @@ def files_of(folder: Path) -> Files:
 
 @functools.cache
 def golden(name: str, folder: Path) -> Files:
-    """One of the golden cases, which between them have every architecture; without a tokenizer."""
-    return files_of(tiny.write(name, folder / name))
+    """One of the golden cases, which between them have every architecture, with rows for the tokenizers above."""
+    config = copy.deepcopy(GOLDEN[name].config)
+    text = config.get("text_config", config)
+    text |= {key: 272 for key in ("vocab_size", "vocab_size_per_layer_input") if key in text}
+    return files_of(tiny.write(name, folder / name, dataclasses.replace(GOLDEN[name], config=config)))
 
 
 def make_qwen3(folder: Path) -> None:
@@ -334,7 +341,7 @@ def damaged(base: list[Files], seed: int, folder: Path) -> Files:
     rng = random.Random(seed)
     if rng.random() < 0.3:
         tokenizer = {name: data for name, data in base[0].items() if name.startswith("tokenizer")}
-        return damage({**golden(rng.choice(sorted(tiny.CASES)), folder), **tokenizer}, rng)
+        return damage({**golden(rng.choice(sorted(GOLDEN)), folder), **tokenizer}, rng)
     return damage(rng.choice(base), rng)
 
 

@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import pytest
-from golden import tiny
+from golden import families, tiny
 
 from pace.errors import CheckpointError, ConfigError, PaceError, UnsupportedModel
 from pace.models.decoder import lower
@@ -188,6 +188,26 @@ def test_broken_config_is_refused(
     assert len(message) < (
         1000 if "supported are LlamaFor" in message or "one of LlamaFor" in message else 400
     )
+
+
+@pytest.mark.parametrize(
+    ("layers", "named"),
+    [
+        ({"1": 64, "3": 32, "5": 64}, "head_dim 64 and 32"),  # a full layer that would rotate too much
+        (
+            {"0": 64, "1": 64, "3": 64, "5": 64},
+            "head_dim 64 and 32",
+        ),  # a sliding one that would rotate too little
+        ({"1": 64, "3": 64, "5": 128}, "head_dim 64 and 128"),
+    ],
+)
+def test_layers_of_one_kind_share_one_rotary_embedding(layers: dict[str, int], named: str) -> None:
+    """Found by fuzzing: the first layer's head_dim was taken for all of its kind."""
+    config = families.CASES["gemma4_text-resaved"].config
+    assert spec_of(config).ropes
+    table = {i: {"head_dim": head_dim, "num_key_value_heads": 1} for i, head_dim in layers.items()}
+    with pytest.raises(UnsupportedModel, match=named):
+        spec_of(config, per_layer_config=table)
 
 
 # What changes no number: each is the same model as without it.

@@ -60,8 +60,9 @@ def unified(defaults: dict[str, int], config: Config) -> DecoderSpec:
     width = config.integer("intermediate_size")
     wide = [width * (double if i >= n - n_shared else 1) for i in range(n)]
     k_is_v = config.flag("attention_k_eq_v", default=False)
-    d_full = next(d for (d, _), is_full in zip(shapes, full, strict=True) if is_full)
-    d_sliding = next((d for (d, _), is_full in zip(shapes, full, strict=True) if not is_full), d_full)
+    d_full = one_head_dim(config, [d for (d, _), is_full in zip(shapes, full, strict=True) if is_full])
+    sliding = [d for (d, _), is_full in zip(shapes, full, strict=True) if not is_full]
+    d_sliding = one_head_dim(config, sliding or [d_full])
     spec = replace(
         spec,
         placement=Placement.SANDWICH,
@@ -106,6 +107,17 @@ def head_shape(config: Config, i: int, is_full: bool) -> tuple[int, int]:
     n_heads = config.integer("num_attention_heads")
     check_kv_heads(config, "num_global_key_value_heads", n_heads, n_kv)
     return check_head_dim(config, "global_head_dim", head_dim), n_kv
+
+
+def one_head_dim(config: Config, head_dims: list[int]) -> int:
+    """The head_dim of all layers of a kind, which share one rotary embedding."""
+    others = sorted(set(head_dims) - {head_dims[0]})
+    if others:
+        raise UnsupportedModel(
+            f"{config.where}: per_layer_config has head_dim {head_dims[0]} and {others[0]} in layers of one kind; "
+            "supported is one head_dim for full_attention and one for sliding_attention"
+        )
+    return head_dims[0]
 
 
 def source(config: Config, own: list[str], kind: str) -> int:
