@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +27,6 @@ from golden.harness import (
 )
 
 from pace import ops
-from pace.errors import ConfigError
 from pace.models.config import Config
 from pace.models.registry import ARCHITECTURES
 
@@ -137,7 +135,7 @@ def test_executor_matches_reference(
     exact: Callable[[str], np.ndarray],
 ) -> None:
     packed, tokens, want = family_packed(name), prompt(name), exact(name)
-    got = prefill(runner_of(packed, team), tokens)
+    got = prefill(packed.runner(team), tokens)
     # What the declared roundings cost this model: peaked attention turns one of a score into more than that.
     rounded = relative_error(prefill(packed.model.reference(rounding="bf16"), tokens), want)
     limit = max(2 * rounded, bf16_tolerance(len(packed.model.spec.layers)))
@@ -151,24 +149,17 @@ def test_executor_gives_the_same_bytes_however_it_is_fed(
 ) -> None:
     """Whole, token by token, in chunks, in company and on each way of addressing the cache (law 1)."""
     packed, tokens = family_packed(name), prompt(name)
-    whole = prefill(runner_of(packed, team), tokens).tobytes()
-    assert in_chunks(runner_of(packed, team), tokens, 1, TABLE).tobytes() == whole
-    assert in_chunks(runner_of(packed, team), tokens, 7, TABLE).tobytes() == whole
-    slab = runner_of(packed, team, block_size=64, n_blocks=4)
+    whole = prefill(packed.runner(team), tokens).tobytes()
+    assert in_chunks(packed.runner(team), tokens, 1, TABLE).tobytes() == whole
+    assert in_chunks(packed.runner(team), tokens, 7, TABLE).tobytes() == whole
+    slab = packed.runner(team, block_size=64, n_blocks=4)
     assert in_chunks(slab, tokens, 13, [2]).tobytes() == whole
-    extent = runner_of(packed, team, contiguous=True)
+    extent = packed.runner(team, contiguous=True)
     assert in_chunks(extent, tokens, 9, [5]).tobytes() == whole
-    runner = runner_of(packed, team)
+    runner = packed.runner(team)
     runner.step(batch_of([(tokens[:20], 0, TABLE), (tokens[::-1], 0, [0, 1, 3])], logit_rows=[]))
     mixed = runner.step(batch_of([(tokens[3:30], 0, [4, 5]), (tokens[20:], 20, TABLE)]))
     assert mixed[27:].tobytes() == np.frombuffer(whole, np.float32).reshape(48, -1)[20:].tobytes()
-
-
-def runner_of(packed: Packed, team: ops.Team, **options: Any) -> ops.Plan:
-    try:
-        return packed.runner(team, **options)
-    except ConfigError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

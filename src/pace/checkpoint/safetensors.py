@@ -296,6 +296,11 @@ def _numbered_shards(directory: Path) -> list[Path]:
         return [file for file in files if file is not None]
     others = [suffix for suffix in ("bin", "pt", "pth", "gguf") if any(directory.glob(f"*.{suffix}"))]
     hint = f"; .{others[0]} files are not read, convert them to safetensors" if others else ""
+    if others and others[0] != "gguf":
+        hint += (
+            f" with transformers: AutoModelForCausalLM.from_pretrained({directory.name!r}, dtype='auto')"
+            ".save_pretrained('NEW_FOLDER')"
+        )
     hint = adapter_hint(directory) or hint
     raise CheckpointError(f"{directory}: neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
 
