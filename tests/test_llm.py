@@ -93,6 +93,7 @@ def test_a_dropped_stream_frees_its_blocks(llm: LLM) -> None:
     llm.generate("y", GREEDY)
     stats = llm.stats()
     assert stats["n_running"] == 0 and stats["n_free_blocks"] == stats["n_blocks"]
+    assert stats["kv_usage"] == 0
 
 
 def test_chat(llm: LLM) -> None:

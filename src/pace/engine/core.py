@@ -375,8 +375,8 @@ class Engine:
             (prompt tokens that the prefix cache spared), n_sampled; step_s, and of that run_s in the compiled
             plan, sample_s in the sampler, python_s elsewhere; n_running, n_waiting (sequences), n_requests
             (unfinished); n_finished by reason; n_preemptions; n_repeated_steps (failed, and run again one sequence
-            at a time); n_blocks, n_free_blocks, block_size; kv_cache: the
-            counters of `KVTables.stats`.
+            at a time); n_blocks, n_free_blocks (of all groups of layers), block_size (of the largest blocks), kv_usage
+            (share of the blocks that are held, in the fullest group); kv_cache: the counters of `KVTables.stats`.
         """
         if self._last_stats is not None:
             return dict(self._last_stats)
@@ -402,5 +402,6 @@ class Engine:
             "n_blocks": tables.n_blocks,
             "n_free_blocks": tables.n_free,
             "block_size": tables.block_size,
+            "kv_usage": tables.usage,
             "kv_cache": tables.stats(),
         }

@@ -98,6 +98,11 @@ class KVTables(ABC):
         return self.n_blocks - self.n_free
 
     @property
+    def usage(self) -> float:
+        """Share of the blocks that somebody holds, 0 .. 1, in the group that is the fullest."""
+        return max(1 - group.n_free / group.n_blocks for group in self.groups)
+
+    @property
     @abstractmethod
     def capacity(self) -> int:
         """Tokens of the longest row that fits when there is no other."""
