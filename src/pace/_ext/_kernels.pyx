@@ -1,5 +1,5 @@
 # The only Cython module of pace: check, one call without the GIL, return. No arithmetic lives here.
-# bf16 arrays cross as uint16. ops.py is the only importer and carries the documentation of every name.
+# bf16 arrays cross as uint16. pace/ops/ is the only importer and carries the documentation of every name.
 from libc.errno cimport E2BIG, EFAULT, ENOMEM
 from libc.limits cimport INT_MAX
 from libc.stdint cimport int32_t, uint16_t, uint32_t, uint64_t
