@@ -11,6 +11,7 @@
 #include "attention.h"
 #include "gemm.h"
 #include "roofline_impl.h"
+#include "rope.h"
 #include "rowwise.h"
 
 #define PASTE_(a, b) a##b
