@@ -89,6 +89,12 @@ class FairScheduler(Scheduler):
             None,
         )
         if cut is not None:
+            first = min(seq.priority for seq in [*given, cut])
+            if cut.priority > first:
+                n_first = step.n_decode + sum(n for seq, n in given.items() if seq.priority == first)
+                n_worse = sum(n for seq, n in given.items() if seq.priority > first)
+                assert n_worse <= n_first, "worse priorities at most double a step"
+                room = min(room, sum(given.values()) - n_worse + n_first)
             assert sum(given.values()) == room, "rows are left while somebody has tokens to run"
             in_order = room - sum(n for seq, n in given.items() if seq.key < cut.key)
             passed = [seq for seq in given if seq.key > cut.key]

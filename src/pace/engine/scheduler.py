@@ -44,8 +44,9 @@ class Scheduler:
     arrive, `Pacer` lowers the budget to what keeps the gaps short.
 
     So in every step at least half of the room goes to prompts in order, and all of it while the first one's priority is
-    better than any other's. Rows and blocks are handed out in order too: whoever passes leaves room for the head of the
-    queue, and while that does not fit, nobody else starts.
+    better than any other's. Beside a prompt that is read to its end, those of a worse priority get no more rows than the
+    step has without them: full steps would let it wait for 2000 of their tokens. Rows and blocks are handed out in order
+    too: whoever passes leaves room for the head of the queue, and while that does not fit, nobody else starts.
 
     Memory is handed out in one of two ways. With `reserve`, a sequence starts when its longest possible output fits, and
     nothing has to be taken back. Otherwise it starts when its prompt fits; when blocks run out, or the head of the queue
@@ -198,6 +199,7 @@ class Scheduler:
             prompts: running ones, by key.
         """
         is_open = has_room = True  # whether the queue's head may start; whether anybody in it may
+        best: int | None = None  # priority of the first one, until a worse one follows
         at = 0
         while room > 0:
             seq = prompts[at] if at < len(prompts) else None
@@ -212,6 +214,11 @@ class Scheduler:
                 at += 1
             else:
                 return
+            if best is None and step.n_tokens == step.n_decode:
+                best = seq.priority
+            elif best is not None and seq.priority > best:
+                # A step takes at most twice as long as without them.
+                best, room = None, min(room, step.n_tokens)
             n_new = self._n_next(seq)
             if n_new > room:
                 self._add(step, seq, room - self._pass(step, seq, prompts[at:], room // 2, has_room))
