@@ -49,6 +49,11 @@ class Intake:
         return len(self._arrived) + self._scheduler.n_waiting
 
     @property
+    def has_news(self) -> bool:
+        """Whether `receive` has anything to do; most steps find nothing."""
+        return bool(self._arrived or self._ends or self._deadlines)
+
+    @property
     def has_ends(self) -> bool:
         """Whether a request was cancelled and its end is still to come."""
         return bool(self._ends)

@@ -111,19 +111,21 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Choose the next step; empty only where nothing waits or runs."""
         step = Schedule()
-        if not self.reserve:
+        if self._queue and not self.reserve:
             self._make_way()
         prompts, is_watched = self._decode(step)
         budget = self.max_num_batched_tokens
         if is_watched:
             budget = min(budget, step.n_decode + self.pacer.allowance(step.n_decode))
-        self._read(step, prompts, budget - step.n_tokens)
+        if prompts or self._queue:
+            self._read(step, prompts, budget - step.n_tokens)
         if self._fresh:
             step.admitted = [seq for seq in step.seqs if seq in self._fresh]
         return step
 
     def ran(self, step: Schedule) -> None:
         """The step has run: its tokens are in the cache."""
+        has_reach = self.tables.has_reach
         for seq, n_new in zip(step.seqs, step.n_new, strict=True):
             n_before = seq.n_computed
             n_computed = n_before + n_new
@@ -132,7 +134,7 @@ class Scheduler:
             if n_before < seq.n_prompt <= n_computed:
                 # Others can begin where this prompt ends, though its last block is not full.
                 self.tables.remember_tail(seq.row, seq.tokens, seq.n_prompt)
-            if self.tables.has_reach:
+            if has_reach:
                 self.tables.release_before(seq.row, n_computed)
         self._fresh.difference_update(step.admitted)
 
@@ -145,7 +147,7 @@ class Scheduler:
         while at < len(running):  # preemption shortens the list from its end
             seq = running[at]
             at += 1
-            if _n_pending(seq) > 1:
+            if seq.n_tokens - seq.n_computed > 1:
                 prompts.append(seq)
             elif self._extend(seq):
                 step.add(seq, 1)
