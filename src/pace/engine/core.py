@@ -34,7 +34,7 @@ __all__ = ["Engine"]
 FATAL = (KeyboardInterrupt, SystemExit, GeneratorExit, ForkError)
 
 
-INTAKE_SHARE = 0.2
+INTAKE_SHARE = 0.1
 """Of a usual step, what the ends of waiting requests may take before one. (20 000 at once stalled everybody for 526 ms.)"""
 
 USUAL_WEIGHT = 0.1

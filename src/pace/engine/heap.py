@@ -67,6 +67,9 @@ class LazyHeap(Generic[T]):
         if number is None:
             return
         del self._items[number]
+        if self._heap[0][1] == number:
+            self.peek()  # drops it: who is let go in order leaves nothing that makes a rebuilding necessary
+            return
         n_dead = len(self._heap) - len(self._items)
         if n_dead > MIN_DEAD and n_dead > len(self._items):
             self._heap = [entry for entry in self._heap if entry[1] in self._items]
