@@ -24,7 +24,8 @@ REACH_SHARE = 16
 
 STEP_SHARE, MIN_STEP = 4, 256
 """A chunk of a prompt takes at most this part of a reach, but no less than these tokens: a row holds that much more than it
-sees. 256 rows run as fast as more: weights are read once for them, which takes a tenth of the time of their arithmetic."""
+sees. Reading the weights takes a 25th of the arithmetic of 256 rows on Zen 4 (470 GFLOP/s, 50 GB/s); where tiles multiply
+ten times as fast it is a third, and a larger part of the reach would pay. The first chunk is longer: it keeps nothing."""
 
 
 @dataclass(frozen=True)
