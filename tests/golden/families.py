@@ -13,6 +13,8 @@ from golden.tiny import Case
 
 VOCAB_SIZE = 211
 GOLDEN_FILE = TINY_FILE.with_name("families.npz")
+ERRORS_FILE = TINY_FILE.with_name("errors.json")
+"""What make.py measured: see tests/models/catalogue.py."""
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 COMMON: dict[str, Any] = {
@@ -217,7 +219,7 @@ family(
     "Gemma2ForCausalLM",
     "gemma2",
     GEMMA,
-    caps={"sliding_window": 10, "query_pre_attn_scalar": 20, "gain": 4.0},
+    caps={"sliding_window": 10, "query_pre_attn_scalar": 20, "gain": 2.0},
     no_caps={
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
@@ -281,6 +283,7 @@ family(
         "rope_theta": 3e5,
     },
     cap27b={
+        "num_hidden_layers": 6,
         "hidden_size": 144,
         "query_pre_attn_scalar": 168,
         "head_dim": 128,

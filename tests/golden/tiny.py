@@ -230,6 +230,9 @@ def _scaled(values: npt.NDArray[Any], weight: str, spec: DecoderSpec, gain: floa
     """Standard normal values made those of a plan weight: the stream keeps a variance of about 1."""
     if weight.endswith(".bias"):
         return 0.3 * values
+    if spec.scale == 1.0 and weight.endswith(("q_norm", "k_norm")):
+        # Nothing else scales these scores down: trained norms do, or attention would see one key and magnify roundings.
+        return (0.2 * values + 1.0) * len(values) ** -0.25
     if values.ndim == 1:
         return 0.2 * values + (0.0 if spec.norm.kind == "rms1" else 1.0)
     if weight == "positions":

@@ -37,7 +37,7 @@ def unused(config: dict[str, Any], key: str) -> bool:
         "max_window_layers": "layer_types" in config or not config.get("use_sliding_window"),
         "no_rope_layer_interval": "no_rope_layers" in config,
         "num_global_key_value_heads": not config.get("attention_k_eq_v"),
-        "rope_theta": nested or (config["model_type"] == "gemma3_text" and config["num_hidden_layers"] < 6),
+        "rope_theta": nested,
         "use_double_wide_mlp": not config.get("num_kv_shared_layers"),
         "rope_local_base_freq": nested,
         "sliding_window": config.get("use_sliding_window", True) is False

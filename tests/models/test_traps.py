@@ -169,7 +169,7 @@ def test_11_12_scale_comes_from_the_config_not_from_a_width(name: str, scalar: f
 
 def test_13_soft_cap_of_scores_is_forgotten(model_of: FamilyModel, golden: dict[str, np.ndarray]) -> None:
     name = "gemma2-caps"
-    model = model_of(name, gain=4.0)
+    model = model_of(name, gain=2.0)
     assert error_of(model, name, golden) < TOLERANCE
     uncapped = with_ops(model.plan, Attention, lambda op: {"softcap": None})
     assert error_of(model, name, golden, ops=uncapped) > 100 * TOLERANCE
