@@ -10,7 +10,7 @@
 // The kernel copies, as it would from another process: a page that can't be had ends the copy there. The alternatives:
 // a handler for SIGBUS is the whole process's, and not a library's to install; a look at the file's size before the
 // copy says nothing of the moment after; pread wants the file, where the caller has rows of an array. 128 KB at a time
-// from the page cache it takes about a fifth longer than memcpy, and packing 512 MB on two threads as long as before.
+// from the page cache it takes about a fifth longer than memcpy.
 int pace_copy_mapped(void *dst, const void *src, size_t bytes) {
     while (bytes > 0) {
         struct iovec to = {dst, bytes}, from = {(char *)(uintptr_t)src, bytes};
