@@ -108,7 +108,7 @@ class Bench:
     def aborts(self) -> list[Row]:
         """Steps of running sequences while a whole queue is aborted at once."""
         n, ratios, plains = self.n(20_000), [], []
-        with self.engine(1024, max_num_seqs=N_RUNNING, kv_cache_memory=256 << 20) as engine:
+        with self.engine(1024, max_num_seqs=N_RUNNING) as engine:
             for _ in range(5):
                 for i in range(N_RUNNING):
                     engine.add_request(f"runs {i}", self.ids(engine, 8), params(1000))
