@@ -1,0 +1,1 @@
+"""Speculative decoding: drafters propose tokens, the target verifies them, and the output stays what it is without."""

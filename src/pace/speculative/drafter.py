@@ -1,0 +1,91 @@
+"""The contract of drafters: who guesses what a sequence will say next.
+
+The loop is the engine's: once per step, before the step is planned, the drafter is asked for all running sequences
+together (`propose`); the target then runs its own pending token and the proposed ones as rows of one step, and draws its
+own token at every row with the request's sampler. It accepts while the draw equals the proposal ("sample and match"), so a
+draft decides how fast an output comes and never what it is: a drafter may be wrong, lazy or out of date at no risk.
+
+What a drafter may read of a `Sequence`, all of it constant while `propose` runs:
+
+- `tokens[:n_tokens]`, i32: prompt and output so far; the last one is not in the target's KV cache yet when it decodes.
+- `n_prompt`, `n_tokens`; `n_computed`: how many of them the target has in its cache. `n_tokens - n_computed` is 1 while it
+  decodes, more while its prompt is read (or read again after a preemption).
+- `cache_salt`: what is shared between sequences (caches of past outputs, prefixes) is shared within one salt only.
+- `params`, `request_id`, `index`, `max_tokens` (the length beyond which it can't grow).
+
+It writes nothing of it. Sequences hash by identity, so a drafter's own state may be a dict by sequence.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pace.engine.sequence import Sequence
+
+__all__ = ["Drafter", "Proposal"]
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """What a drafter guesses to follow `tokens[:n_tokens]` of a sequence.
+
+    Attributes:
+        token_ids: the next tokens, at most as many as were wanted; an id that the target doesn't know ends it there.
+        confidences: for each of them the probability, 0 .. 1, with which the drafter believes in it, given that those
+            before it are right; None: it does not know. The controller verifies only what pays, by these and by what it has
+            learnt.
+    """
+
+    token_ids: list[int]
+    confidences: list[float] | None = None
+
+
+class Drafter(ABC):
+    """Proposes tokens for running sequences. One thread at a time calls it: the engine's.
+
+    An exception out of any method turns speculation off for good, with a warning; the requests go on without.
+
+    Attributes:
+        name: of the method, in statistics: "pard", "suffix" ...
+        max_tokens: most that `propose` is ever asked for, the K of `num_speculative_tokens`.
+    """
+
+    name: str
+    max_tokens: int
+
+    @abstractmethod
+    def propose(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, Proposal]:
+        """Guess on for the sequences of one step.
+
+        Args:
+            wanted: every running sequence that may ever be drafted for, with the number of tokens that it wants now,
+                0 .. max_tokens. 0: nothing, because its prompt is still being read or because drafting does not pay; a
+                drafter with a cache of its own may use the step to keep it near `n_computed`, or do so later. A sequence
+                appears when it begins to run, and with more tokens than the last time whenever it has grown.
+
+        Returns:
+            Proposals of those that it has a guess for; without one, or with an empty one, a sequence decodes plainly.
+        """
+
+    def observe(self, seq: Sequence, n_accepted: int) -> None:
+        """Of its last proposal, cut to what was verified, the first `n_accepted` tokens were right; they and the target's
+        own next one are in `seq.tokens` now. Called after each step that verified one, before the next `propose`.
+        """
+        return
+
+    def end(self, seq: Sequence) -> None:
+        """The sequence does not run any more: it has finished, or was preempted and will appear anew. Its tokens are what
+        they were. Let go of what is held for it; unknown ones are ignored.
+        """
+        return
+
+    def close(self) -> None:
+        """Give back memory; nothing is called afterwards."""
+        return
+
+    def stats(self) -> dict[str, Any]:
+        """Numbers of this drafter beside those that the engine counts for all; see docs/speculative.md."""
+        return {}
