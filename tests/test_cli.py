@@ -461,6 +461,20 @@ def test_engine_options_reach_the_configuration(
     assert seen == [expected, expected, EngineConfig(model)]
 
 
+def test_bench_latency_waits_for_windows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windowed layers read a long prompt in smaller chunks than the budget: decoding starts later, and is still timed."""
+    monkeypatch.setattr("pace.benchmarks.roofline.READ_BYTES", 1 << 20)
+    windowed = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 32}
+    directory = write_checkpoint(tmp_path, max_position_embeddings=2048, **windowed)
+    argv = ["bench", "latency", "--model", str(directory), "--random-weights", "--input-len", "5"]
+    argv += ["--context", "900", "--batch-size", "2", "--output-len", "2", "--repeat", "2", "--threads", "1"]
+    code, out, err = run(capsys, *argv, "--json")
+    assert code == 0, err
+    assert [(row["n_seqs"], row["n_context"]) for row in json.loads(out)["decode"]] == [(2, 900)]
+
+
 def test_bench_latency_json(
     model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,7 +29,7 @@ from pace.errors import PaceError
 from pace.llm import LLM
 from pace.params import SamplingParams
 
-__all__ = ["LatencyResult", "format_latency", "longest", "run", "steps_ahead"]
+__all__ = ["LatencyResult", "format_latency", "longest", "most_steps_ahead", "run"]
 
 FIRST_PROMPT = 8  # tokens of the prompt behind first_token_s
 
@@ -96,10 +96,14 @@ class LatencyResult:
         return values
 
 
-def steps_ahead(n_seqs: int, n_context: int, max_num_batched_tokens: int) -> int:
-    """Steps after which all sequences decode: those that read the prompts, during which the first ones decode already
-    and take some of the rows, and one more."""
-    return -(-n_seqs * n_context // max(1, max_num_batched_tokens - n_seqs)) + 1
+CHUNK = 256  # tokens of a prompt that a step reads at least, when there is room: what a windowed layer allows
+
+
+def most_steps_ahead(n_seqs: int, n_context: int, max_num_batched_tokens: int) -> int:
+    """Steps after which all sequences decode at the latest: those that read the prompts, during which the first ones
+    decode already and take some of the rows, and one more."""
+    room = max(1, max_num_batched_tokens - n_seqs)
+    return -(-n_seqs * n_context // min(room, CHUNK)) + 1
 
 
 def longest(
@@ -111,7 +115,7 @@ def longest(
     max_num_batched_tokens: int,
 ) -> int:
     """The max_model_len that `run` needs for the same arguments."""
-    ahead = steps_ahead(max(batch_sizes), max(contexts), max_num_batched_tokens)
+    ahead = most_steps_ahead(max(batch_sizes), max(contexts), max_num_batched_tokens)
     return max(max(input_lens) + 1, max(contexts) + ahead + repeat * output_len)
 
 
@@ -207,10 +211,13 @@ class _Bench:
 
     def decode(self, n_seqs: int, n_context: int, n_steps: int, repeat: int) -> Phase:
         before = self.llm.stats()
-        n_ahead = steps_ahead(n_seqs, n_context, self.max_num_batched_tokens)
+        n_ahead = most_steps_ahead(n_seqs, n_context, self.max_num_batched_tokens)
         ids = self.submit(n_seqs, n_context, n_ahead + repeat * n_steps)
         for _ in range(n_ahead):
+            n_sampled = self.llm.stats()["n_sampled"]
             self.step()
+            if self.llm.stats()["n_sampled"] - n_sampled == n_seqs:
+                break
 
         def once() -> Cost:
             n_sampled = self.llm.stats()["n_sampled"]
