@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 from pace.errors import ConfigError, show
+from pace.speculative_config import SpeculativeConfig
 
 __all__ = [
     "ADMISSIONS",
@@ -217,6 +218,7 @@ class EngineConfig:
         cpus: CPU numbers to pin the threads to; None: PACE_CPUS, else not pinned.
         kernels: {operator: kernel} to force, for bisecting a wrong number or a slow operator.
         seed: seeds the requests that give none.
+        speculative: how tokens are guessed; a mapping becomes a `SpeculativeConfig`; None: they are not.
 
     Raises:
         ConfigError: a field has the wrong type or is out of range.
@@ -242,6 +244,7 @@ class EngineConfig:
     cpus: tuple[int, ...] | None = None
     kernels: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
+    speculative: SpeculativeConfig | None = None
 
     def __post_init__(self) -> None:
         _check_text("model", self.model)
@@ -292,6 +295,7 @@ class EngineConfig:
                 raise ConfigError(f"kernels has {show({operator: kernel})}, expected two names")
         object.__setattr__(self, "kernels", MappingProxyType(dict(self.kernels)))
         _check_int("seed", self.seed, 0, (1 << 64) - 1)
+        object.__setattr__(self, "speculative", SpeculativeConfig.read(self.speculative))
 
     def _check_kv_cache(self) -> None:
         size = self.block_size

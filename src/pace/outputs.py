@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import TYPE_CHECKING, NoReturn
 
 from pace.vllm_names import OUTPUT_FIELDS, refuse_attribute
 
-__all__ = ["CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput"]
+__all__ = ["CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput", "SpeculativeMetrics"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,66 @@ class CompletionOutput(_Output):
 
 
 @dataclass
+class SpeculativeMetrics:
+    """How drafts fared, of one request or of an engine. A round is a step in which drafted tokens were verified.
+
+    Attributes:
+        n_rounds: rounds.
+        n_draft_tokens: drafted tokens that were verified.
+        n_accepted_tokens: of these, those that became output.
+        n_tokens: tokens that rounds put out: the accepted ones, and the target's own one that ends a round (the "bonus"
+            token) where nothing ended the output before it.
+        drafted_at: rounds that verified a token at position i, i = 0 for the first one.
+        accepted_at: of these, those in which it became output.
+    """
+
+    n_rounds: int = 0
+    n_draft_tokens: int = 0
+    n_accepted_tokens: int = 0
+    n_tokens: int = 0
+    drafted_at: list[int] = field(default_factory=list)
+    accepted_at: list[int] = field(default_factory=list)
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens per round, the bonus token included: 1 where nothing is accepted, K + 1 at most; 0 without a round."""
+        return self.n_tokens / self.n_rounds if self.n_rounds else 0.0
+
+    @property
+    def acceptance_rates(self) -> list[float]:
+        """For each position, the share of its drafted tokens that became output, whatever came before them."""
+        return [
+            accepted / drafted for accepted, drafted in zip(self.accepted_at, self.drafted_at, strict=True)
+        ]
+
+    def add(self, n_draft: int, n_accepted: int, n_tokens: int) -> None:
+        """Count a round."""
+        self.n_rounds += 1
+        self.n_draft_tokens += n_draft
+        self.n_accepted_tokens += n_accepted
+        self.n_tokens += n_tokens
+        for _ in range(n_draft - len(self.drafted_at)):
+            self.drafted_at.append(0)
+            self.accepted_at.append(0)
+        for i in range(n_draft):
+            self.drafted_at[i] += 1
+            self.accepted_at[i] += i < n_accepted
+
+    def join(self, other: SpeculativeMetrics) -> None:
+        """Count all rounds of another one."""
+        self.n_rounds += other.n_rounds
+        self.n_draft_tokens += other.n_draft_tokens
+        self.n_accepted_tokens += other.n_accepted_tokens
+        self.n_tokens += other.n_tokens
+        self.drafted_at = _sums(self.drafted_at, other.drafted_at)
+        self.accepted_at = _sums(self.accepted_at, other.accepted_at)
+
+
+def _sums(a: list[int], b: list[int]) -> list[int]:
+    return [x + y for x, y in zip_longest(a, b, fillvalue=0)]
+
+
+@dataclass
 class RequestMetrics(_Output):
     """When things happened to one request, in seconds of `time.monotonic()`, and how many tokens were
     handled.
@@ -121,6 +182,7 @@ class RequestOutput(_Output):
             for the first one, which nothing predicts. None where not asked for, and until all are known; of the outputs
             of kind DELTA one has them.
         num_cached_tokens: tokens of the prompt that were found in the prefix cache.
+        speculative: how drafts of its tokens fared, over all completions; None where none was verified.
     """
 
     request_id: str
@@ -131,3 +193,4 @@ class RequestOutput(_Output):
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
+    speculative: SpeculativeMetrics | None = None

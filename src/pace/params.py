@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Any
 
 from pace.errors import RequestError, show
+from pace.speculative_config import MAX_DRAFT_TOKENS
 from pace.vllm_names import SAMPLING_FIELDS, takes_class
 
 __all__ = ["GREEDY_EPS", "MAX_N", "RequestOutputKind", "SamplingParams"]
@@ -118,6 +119,8 @@ class SamplingParams:
             out, or where the tokenizer is byte-level; elsewhere it is refused.
         include_stop_str_in_output: keep the stop string, or the stop token's text, at the end of the text.
         output_kind: what the outputs of a streamed request hold.
+        speculative: "auto": guessed tokens are verified as far as that pays; "off": none are; K: K in every step, 0 .. 32
+            and at most the engine's num_speculative_tokens. It changes how fast an output comes, never the output.
 
     A checkpoint may have defaults of its own for the fields whose default is an `Unset`; they apply where the caller gave
     no value, and `explicit` says where he did. Copies of every kind keep the difference: `clone`, `copy`, `pickle` and
@@ -151,6 +154,7 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    speculative: str | int = "auto"
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -193,6 +197,12 @@ class SamplingParams:
             raise RequestError(
                 f"output_kind is {show(self.output_kind)}, expected RequestOutputKind.CUMULATIVE, DELTA or "
                 "FINAL_ONLY"
+            )
+        if not isinstance(self.speculative, str):
+            put("speculative", _int("speculative", self.speculative, 0, MAX_DRAFT_TOKENS))
+        elif self.speculative not in ("auto", "off"):
+            raise RequestError(
+                f'speculative is {show(self.speculative)}, expected "auto", "off" or a number of tokens'
             )
         self._check_together()
 

@@ -18,6 +18,8 @@ from pace.engine.sampler import Sampler
 from pace.engine.scheduler import Scheduler
 from pace.kvcache import join_groups, make_tables
 from pace.models.plan import Batch, F32Array, I32Array
+from pace.speculative.drafter import Drafter
+from pace.speculative.speculator import Speculator
 
 VOCAB = 97
 SCORED_ROWS = 8
@@ -220,11 +222,16 @@ def make_engine(
     max_logprobs: int = -1,
     eos: Sequence[int] = (),
     seed: int = 0,
+    drafter: Drafter | None = None,
+    max_draft_rows: int = 32,
 ) -> tuple[Engine, FakePlan]:
     """An engine over the fake model; `reaches` of its groups. The first one sees no less than the others."""
     contiguous = kv_cache_type == "contiguous"
     groups = [FakeGroup(n_blocks, block_size, reach, contiguous) for reach in reaches]
-    plan = FakePlan(groups, max_tokens, max_num_seqs + SCORED_ROWS)
+    speculation = None if drafter is None else Speculator(drafter, VOCAB, max_draft_rows)
+    max_draft_rows = 0 if drafter is None else max_draft_rows
+    n_logit_rows = max_num_seqs + max_draft_rows + SCORED_ROWS
+    plan = FakePlan(groups, max_tokens, n_logit_rows)
     tables = join_groups(
         [
             make_tables(
@@ -242,13 +249,14 @@ def make_engine(
         ]
     )
     engine = Engine(
-        Runner(plan, tables.groups, max_tokens, max_num_seqs, max_num_seqs + SCORED_ROWS),
+        Runner(plan, tables.groups, max_tokens, max_num_seqs, n_logit_rows),
         Sampler(fake_sample, fake_logprobs, DTYPE, max_num_seqs),
         Scheduler(
             tables,
             max_tokens,
             reserve=reserve,
             prefix_caching=prefix_caching and not contiguous,
+            max_draft_rows=max_draft_rows,
         ),
         vocab_size=VOCAB,
         max_model_len=max_model_len,
@@ -258,5 +266,6 @@ def make_engine(
         eos_token_id=eos[0] if eos else None,
         tokenizer=LetterTokenizer(),  # type: ignore[arg-type]
         seed=seed,
+        speculation=speculation,
     )
     return engine, plan

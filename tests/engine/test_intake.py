@@ -81,8 +81,8 @@ def test_nothing_dead_is_kept_behind_a_blocked_head() -> None:
         engine.add_request(str(i), [2], GREEDY, deadline_s=time.monotonic() + 1e6)
         engine.abort(str(i))
         for request, reason in engine.intake.receive(1.0):
-            engine._end(request, reason)
-        engine._emit.clear()
+            engine.committer.end(request, reason)
+        engine.committer.tell([])
     del request
     assert (alive(Sequence), alive(Request)) == before
     queue = engine.scheduler._queue

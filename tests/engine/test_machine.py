@@ -17,11 +17,12 @@ from fakes import DTYPE, VOCAB, Panic, fake_sample, logits_of, make_engine
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from speculative.guess import Guesser
 
 from pace.engine.pacing import Pacer
 from pace.engine.schedule import Schedule
 from pace.engine.scheduler import Scheduler
-from pace.engine.sequence import NO_ROW, Status
+from pace.engine.sequence import NO_ROW, Sequence, Status
 from pace.errors import CapacityError, QueueFullError
 from pace.outputs import RequestOutput
 from pace.params import RequestOutputKind, SamplingParams
@@ -72,9 +73,11 @@ class FairScheduler(Scheduler):
 
     def schedule(self) -> Schedule:
         step = super().schedule()
-        room = self.max_num_batched_tokens - step.n_decode
+        assert step.n_draft <= self.max_draft_rows
+        n_rows = step.n_decode + step.n_draft
+        room = self.max_num_batched_tokens - n_rows
         if any(seq.watched for seq in step.seqs[: step.n_decode]):
-            room = min(room, self.pacer.allowance(step.n_decode))
+            room = min(room, self.pacer.allowance(n_rows))
         self.room = room
         given = dict(zip(step.seqs[step.n_decode :], step.n_new[step.n_decode :], strict=True))
         reading = [seq for seq in self.running if seq in given or seq.n_tokens - seq.n_computed > 1]
@@ -91,7 +94,7 @@ class FairScheduler(Scheduler):
         if cut is not None:
             first = min(seq.priority for seq in [*given, cut])
             if cut.priority > first:
-                n_first = step.n_decode + sum(n for seq, n in given.items() if seq.priority == first)
+                n_first = n_rows + sum(n for seq, n in given.items() if seq.priority == first)
                 n_worse = sum(n for seq, n in given.items() if seq.priority > first)
                 assert n_worse <= n_first, "worse priorities at most double a step"
                 room = min(room, sum(given.values()) - n_worse + n_first)
@@ -121,6 +124,15 @@ class EngineMachine(RuleBasedStateMachine):
         prefix_caching=st.booleans(),
         reaches=st.sampled_from([(None,), (None,), (None, 20), (40,), (None, 1, 50), (60, 33)]),
         max_step=st.integers(8, 40),
+        guesses=st.none()
+        | st.fixed_dictionaries(
+            {
+                "max_tokens": st.sampled_from([1, 2, 3, 8, 16]),
+                "wrong": st.sampled_from([0, 1, 8, 9]),
+                "ragged": st.booleans(),
+                "fails_after": st.sampled_from([None, None, 30]),
+            }
+        ),
     )
     def start(
         self,
@@ -132,8 +144,10 @@ class EngineMachine(RuleBasedStateMachine):
         prefix_caching: bool,
         reaches: tuple[int | None, ...],
         max_step: int,
+        guesses: dict[str, Any] | None,
     ) -> None:
         self.reaches = reaches
+        self.guesser = None if guesses is None else Guesser(self.follow, **guesses)
         block_size = 16 if kv_cache_type == "paged" else 32
         self.engine, self.plan = make_engine(
             max_model_len=MAX_LEN,
@@ -148,6 +162,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_step=max_step,
             max_num_waiting=12,
             eos=[EOS],
+            drafter=self.guesser,
         )
         self.engine.scheduler.__class__ = FairScheduler
         self.engine.scheduler.pacer = ModelPacer()
@@ -157,6 +172,10 @@ class EngineMachine(RuleBasedStateMachine):
         self.asked: dict[str, dict[str, Any]] = {}  # requests in flight
         self.got: dict[str, list[list[int]]] = {}  # tokens of their completions, deltas joined
         self.count = 0
+
+    def follow(self, seq: Sequence, history: list[int]) -> int:
+        """What greedy sampling draws."""
+        return int(logits_of(history[-(self.reaches[0] or MAX_LEN) :]).argmax())
 
     @rule(
         stream=st.integers(0, len(STREAMS) - 1),
@@ -354,6 +373,7 @@ class EngineMachine(RuleBasedStateMachine):
         scheduler, tables = self.engine.scheduler, self.engine.scheduler.tables
         assert not scheduler.running and scheduler.n_waiting == 0
         assert (tables.n_open, tables.n_free, tables.n_available) == (0, tables.n_blocks, tables.n_blocks)
+        assert self.guesser is None or self.guesser.closed or not self.guesser.held
 
 
 QUICK = settings(

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Sequence as Seq
 from typing import Any, cast
 
+from pace.engine.commit import FATAL, Committer
 from pace.engine.intake import Intake
 from pace.engine.logprobs import LogprobRecorder
 from pace.engine.prepare import Preparer
 from pace.engine.request import Request
-from pace.engine.runner import PromptScores, Runner
-from pace.engine.sampler import LogprobsResult, Sampler, SampleResult
+from pace.engine.runner import Runner
+from pace.engine.sampler import LogprobsResult, Sampler
 from pace.engine.schedule import Schedule
 from pace.engine.scheduler import Scheduler
-from pace.engine.sequence import Sequence, Status
-from pace.errors import (
-    ForkError,
-    PaceError,
-    one_line,
-)
+from pace.engine.speculation import Speculation
+from pace.errors import PaceError, one_line
 from pace.log import logger
 from pace.models.plan import F32Array, I32Array
 from pace.outputs import RequestOutput
@@ -28,11 +24,6 @@ from pace.params import SamplingParams
 from pace.text.tokenizer import Tokenizer
 
 __all__ = ["Engine"]
-
-# What must end the loop and not just one request. Everything else that a request provokes ends that
-# request: also the panics of Rust extensions, which derive from BaseException.
-FATAL = (KeyboardInterrupt, SystemExit, GeneratorExit, ForkError)
-
 
 INTAKE_SHARE = 0.1
 """Of a usual step, what the ends of waiting requests may take before one. (20 000 at once stalled everybody for 526 ms.)"""
@@ -66,6 +57,7 @@ class Engine:
         eos_token_id: the one of them that says nothing more as stop_reason.
         tokenizer: makes text of tokens; None: outputs have token ids only.
         seed: seeds the requests that give none.
+        speculation: guesses tokens; None: every step of a sequence makes one.
     """
 
     def __init__(
@@ -82,10 +74,12 @@ class Engine:
         eos_token_id: int | None = None,
         tokenizer: Tokenizer | None = None,
         seed: int = 0,
+        speculation: Speculation | None = None,
     ) -> None:
         self.runner = runner
         self.sampler = sampler
         self.scheduler = scheduler
+        self.speculation = speculation
         self.preparer = Preparer(
             vocab_size=vocab_size,
             max_model_len=max_model_len,
@@ -97,10 +91,10 @@ class Engine:
         self.eos_token_ids = eos_token_ids
         self.eos_token_id = eos_token_id
         self.intake = Intake(scheduler, max_num_waiting, seed)
-        self._logprobs = LogprobRecorder(tokenizer)
-        self._emit: list[Request] = []  # requests with something to tell after this step
-        self._n_finished: Counter[str] = Counter()
-        self._n_steps = self._n_tokens = self._n_sampled = self._n_prompt_tokens = self._n_cached_tokens = 0
+        self.committer = Committer(
+            scheduler, sampler, self.intake, LogprobRecorder(tokenizer), eos_token_id, speculation
+        )
+        self._n_steps = self._n_tokens = self._n_prompt_tokens = self._n_cached_tokens = 0
         self._n_repeated_steps = 0
         self._step_s = self._sample_s = 0.0
         self._usual_s = 0.0  # of late steps
@@ -156,8 +150,10 @@ class Engine:
         """
         if self._last_stats is None:
             self._last_stats = self.stats()
+            if self.speculation is not None:
+                self.speculation.close()
             self.runner = self.sampler = self.scheduler = self.intake = cast(Any, _Closed())
-            self._emit = []
+            self.committer = self.speculation = cast(Any, _Closed())
 
     # ---- the loop -----------------------------------------------------------------------------------------
 
@@ -173,10 +169,13 @@ class Engine:
         outputs: list[RequestOutput] = []
         if self.intake.has_news:
             for request, stop_reason in self.intake.receive(INTAKE_SHARE * self._usual_s):
-                self._end(request, stop_reason)
-                self._tell(outputs)  # here, where the time that it takes is looked at
+                self.committer.end(request, stop_reason)
+                self.committer.tell(outputs)  # here, where the time that it takes is looked at
         begin = time.perf_counter()
+        if self.speculation is not None:
+            self.speculation.propose(self.scheduler.running)
         step = self.scheduler.schedule()
+        run_s = self.runner.run_s
         if step.seqs:
             try:
                 self._execute(step)
@@ -188,34 +187,15 @@ class Engine:
             self._n_tokens += step.n_tokens
             # Without what ends requests, or more and more of a step would be thought usual.
             self._usual_s += USUAL_WEIGHT * (time.perf_counter() - begin - self._usual_s)
-        if self._emit:
-            self._tell(outputs)
+        self.committer.tell(outputs)
+        if self.speculation is not None:
+            run_s = self.runner.run_s - run_s
+            self.speculation.after_step(self.scheduler.running, step.n_tokens, step.n_prompt, run_s)
         if step.seqs:
             seconds = time.perf_counter() - start
             self._step_s += seconds
-            self.scheduler.pacer.observe(step.n_decode, step.n_tokens - step.n_decode, seconds)
+            self.scheduler.pacer.observe(step.n_decode + step.n_draft, step.n_prompt, seconds)
         return outputs
-
-    def _tell(self, outputs: list[RequestOutput]) -> None:
-        """Add an output of every request that has something to tell."""
-        for request in self._emit:
-            request.is_dirty = False
-            outputs.append(request.output())
-        self._emit.clear()
-
-    def _end(self, request: Request, stop_reason: str | None) -> None:
-        """End a request from outside; it keeps what it has produced."""
-        for seq in request.seqs:
-            if seq.status is not Status.FINISHED:
-                try:
-                    seq.extend_text(seq.n_output)
-                    if seq.text is not None:
-                        seq.text.finish(check_stop=False)
-                    self._finish(seq, "abort", stop_reason)
-                except FATAL:
-                    raise
-                except BaseException as error:
-                    self._fail(seq, error)
 
     def _execute(self, step: Schedule) -> None:
         """Run and sample a step, then commit it. Until the commit nothing has changed."""
@@ -229,17 +209,17 @@ class Engine:
         self._note_starts(step)
         self.scheduler.ran(step)
         if result.scores is not None:
-            self._add_prompt_logprobs(result.scores)
+            self.committer.add_prompt_logprobs(result.scores)
         if drawn is not None:
-            self._commit(result.sampled, drawn)
+            self.committer.commit(result.sampled, drawn)
 
     def _execute_alone(self, step: Schedule, error: BaseException) -> None:
         """A step failed, and which of its sequences was the reason can't be known: run each by itself.
 
         That changes nobody's result (law 1), and only the guilty fail again.
         """
-        if len(step.seqs) == 1:
-            self._fail(step.seqs[0], error)
+        if len(step.seqs) == 1 and not step.n_draft:
+            self.committer.fail(step.seqs[0], error)
             return
         self._n_repeated_steps += 1
         logger.warning(
@@ -251,10 +231,10 @@ class Engine:
             except FATAL:
                 raise
             except BaseException as own_error:
-                self._fail(alone.seqs[0], own_error)
+                self.committer.fail(alone.seqs[0], own_error)
 
     def _note_starts(self, step: Schedule) -> None:
-        self._n_prompt_tokens += step.n_tokens - step.n_decode
+        self._n_prompt_tokens += step.n_prompt
         if step.admitted:
             now_s = time.monotonic()
             for seq in step.admitted:
@@ -263,109 +243,11 @@ class Engine:
                 if request.scheduled_s is None:
                     request.scheduled_s = now_s
 
-    def _commit(self, seqs: list[Sequence], drawn: SampleResult) -> None:
-        """Give every sequence its token, and end those that it ends."""
-        now_s = time.monotonic()
-        errors = drawn.errors.tolist()
-        n_sampled = 0
-        for i, (seq, token) in enumerate(zip(seqs, drawn.tokens.tolist(), strict=True)):
-            if seq.status is Status.FINISHED:
-                continue  # its prompt's log probabilities have failed
-            try:
-                if errors[i]:
-                    raise PaceError(self.sampler.explain(errors[i]))
-                seq.commit(token)
-                n_sampled += 1
-                n_output = len(seq.output_ids)  # a property costs twice as much, 32 times
-                if n_output == 1 or seq.watched:
-                    request = self.intake.requests[seq.request_id]
-                    if request.first_token_s is None:
-                        request.first_token_s = now_s
-                    if seq.watched:
-                        self._touch(request)
-                if seq.logprobs is not None:
-                    self._logprobs.add_sampled(seq, drawn, i)
-                if seq.watched or seq.has_stops or token in seq.stop_ids or n_output >= seq.max_output:
-                    self._check_end(seq, token)
-            except FATAL:
-                raise
-            except BaseException as error:
-                self._fail(seq, error)
-        self._n_sampled += n_sampled
-
-    def _check_end(self, seq: Sequence, token: int) -> None:
-        """Extend the text where it is needed now, and end the sequence where its last token ends it."""
-        params, text = seq.params, seq.text
-        reason: str | None = None
-        stop_reason: int | str | None = None
-        n_output = seq.n_output
-        if token in seq.stop_ids and n_output >= params.min_tokens:
-            reason = "stop"
-            # As vLLM: the model's own EOS says nothing more, another end of the checkpoint or the caller is named.
-            stop_reason = None if token == self.eos_token_id and not params.ignore_eos else token
-        elif n_output >= seq.max_output:
-            reason = "length"
-        if text is not None and (seq.watched or seq.has_stops or reason is not None):
-            by_token = reason == "stop"
-            seq.extend_text(n_output - 1 if by_token and not params.include_stop_str_in_output else n_output)
-            if reason is not None and text.matched is None:
-                text.finish(check_stop=not by_token and n_output > params.min_tokens)
-            if text.matched is not None:
-                reason, stop_reason = "stop", text.matched
-        if reason is not None:
-            self._finish(seq, reason, stop_reason)
-
-    # ---- log probabilities of prompts -----------------------------------------------------------------------
-
     def _score(self, logits: F32Array, tokens: I32Array, n: int) -> LogprobsResult:
         start = time.perf_counter()
         scores = self.sampler.prompt_logprobs(logits, tokens, n)
         self._sample_s += time.perf_counter() - start
         return scores
-
-    def _add_prompt_logprobs(self, scores: PromptScores) -> None:
-        at = 0
-        for seq, n_rows in scores.seqs:
-            rows = range(at, at + n_rows)
-            at += n_rows
-            try:
-                request = self.intake.requests[seq.request_id]
-                for i in rows:
-                    if scores.errors[i]:
-                        raise PaceError(self.sampler.explain(int(scores.errors[i])))
-                    self._logprobs.add_scored(request, seq, scores, i)
-            except FATAL:
-                raise
-            except BaseException as error:
-                self._fail(seq, error)
-
-    # ---- ends ---------------------------------------------------------------------------------------------
-
-    def _fail(self, seq: Sequence, error: BaseException) -> None:
-        text = str(error) if isinstance(error, PaceError) else f"{type(error).__name__}: {error}"
-        self._finish(seq, "error", one_line(text))
-
-    def _finish(self, seq: Sequence, reason: str, stop_reason: int | str | None) -> None:
-        if seq.status is Status.FINISHED:
-            return
-        # What a failed sequence has left in the cache may be NaN.
-        self.scheduler.remove(seq, forget=reason == "error")
-        seq.finish(reason, stop_reason)
-        self._n_finished[reason] += 1
-        request = self.intake.requests[seq.request_id]
-        request.n_unfinished -= 1
-        if request.finished:
-            request.finished_s = time.monotonic()
-            self.intake.release(request)
-            self._touch(request)
-        elif request.stream:
-            self._touch(request)
-
-    def _touch(self, request: Request) -> None:
-        """The step will return an output of this request."""
-        if not request.is_dirty:
-            request.is_dirty = True
-            self._emit.append(request)
 
     # ---- what it did --------------------------------------------------------------------------------------
 
@@ -378,7 +260,8 @@ class Engine:
             plan, sample_s in the sampler, python_s elsewhere; n_running, n_waiting (sequences), n_requests
             (unfinished); n_finished by reason; n_preemptions; n_repeated_steps (failed, and run again one sequence
             at a time); n_blocks, n_free_blocks (of all groups of layers), block_size (of the largest blocks), kv_usage
-            (share of the blocks that are held, in the fullest group); kv_cache: the counters of `KVTables.stats`.
+            (share of the blocks that are held, in the fullest group); kv_cache: the counters of `KVTables.stats`;
+            speculative: where the engine speculates, what docs/speculative.md lists.
         """
         if self._last_stats is not None:
             return dict(self._last_stats)
@@ -390,7 +273,7 @@ class Engine:
             "n_tokens": self._n_tokens,
             "n_prompt_tokens": self._n_prompt_tokens,
             "n_cached_tokens": self._n_cached_tokens,
-            "n_sampled": self._n_sampled,
+            "n_sampled": self.committer.n_sampled,
             "step_s": self._step_s,
             "run_s": run_s,
             "sample_s": self._sample_s,
@@ -398,7 +281,7 @@ class Engine:
             "n_running": len(scheduler.running),
             "n_waiting": self.n_waiting,
             "n_requests": len(self.intake.requests),
-            "n_finished": dict(self._n_finished),
+            "n_finished": dict(self.committer.n_finished),
             "n_preemptions": scheduler.n_preemptions,
             "n_repeated_steps": self._n_repeated_steps,
             "n_blocks": tables.n_blocks,
@@ -406,4 +289,4 @@ class Engine:
             "block_size": tables.block_size,
             "kv_usage": tables.usage,
             "kv_cache": tables.stats(),
-        }
+        } | ({} if self.speculation is None else {"speculative": self.speculation.stats()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pace.engine.sequence import Sequence
 from pace.models.plan import I32Array
-from pace.outputs import Logprob, RequestMetrics, RequestOutput
+from pace.outputs import Logprob, RequestMetrics, RequestOutput, SpeculativeMetrics
 from pace.params import RequestOutputKind, SamplingParams
 
 __all__ = ["Request"]
@@ -112,4 +112,15 @@ class Request:
             metrics,
             prompt_logprobs=prompt_logprobs,
             num_cached_tokens=seqs[0].n_cached or 0,
+            speculative=self._speculative(),
         )
+
+    def _speculative(self) -> SpeculativeMetrics | None:
+        """How the drafts of all completions fared."""
+        parts = [seq.speculative for seq in self.seqs if seq.speculative is not None]
+        if not parts:
+            return None
+        total = SpeculativeMetrics()
+        for part in parts:
+            total.join(part)
+        return total

@@ -17,7 +17,7 @@ from pace.kvcache import GroupTables, blocks_for
 from pace.models import plan
 from pace.models.plan import Batch, F32Array, I32Array
 
-__all__ = ["PromptScores", "Runner", "Score", "StepLogits"]
+__all__ = ["PromptScores", "Runner", "Score", "StepLogits", "TableGatherer"]
 
 Score: TypeAlias = Callable[[F32Array, I32Array, int], LogprobsResult]
 """score(logits f32 [P, vocab_size], tokens i32 [P], n): what `Sampler.prompt_logprobs` returns."""
@@ -45,7 +45,7 @@ class StepLogits:
     """What a step computed; arrays are valid until the next one.
 
     Attributes:
-        logits: f32 [R, vocab_size], a row for each of `sampled`.
+        logits: f32 [R, vocab_size], a row for each of `sampled` and, behind it, for each of its drafted tokens.
         sampled: sequences of which no pending token is left, so that the next one can be sampled.
         scores: of the prompt tokens whose log probabilities were asked for; None where none were.
     """
@@ -85,10 +85,7 @@ class Runner:
         )  # q_start and logit_rows of one row per sequence
         self._q_start = np.zeros(max_seqs + 1, dtype=np.int32)
         self._kv_len = np.zeros(max_seqs, dtype=np.int32)
-        self._tables = [
-            (group.array, group.column_tokens, np.zeros(max_seqs * group.array.shape[1], dtype=np.int32))
-            for group in groups
-        ]
+        self._gather = TableGatherer(groups, max_seqs)
         self._logit_rows = np.zeros(max_tokens, dtype=np.int32)
         self._max_logit_rows = max_logit_rows
 
@@ -146,7 +143,7 @@ class Runner:
         return StepLogits(np.concatenate(kept), sampled, scores)
 
     def _batch(self, step: Schedule) -> tuple[Batch, list[Sequence], list[int], list[tuple[Sequence, int]]]:
-        if step.n_decode == len(step.seqs):
+        if step.n_decode == len(step.seqs) and not step.n_draft:
             return self._decode_batch(step.seqs), step.seqs, [], []
         n_seqs = len(step.seqs)
         token_ids = self._token_ids
@@ -174,9 +171,10 @@ class Runner:
             q_start.append(at)
             kv_len.append(end)
             rows.append(seq.row)
-            if end == seq.n_tokens:
-                sampled_rows.append(len(logit_rows))
-                logit_rows.append(at - 1)
+            n_rows = 1 + seq.n_draft
+            if end == seq.n_tokens + seq.n_draft:
+                sampled_rows += range(len(logit_rows), len(logit_rows) + n_rows)
+                logit_rows += range(at - n_rows, at)
                 sampled.append(seq)
         # One conversion per array: assigning Python integers to elements one by one costs three times as
         # much.
@@ -187,7 +185,7 @@ class Runner:
             token_ids=token_ids[:at],
             q_start=self._q_start[: n_seqs + 1],
             kv_len=self._kv_len[:n_seqs],
-            block_tables=self._gather_tables(rows, kv_len),
+            block_tables=self._gather(rows, kv_len),
             logit_rows=self._logit_rows[: len(logit_rows)],
         )
         return batch, sampled, sampled_rows, scored
@@ -202,12 +200,32 @@ class Runner:
             token_ids=self._token_ids[:n],
             q_start=self._counting[: n + 1],
             kv_len=self._kv_len[:n],
-            block_tables=self._gather_tables([seq.row for seq in seqs], kv_len),
+            block_tables=self._gather([seq.row for seq in seqs], kv_len),
             logit_rows=self._counting[:n],
         )
 
-    def _gather_tables(self, rows: list[int], kv_len: list[int]) -> I32Array | tuple[I32Array, ...]:
-        """The block tables of the sequences, i32 [n_seqs, columns], one for each group."""
+
+class TableGatherer:
+    """Collects the block tables of a step's sequences in preallocated arrays.
+
+    Args:
+        groups: tables of each group of layers.
+        max_seqs: sequences of one step.
+    """
+
+    def __init__(self, groups: Seq[GroupTables], max_seqs: int) -> None:
+        self._tables = [
+            (group.array, group.column_tokens, np.zeros(max_seqs * group.array.shape[1], dtype=np.int32))
+            for group in groups
+        ]
+
+    def __call__(self, rows: list[int], kv_len: list[int]) -> I32Array | tuple[I32Array, ...]:
+        """The block tables of a step, i32 [len(rows), columns], one for each group.
+
+        Args:
+            rows: of the tables, one for each sequence.
+            kv_len: length of each, this step's tokens included.
+        """
         longest = max(kv_len)
         gathered = tuple([_gather(*tables, rows, longest) for tables in self._tables])
         return gathered[0] if len(gathered) == 1 else gathered

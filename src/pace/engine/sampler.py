@@ -273,15 +273,17 @@ class Sampler:
         self._gathered = []
 
     def sample(self, logits: F32Array, seqs: list[Sequence]) -> SampleResult:
-        """Draw the next token of every sequence.
+        """Draw the next token of every sequence, and behind each drafted one the token that follows if it is right.
 
         A draw depends on the request's seed, the completion's index and the token's position only, so that it
         does not matter in which step or beside whom it happens. The result is valid until the next call.
 
         Args:
-            logits: f32 [R, vocab_size].
-            seqs: the R sequences.
+            logits: f32 [R, vocab_size], of every sequence one row and one for each drafted token.
+            seqs: the sequences.
         """
+        if len(logits) != len(seqs):
+            return self._sample_drafts(logits, seqs)
         rows = [seq.row for seq in seqs]
         if rows != self._gathered:
             self._params = self._rows[rows]
@@ -292,14 +294,27 @@ class Sampler:
         history = self._free
         if history is None:
             history = [seq.constraints.history(seq.tokens, seq.n_prompt, seq.n_tokens) for seq in seqs]
-        result = self._sample(logits, self._params, history)
+        return self._draw(logits, self._params, history)
+
+    def _sample_drafts(self, logits: F32Array, seqs: list[Sequence]) -> SampleResult:
+        """`sample` where a sequence may have many rows: at each the same parameters, its own position and history."""
+        at = [(seq, seq.n_tokens + i) for seq in seqs for i in range(1 + seq.n_draft)]
+        params = self._rows[[seq.row for seq, _ in at]]
+        params["position"] = [n_tokens for _, n_tokens in at]
+        history = [seq.constraints.history(seq.tokens, seq.n_prompt, n_tokens) for seq, n_tokens in at]
+        return self._draw(logits, params, history)
+
+    def _draw(
+        self, logits: F32Array, params: npt.NDArray[Any], history: list[History | None]
+    ) -> SampleResult:
+        result = self._sample(logits, params, history)
         if len(self._unused_ids):
             # Rows of padding were never trained: none is drawn in the life of most engines. To look costs 2 us a step, to
             # ban them beforehand a copy of every row of logits.
             wrong = self._is_unused.take(result.tokens, mode="clip")
             if wrong.any():
                 banned = [self._banning(old) if bad else old for old, bad in zip(history, wrong, strict=True)]
-                result = self._sample(logits, self._params, banned)
+                result = self._sample(logits, params, banned)
         return result
 
     def _banning(self, history: History | None) -> History:

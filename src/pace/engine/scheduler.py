@@ -61,6 +61,7 @@ class Scheduler:
         max_num_batched_tokens: rows of one step, at least as many as the tables have.
         reserve: see above.
         prefix_caching: look for computed prompts.
+        max_draft_rows: drafted tokens of one step; 0: nobody speculates.
     """
 
     def __init__(
@@ -70,7 +71,9 @@ class Scheduler:
         *,
         reserve: bool = False,
         prefix_caching: bool = True,
+        max_draft_rows: int = 0,
     ) -> None:
+        self.max_draft_rows = max_draft_rows
         self.tables = tables
         self.max_num_batched_tokens = max_num_batched_tokens
         self.reserve = reserve
@@ -115,8 +118,11 @@ class Scheduler:
             self._make_way()
         prompts, is_watched = self._decode(step)
         budget = self.max_num_batched_tokens
+        if self.max_draft_rows:
+            self._draft(step, bool(prompts or self._queue))
         if is_watched:
-            budget = min(budget, step.n_decode + self.pacer.allowance(step.n_decode))
+            n_rows = step.n_tokens
+            budget = min(budget, n_rows + self.pacer.allowance(n_rows))
         if prompts or self._queue:
             self._read(step, prompts, budget - step.n_tokens)
         if self._fresh:
@@ -128,7 +134,9 @@ class Scheduler:
         has_reach = self.tables.has_reach
         for seq, n_new in zip(step.seqs, step.n_new, strict=True):
             n_before = seq.n_computed
-            n_computed = n_before + n_new
+            n_computed = (
+                n_before + n_new - seq.n_draft
+            )  # which of the guesses are right, `Sequence.commit` will say
             seq.n_computed = n_computed
             self.tables.commit(seq.row, seq.tokens, n_computed)
             if n_before < seq.n_prompt <= n_computed:
@@ -156,6 +164,25 @@ class Scheduler:
         # One of them may have been preempted by a decoding sequence that comes before it.
         return [seq for seq in prompts if seq.status is Status.RUNNING], is_watched
 
+    def _draft(self, step: Schedule, shares: bool) -> None:
+        """Add the guesses of the decoding sequences, as far as rows and free blocks go; nobody gives way to a guess.
+
+        Args:
+            shares: prompts wait for rows too: half of what decoding leaves is theirs.
+        """
+        room = self.max_num_batched_tokens - step.n_decode
+        room = min(self.max_draft_rows, room // 2 if shares else room)
+        for i, seq in enumerate(step.seqs):
+            if seq.n_draft:
+                end = min(seq.n_tokens + min(seq.n_draft, room), self.tables.step_end(seq.n_computed))
+                seq.n_draft = end - seq.n_tokens if self.tables.extend(seq.row, end) else 0
+                step.draft(i, seq.n_draft)
+                room -= seq.n_draft
+
+    def restart(self, seq: Sequence) -> None:
+        """What a running sequence has in the cache can't be trusted: it waits, and computes all of it again."""
+        self._preempt(seq, forget=True)
+
     def _extend(self, seq: Sequence) -> bool:
         """Make room for the pending token; False where `seq` itself had to give way."""
         while not self.tables.extend(seq.row, seq.n_tokens):
@@ -165,9 +192,9 @@ class Scheduler:
                 return False
         return True
 
-    def _preempt(self, seq: Sequence) -> None:
+    def _preempt(self, seq: Sequence, *, forget: bool = False) -> None:
         self.running.remove(seq)
-        self.tables.close(seq.row, seq.tokens[: seq.n_computed])
+        self.tables.close(seq.row, None if forget else seq.tokens[: seq.n_computed], forget=forget)
         seq.preempt()
         self._fresh.discard(seq)
         self.add(seq)
@@ -216,7 +243,7 @@ class Scheduler:
                 at += 1
             else:
                 return
-            if best is None and step.n_tokens == step.n_decode:
+            if best is None and not step.n_prompt:
                 best = seq.priority
             elif best is not None and seq.priority > best:
                 # A step takes at most twice as long as without them.

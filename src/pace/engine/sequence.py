@@ -9,7 +9,7 @@ import numpy as np
 
 from pace.engine.sampler import Constraints
 from pace.models.plan import I32Array
-from pace.outputs import CompletionOutput, Logprob
+from pace.outputs import CompletionOutput, Logprob, SpeculativeMetrics
 from pace.params import SamplingParams
 from pace.text.readers import Reader
 from pace.text.stream import TextStream
@@ -41,6 +41,9 @@ class Sequence:
     decoding sequence has one pending token, a prompt that is still being read has many, and so has a
     preempted sequence, which reads its prompt and output again; the scheduler needs to know no more.
 
+    Where it speculates, `n_draft` guesses lie behind: tokens [n_tokens, n_tokens + n_draft), which run beside the pending
+    one. They are nobody's output until the target has drawn the same.
+
     Args:
         request_id: of the request that it belongs to.
         prompt_ids: i32 [n_prompt].
@@ -70,6 +73,7 @@ class Sequence:
         "max_output",
         "n_cached",
         "n_computed",
+        "n_draft",
         "n_emitted",
         "n_emitted_chars",
         "n_emitted_reasoning",
@@ -84,6 +88,7 @@ class Sequence:
         "request_id",
         "row",
         "seed",
+        "speculative",
         "status",
         "stop_ids",
         "stop_reason",
@@ -131,6 +136,8 @@ class Sequence:
             prompt_ids[-1]
         )  # = tokens[n_tokens - 1]; reading an element of an array costs more
         self.n_computed = 0
+        self.n_draft = 0
+        self.speculative: SpeculativeMetrics | None = None  # from the first verified draft on
         self.n_cached: int | None = (
             None  # prompt tokens found in the prefix cache; None before the first start
         )
@@ -192,8 +199,13 @@ class Sequence:
     def preempt(self) -> None:
         """Give everything back but the tokens; they run again after the next `start`."""
         self.row = NO_ROW
-        self.n_computed = 0
+        self.n_computed = self.n_draft = 0
         self.status = Status.WAITING
+
+    def draft(self, token_ids: list[int]) -> None:
+        """Guess what follows; at most max_tokens - n_tokens - 1 of them, so that the next token has room too."""
+        self.n_draft = n = len(token_ids)
+        self.tokens[self.n_tokens : self.n_tokens + n] = token_ids
 
     def commit(self, token_id: int) -> None:
         """All pending tokens have run and `token_id` was drawn: it becomes the pending one."""

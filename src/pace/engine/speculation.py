@@ -1,0 +1,55 @@
+"""What the engine's loop asks of speculative decoding; `pace.speculative` implements it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Any, Protocol
+
+from pace.engine.sequence import Sequence
+
+__all__ = ["Speculation"]
+
+
+class Speculation(Protocol):
+    """Guesses tokens of running sequences, and learns what became of the guesses. No method raises but what ends the loop.
+
+    Attributes:
+        max_draft_rows: drafted tokens of all sequences that one step may verify.
+    """
+
+    max_draft_rows: int
+
+    def propose(self, running: Seq[Sequence]) -> None:
+        """Before a step is planned: `Sequence.draft` for those that decode and may speculate."""
+        ...
+
+    def accepts(self, drafted: int, drawn: int, i: int) -> bool:
+        """Whether a guess stands, the i-th of its draft, when the target drew `drawn` in its place: they are equal. (Only a
+        benchmark that simulates an acceptance says otherwise.)"""
+        ...
+
+    def verified(self, seq: Sequence, n_draft: int, n_accepted: int, n_tokens: int) -> None:
+        """A sequence's `n_draft` guesses were verified; the first `n_accepted` became output, of n_tokens tokens in all."""
+        ...
+
+    def distrust(self, seq: Sequence) -> None:
+        """A draft of this sequence led to logits that hold NaN: no more drafts for it."""
+        ...
+
+    def after_step(self, running: Seq[Sequence], n_rows: int, n_prompt: int, seconds: float) -> None:
+        """A step is over.
+
+        Args:
+            running: those that go on; whoever ran and is not among them holds nothing any more.
+            n_rows: rows of the step, n_prompt of them of prompts.
+            seconds: that the model took; 0 rows: nothing ran.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back memory."""
+        ...
+
+    def stats(self) -> dict[str, Any]:
+        """Numbers for `Engine.stats`."""
+        ...

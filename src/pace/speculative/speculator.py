@@ -1,0 +1,160 @@
+"""What stands between the engine's loop and a drafter: who is asked for how much, and what is counted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Seq
+from typing import Any
+
+from pace.engine.commit import FATAL
+from pace.engine.sequence import Sequence, Status
+from pace.errors import one_line
+from pace.log import logger
+from pace.outputs import SpeculativeMetrics
+from pace.speculative.drafter import Drafter, Proposal
+from pace.speculative.verifier import Match
+
+__all__ = ["Speculator"]
+
+
+class Speculator:
+    """A `Speculation` with one drafter.
+
+    Args:
+        drafter: guesses.
+        vocab_size: of the target; ids must be below it.
+        max_draft_rows: drafted tokens of all sequences that one step may verify.
+        match: says whether a guess stands.
+    """
+
+    def __init__(
+        self, drafter: Drafter, vocab_size: int, max_draft_rows: int, match: Match | None = None
+    ) -> None:
+        self.max_draft_rows = max_draft_rows
+        self.max_tokens = drafter.max_tokens
+        self.metrics = SpeculativeMetrics()
+        self._drafter: Drafter | None = drafter
+        self._method = drafter.name
+        self._vocab_size = vocab_size
+        self._match = Match() if match is None else match
+        self.accepts = self._match.accepts
+        self._known: set[Sequence] = set()  # what the drafter may hold something for
+        self._distrusted: set[Sequence] = set()
+        self._draft_s = 0.0
+
+    def propose(self, running: Seq[Sequence]) -> None:
+        """Before a step is planned: guesses for those that decode."""
+        drafter = self._drafter
+        if drafter is None:
+            return
+        start = time.perf_counter()
+        wanted = {seq: self._wanted(seq) for seq in running if self._may_speculate(seq)}
+        if wanted:
+            self._known.update(wanted)
+            try:
+                proposals = drafter.propose(wanted)
+                for seq, proposal in proposals.items():
+                    seq.draft(self._checked(proposal, wanted[seq]))
+            except FATAL:
+                raise
+            except BaseException as error:
+                for seq in running:
+                    seq.n_draft = 0
+                self._turn_off(error)
+        self._draft_s += time.perf_counter() - start
+
+    def verified(self, seq: Sequence, n_draft: int, n_accepted: int, n_tokens: int) -> None:
+        """Count a round, and tell the drafter."""
+        self.metrics.add(n_draft, n_accepted, n_tokens)
+        if seq.speculative is None:
+            seq.speculative = SpeculativeMetrics()
+        seq.speculative.add(n_draft, n_accepted, n_tokens)
+        if self._drafter is not None:
+            try:
+                self._drafter.observe(seq, n_accepted)
+            except FATAL:
+                raise
+            except BaseException as error:
+                self._turn_off(error)
+
+    def distrust(self, seq: Sequence) -> None:
+        """No more drafts for this sequence."""
+        self._distrusted.add(seq)
+
+    def after_step(self, running: Seq[Sequence], n_rows: int, n_prompt: int, seconds: float) -> None:
+        """Let go of those that don't run any more."""
+        gone = [seq for seq in self._known if seq.status is not Status.RUNNING]
+        for seq in gone:
+            self._known.discard(seq)
+            if seq.status is Status.FINISHED:
+                self._distrusted.discard(seq)
+            if self._drafter is not None:
+                try:
+                    self._drafter.end(seq)
+                except FATAL:
+                    raise
+                except BaseException as error:
+                    self._turn_off(error)
+
+    def close(self) -> None:
+        """Give back the drafter's memory."""
+        if self._drafter is not None:
+            self._drafter.close()
+            self._drafter = None
+
+    def stats(self) -> dict[str, Any]:
+        """Numbers for `Engine.stats`; docs/speculative.md explains them."""
+        metrics = self.metrics
+        n_drafted = metrics.n_draft_tokens
+        drafter = self._drafter
+        return {
+            "method": self._method,
+            "active": drafter is not None,
+            "synthetic": self._match.is_synthetic,
+            "num_speculative_tokens": self.max_tokens,
+            "n_rounds": metrics.n_rounds,
+            "n_draft_tokens": n_drafted,
+            "n_accepted_tokens": metrics.n_accepted_tokens,
+            "n_tokens": metrics.n_tokens,
+            "mean_acceptance_length": metrics.mean_acceptance_length,
+            "draft_acceptance_rate": metrics.n_accepted_tokens / n_drafted if n_drafted else 0.0,
+            "acceptance_rates": metrics.acceptance_rates,
+            "drafted_at": list(metrics.drafted_at),
+            "accepted_at": list(metrics.accepted_at),
+            "draft_s": self._draft_s,
+        } | ({} if drafter is None else drafter.stats())
+
+    def _may_speculate(self, seq: Sequence) -> bool:
+        return seq.params.speculative not in ("off", 0) and seq not in self._distrusted
+
+    def _wanted(self, seq: Sequence) -> int:
+        """Tokens to guess for a sequence: none while it reads, and none that its output has no room for."""
+        if seq.n_tokens - seq.n_computed > 1:
+            return 0
+        asked = seq.params.speculative
+        most = self.max_tokens if isinstance(asked, str) else asked
+        return max(0, min(most, seq.max_tokens - seq.n_tokens - 1))
+
+    def _checked(self, proposal: Proposal, wanted: int) -> list[int]:
+        """What of a proposal can be verified."""
+        token_ids = proposal.token_ids[:wanted]
+        for i, token in enumerate(token_ids):
+            if not 0 <= token < self._vocab_size:
+                return token_ids[:i]
+        return token_ids
+
+    def _turn_off(self, error: BaseException) -> None:
+        """A drafter that fails is asked no more; nothing depends on it."""
+        drafter, self._drafter = self._drafter, None
+        self.max_draft_rows = 0
+        logger.warning(
+            "speculation is off from now on: the %s drafter failed with %s: %s",
+            self._method,
+            type(error).__name__,
+            one_line(str(error)),
+        )
+        try:
+            if drafter is not None:
+                drafter.close()
+        except Exception as second:  # what it holds then goes with the process
+            logger.warning("the drafter could not be closed: %s", one_line(str(second)))
