@@ -114,6 +114,21 @@ def test_pack_refuses(team: ops.Team, rows: np.ndarray, dtype: str, at: int, mod
 # ---- embedding and selection ------------------------------------------------------------------------------
 
 
+def test_one_of_several_matrices(team: ops.Team) -> None:
+    """Experts of a layer: each is packed and read by itself, and begins on a page."""
+    r = rng("experts")
+    w = bf16(r.standard_normal((3, 40, 70))).astype(np.float32)
+    matrix = ops.PackedMatrix(team, 40, 70, count=3)
+    for i in (2, 0, 1):
+        matrix.pack(w[i], "f32", matrix=i)
+    for i in range(3):
+        assert matrix.unpack(i).tobytes() == w[i].tobytes()
+    assert matrix.nbytes == 3 * 4096 * -(-64 * 96 * 2 // 4096)
+    for call in (lambda: matrix.pack(w[0], "f32", matrix=3), lambda: matrix.unpack(-1)):
+        with pytest.raises(ValueError, match=r"matrix (3|-1) of 3"):
+            call()
+
+
 @pytest.mark.parametrize("scale", [1.0, 11.3125])
 @pytest.mark.parametrize(("n", "k"), [(307, 128), (33, 17), (97, 300)])
 def test_embed(kernel: str, team: ops.Team, n: int, k: int, scale: float) -> None:

@@ -69,6 +69,8 @@ cdef extern from "kernels.h" nogil:
         const void *data
         long n, k, k_pad, n_panels
         int layout
+        long count, stride
+    pace_matrix pace_matrix_at(const pace_matrix *w, long i)
     ctypedef struct pace_slot:
         void *data
         long ld, width
@@ -102,7 +104,7 @@ cdef extern from "kernels.h" nogil:
         const char *isa
         pace_roofline roof
         int gemm_rows
-        void (*unpack_row)(float *dst, const bf16 *w, long row, long k, long k_pad) noexcept nogil
+        void (*unpack_row)(float *dst, const pace_matrix *w, long row) noexcept nogil
         void (*softmax)(float *x, long n) noexcept nogil
         long (*argmax)(const float *x, long n) noexcept nogil
         void (*block_max)(const float *x, long n, float *max) noexcept nogil

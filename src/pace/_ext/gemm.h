@@ -40,7 +40,8 @@
 #define GEMM_MC 256
 
 // c: [rows][ldc] f32, the first 32 columns are panel p of rows m..m + rows - 1.
-static void gemm_epilogue(const pace_gemm *g, long p, long m, long rows, const float *c, long ldc) {
+static void gemm_epilogue(const void *op, long p, long m, long rows, const float *c, long ldc) {
+    const pace_gemm *g = op;
     const float *bias = g->bias ? g->bias + p * PACE_NR : NULL;
     const int width = g->epilogue == PACE_EPILOGUE_gated ? PACE_NR / 2 : PACE_NR;
     const long n0 = p * width, n_left = g->dst.width - n0;
@@ -107,84 +108,125 @@ INLINE long gemm_rows_of(long rows_left, long tiles_left) {
 #endif
 }
 
-static void kernel_gemm(const pace_gemm *g, long p0, long p1, long m0, long m1, void *scratch) {
-    const bf16 *x = g->src.data, *w = g->weight.data;
-    const long rows = m1 - m0, k = g->weight.k_pad, lda = g->src.ld, panel = k * PACE_NR;
-    float *c = scratch;
+// What a product with panels of one matrix is: rows [m0, m0 + rows) of src, and what becomes of finished tiles.
+typedef void gemm_done(const void *op, long p, long m, long rows, const float *c, long ldc);
+typedef struct {
+    const pace_matrix *w;
+    const pace_slot *src;
+    long m0, rows;
+    float *c;         // scratch
+    gemm_done *done;  // takes c [rows][ldc]: panel p of src's rows m .. m + rows - 1
+    const void *op;   // its first argument
+} gemm_job;
+
+INLINE const bf16 *gemm_row(const gemm_job *j, long m, long k) {
+    return (const bf16 *)j->src->data + (j->m0 + m) * j->src->ld + k;
+}
+INLINE const bf16 *gemm_chunk(const gemm_job *j, long p, long k) {
+    return (const bf16 *)j->w->data + (p * j->w->k_pad + k) * PACE_NR;
+}
+
+static void gemm_skinny(const gemm_job *j, long p0, long p1, mm_args a) {
+    const long most = GEMM_SKINNY_WIDTH(j->rows) / 2;
+    a.a = gemm_row(j, 0, 0);
+    a.c = j->c;
+    for (long p = p0, np; p < p1; p += np) {
+        np = most;
+        while (np > p1 - p) np /= 2;
+        a.b = gemm_chunk(j, p, 0);
+        a.ldc = np * PACE_NR;
+        a.prefetch = (uintptr_t)a.b + (np > 1 ? 0 : MM_PREFETCH_AHEAD);
+        GEMM_SKINNY((int)j->rows, (int)np * 2, &a);
+        for (long i = 0; i < np; i++) j->done(j->op, p + i, j->m0, j->rows, j->c + i * PACE_NR, a.ldc);
+    }
+}
+
+static void gemm_few(const gemm_job *j, long p0, long p1, mm_args a) {
+    const long rows = j->rows, k = j->w->k_pad, tiles = (rows + GEMM_TILE_ROWS - 1) / GEMM_TILE_ROWS;
+    const long most = tiles == 1 ? k : GEMM_FEW_KC;
     gemm_state state;
     gemm_begin(&state);
-    mm_args a = {.a = x + m0 * lda, .lda = lda, .ldb = 2 * PACE_NR, .bps = panel, .kp = k / 2, .prefetch_step = 128};
-    if (rows <= GEMM_SKINNY_ROWS) {  // several panels side by side
-        const long most = GEMM_SKINNY_WIDTH(rows) / 2;
-        for (long p = p0, np; p < p1; p += np) {
-            np = most;
-            while (np > p1 - p) np /= 2;
-            a.b = w + p * panel;
-            a.c = c;
-            a.ldc = np * PACE_NR;
-            a.prefetch = (uintptr_t)a.b + (np > 1 ? 0 : MM_PREFETCH_AHEAD);
-            GEMM_SKINNY((int)rows, (int)np * 2, &a);
-            for (long i = 0; i < np; i++) gemm_epilogue(g, p + i, m0, rows, c + i * PACE_NR, a.ldc);
-        }
-        return;
-    }
-    a.ldc = PACE_NR;
-    if (rows <= GEMM_FEW) {
-        const long tiles = (rows + GEMM_TILE_ROWS - 1) / GEMM_TILE_ROWS, most = tiles == 1 ? k : GEMM_FEW_KC;
-        a.prefetch_step = (128 + GEMM_SPREAD(tiles) - 1) / GEMM_SPREAD(tiles);
-        for (long p = p0; p < p1; p++) {
-            for (long k0 = 0, kc; k0 < k; k0 += kc) {
-                kc = k - k0 < most ? k - k0 : most;
-                a.kp = kc / 2;
-                a.b = w + p * panel + k0 * PACE_NR;
-                a.accumulate = k0 > 0;
-                for (long t = 0, done = 0, mr; t < tiles; t++, done += mr) {
-                    mr = gemm_rows_of(rows - done, tiles - t);
-                    a.a = x + (m0 + done) * lda + k0;
-                    a.c = c + done * PACE_NR;
-                    // One tile reads a little ahead of itself. Several share the fetching of what follows: the next
-                    // chunk of this panel or the first of the next, which mostly is this worker's too.
-                    a.prefetch = tiles == 1 ? (uintptr_t)a.b + GEMM_AHEAD
-                                 : t < GEMM_SPREAD(tiles)
-                                     ? (uintptr_t)(a.b + kc * PACE_NR) + (uintptr_t)(t * a.kp * a.prefetch_step)
-                                     : 0;
-                    gemm_tile(&state, (int)mr, &a);
-                    if (k0 + kc == k) gemm_epilogue(g, p, m0 + done, mr, a.c, PACE_NR);
-                }
+    a.prefetch_step = (128 + GEMM_SPREAD(tiles) - 1) / GEMM_SPREAD(tiles);
+    for (long p = p0; p < p1; p++) {
+        for (long k0 = 0, kc; k0 < k; k0 += kc) {
+            kc = k - k0 < most ? k - k0 : most;
+            a.kp = kc / 2;
+            a.b = gemm_chunk(j, p, k0);
+            a.accumulate = k0 > 0;
+            for (long t = 0, done = 0, mr; t < tiles; t++, done += mr) {
+                mr = gemm_rows_of(rows - done, tiles - t);
+                a.a = gemm_row(j, done, k0);
+                a.c = j->c + done * PACE_NR;
+                // One tile reads a little ahead of itself. Several share the fetching of what follows: the next
+                // chunk of this panel or the first of the next, which mostly is this worker's too.
+                a.prefetch = tiles == 1 ? (uintptr_t)a.b + GEMM_AHEAD
+                             : t < GEMM_SPREAD(tiles)
+                                 ? (uintptr_t)(a.b + kc * PACE_NR) + (uintptr_t)(t * a.kp * a.prefetch_step)
+                                 : 0;
+                gemm_tile(&state, (int)mr, &a);
+                if (k0 + kc == k) j->done(j->op, p, j->m0 + done, mr, a.c, PACE_NR);
             }
         }
-        gemm_end(&state);
-        return;
     }
+    gemm_end(&state);
+}
+
+static void gemm_blocked(const gemm_job *j, long p0, long p1, mm_args a) {
+    const long k = j->w->k_pad;
+    gemm_state state;
+    gemm_begin(&state);
     a.prefetch_rows = GEMM_FETCH_ROWS;
     for (long pg = p0; pg < p1; pg += GEMM_GROUP) {
         const long pe = pg + GEMM_GROUP < p1 ? pg + GEMM_GROUP : p1;
-        for (long mb = m0; mb < m1; mb += GEMM_MC) {
-            const long block = m1 - mb < GEMM_MC ? m1 - mb : GEMM_MC;
+        for (long mb = 0; mb < j->rows; mb += GEMM_MC) {
+            const long block = j->rows - mb < GEMM_MC ? j->rows - mb : GEMM_MC;
             const long tiles = (block + GEMM_TILE_ROWS - 1) / GEMM_TILE_ROWS;
             for (long k0 = 0; k0 < k; k0 += GEMM_KC) {
                 const long kc = k - k0 < GEMM_KC ? k - k0 : GEMM_KC;
                 for (long t = 0, done = 0, mr; t < tiles; t++, done += mr) {
                     mr = gemm_rows_of(block - done, tiles - t);
                     // The row tile after this one: its rows come to L2 four at a time while the panels compute.
-                    const bf16 *next = t + 1 < tiles ? x + (mb + done + mr) * lda + k0
-                                       : k0 + kc < k ? x + mb * lda + k0 + kc
+                    const bf16 *next = t + 1 < tiles ? gemm_row(j, mb + done + mr, k0)
+                                       : k0 + kc < k ? gemm_row(j, mb, k0 + kc)
                                                      : NULL;
                     for (long p = pg; p < pe; p++) {
-                        a.prefetch = GEMM_FETCH_ROWS && next ? (uintptr_t)next + (uintptr_t)((p - pg) * 8 * lda) : 0;
-                        a.a = x + (mb + done) * lda + k0;
-                        a.b = w + p * panel + k0 * PACE_NR;
-                        a.c = c + ((p - pg) * GEMM_MC + done) * PACE_NR;
+                        a.prefetch = GEMM_FETCH_ROWS && next ? (uintptr_t)next + (uintptr_t)((p - pg) * 8 * a.lda) : 0;
+                        a.a = gemm_row(j, mb + done, k0);
+                        a.b = gemm_chunk(j, p, k0);
+                        a.c = j->c + ((p - pg) * GEMM_MC + done) * PACE_NR;
                         a.kp = kc / 2;
                         a.accumulate = k0 > 0;
                         gemm_tile(&state, (int)mr, &a);
-                        if (k0 + kc == k) gemm_epilogue(g, p, mb + done, mr, a.c, PACE_NR);
+                        if (k0 + kc == k) j->done(j->op, p, j->m0 + mb + done, mr, a.c, PACE_NR);
                     }
                 }
             }
         }
     }
     gemm_end(&state);
+}
+
+// Rows [m0, m1) of src times panels [p0, p1) of one matrix of any format: the only way to a product with packed
+// weights. `done` takes every tile once its sums are complete. Scratch: GEMM_SCRATCH bytes.
+static void gemm_panels(const pace_matrix *w, const pace_slot *src, long p0, long p1, long m0, long m1, void *scratch,
+                        gemm_done *done, const void *op) {
+    const gemm_job j = {w, src, m0, m1 - m0, scratch, done, op};
+    const mm_args a = {.lda = src->ld,
+                       .ldb = 2 * PACE_NR,
+                       .bps = w->k_pad * PACE_NR,
+                       .ldc = PACE_NR,
+                       .kp = w->k_pad / 2,
+                       .prefetch_step = 128};
+    if (j.rows <= GEMM_SKINNY_ROWS)
+        gemm_skinny(&j, p0, p1, a);
+    else if (j.rows <= GEMM_FEW)
+        gemm_few(&j, p0, p1, a);
+    else
+        gemm_blocked(&j, p0, p1, a);
+}
+
+static void kernel_gemm(const pace_gemm *g, long p0, long p1, long m0, long m1, void *scratch) {
+    gemm_panels(&g->weight, &g->src, p0, p1, m0, m1, scratch, gemm_epilogue, g);
 }
 
 #define GEMM_SCRATCH (GEMM_GROUP * GEMM_MC * PACE_NR * sizeof(float))

@@ -25,10 +25,12 @@
 
 typedef uint16_t bf16;
 
-// A packed weight matrix is a row of panels: [n_panels][k_pad / 2][PACE_NR][2] bf16. Two consecutive k stand
-// side by side (what vdpbf16ps and tdpbf16ps multiply), PACE_NR columns form a panel. k is padded to PACE_KPAD
-// and n to PACE_NR with zeros. 32 columns = two 512-bit vectors: with 14 rows, 28 accumulators, 2 weight
-// vectors and 1 broadcast fill the 32 registers of AVX-512.
+// A packed weight matrix is a row of panels of PACE_NR columns (output features), each one a stream of bytes in the
+// order a GEMM reads it, k ascending. The format says what the bytes are. n is padded to PACE_NR with zeros.
+//
+// PACE_PANELS: bf16, [n_panels][k_pad / 2][PACE_NR][2]. Two consecutive k stand side by side (what vdpbf16ps and
+// tdpbf16ps multiply). k is padded to PACE_KPAD with zeros. 32 columns = two 512-bit vectors: with 14 rows, 28
+// accumulators, 2 weight vectors and 1 broadcast fill the 32 registers of AVX-512.
 #define PACE_NR 32
 #define PACE_KPAD 32
 enum pace_layout { PACE_PANELS, PACE_BF16_ROWS, PACE_F16_ROWS, PACE_F32_ROWS };
@@ -36,8 +38,17 @@ typedef struct {
     const void *data;      // packed panels, or plain rows [n][k] where a checkpoint's file has them; NULL: none
     long n, k;             // rows of the weight (output columns), reduction length
     long k_pad, n_panels;  // of panels
-    int layout;            // enum pace_layout; a GEMM takes panels only
+    int layout;            // enum pace_layout: the format; a GEMM takes panels only
+    long count, stride;    // matrices of one shape (a layer's experts) and the bytes from one to the next; 1 elsewhere
 } pace_matrix;
+
+// Matrix i of `count`.
+static inline pace_matrix pace_matrix_at(const pace_matrix *w, long i) {
+    pace_matrix one = *w;
+    one.data = (const char *)w->data + i * w->stride;
+    one.count = 1;
+    return one;
+}
 
 // Activations: [rows][ld] f32 or bf16. bf16 rows have an ld that is a multiple of 32 with ld * 2 no multiple of 4096
 // bytes (rows of one tile must not share a cache set), and zeros from column `width` to the next multiple of 32.
@@ -311,7 +322,7 @@ typedef struct {
     // Pack up to 16 source rows [rows][ld] (dtype 0 bf16, 1 f16, 2 f32) into half a panel: dst[k_pad/2][32][2],
     // 16 columns of it. Missing rows and k..k_pad become zero.
     void (*pack_half)(bf16 *dst, const void *src, int dtype, long ld, long rows, long k, long k_pad);
-    void (*unpack_row)(float *dst, const bf16 *w, long row, long k, long k_pad);  // packed column `row` as f32 [k]
+    void (*unpack_row)(float *dst, const pace_matrix *w, long row);  // packed column `row` as f32 [k]
     void (*rope)(const pace_rope *g, const pace_batch *b, const pace_rows *rows, long kv_head);
     // Rows times the query heads of a kv head: at most PACE_ATTN_ROWS.
     void (*attention)(const pace_attention *g, const pace_batch *b, const pace_rows *rows, long kv_head, void *scratch);

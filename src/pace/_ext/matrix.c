@@ -8,16 +8,27 @@
 #include "pages.h"
 #include "work.h"
 
-int pace_packed_init(pace_packed *w, long n, long k) {
+enum { PAGE = 4096 };
+
+int pace_packed_init(pace_packed *w, long n, long k, long count) {
     const size_t k_pad = ((size_t)k + PACE_KPAD - 1) / PACE_KPAD * PACE_KPAD;
     const size_t n_panels = ((size_t)n + PACE_NR - 1) / PACE_NR;
+    size_t one;
     memset(w, 0, sizeof *w);
-    if (__builtin_mul_overflow(n_panels * PACE_NR, k_pad, &w->bytes) ||
-        __builtin_mul_overflow(w->bytes, sizeof(bf16), &w->bytes))
+    if (__builtin_mul_overflow(n_panels * PACE_NR, k_pad, &one) || __builtin_mul_overflow(one, sizeof(bf16), &one) ||
+        one > SIZE_MAX - PAGE)
         return ENOMEM;
+    const size_t stride = count == 1 ? one : (one + PAGE - 1) / PAGE * PAGE;
+    if (__builtin_mul_overflow(stride, (size_t)count, &w->bytes)) return ENOMEM;
     w->data = pace_alloc_huge(w->bytes);
     if (!w->data) return ENOMEM;
-    w->m = (pace_matrix){.data = w->data, .n = n, .k = k, .k_pad = (long)k_pad, .n_panels = (long)n_panels};
+    w->m = (pace_matrix){.data = w->data,
+                         .n = n,
+                         .k = k,
+                         .k_pad = (long)k_pad,
+                         .n_panels = (long)n_panels,
+                         .count = count,
+                         .stride = (long)stride};
     return 0;
 }
 
@@ -27,7 +38,8 @@ void pace_packed_free(pace_packed *w) {
 }
 
 typedef struct {
-    pace_packed *w;
+    pace_matrix w;
+    bf16 *data;
     const char *src;
     const pace_kernels *kernels;
     long ld, rows, at;
@@ -47,20 +59,27 @@ static void pack_worker(void *arg, int tid, pace_team *team) {
             // Half-panel that receives rows 16 i .. 16 i + 15 of the source.
             long half = j->at / 16;
             half += j->mode == PACE_PACK_ROWS ? i : 2 * i + (j->mode == PACE_PACK_UP);
-            bf16 *dst = j->w->data + (half / 2) * j->w->m.k_pad * PACE_NR + (half % 2) * 32;
+            bf16 *dst = j->data + (half / 2) * j->w.k_pad * PACE_NR + (half % 2) * 32;
             const char *src = j->src + (size_t)(i * 16 * j->ld) * size[j->dtype];
-            if (pace_copy_mapped(rows, src, (size_t)((n - 1) * j->ld + j->w->m.k) * size[j->dtype]) != 0) {
+            if (pace_copy_mapped(rows, src, (size_t)((n - 1) * j->ld + j->w.k) * size[j->dtype]) != 0) {
                 j->error = EFAULT;
                 return;
             }
-            j->kernels->pack_half(dst, rows, j->dtype, j->ld, n, j->w->m.k, j->w->m.k_pad);
+            j->kernels->pack_half(dst, rows, j->dtype, j->ld, n, j->w.k, j->w.k_pad);
         }
 }
 
-int pace_packed_fill(pace_packed *w, pace_team *team, const pace_kernels *kernels, const void *src, int dtype, long ld,
-                     long rows, long at, int mode) {
-    pack_job j = {
-        .w = w, .src = src, .kernels = kernels, .ld = ld, .rows = rows, .at = at, .dtype = dtype, .mode = mode};
+int pace_packed_fill(pace_packed *w, long i, pace_team *team, const pace_kernels *kernels, const void *src, int dtype,
+                     long ld, long rows, long at, int mode) {
+    pack_job j = {.w = w->m,
+                  .data = (bf16 *)(void *)(w->data + i * w->m.stride),
+                  .src = src,
+                  .kernels = kernels,
+                  .ld = ld,
+                  .rows = rows,
+                  .at = at,
+                  .dtype = dtype,
+                  .mode = mode};
     int e = pace_work_init(&j.work, pace_team_size(team));
     if (e) return e;
     pace_work_arm_all(&j.work, (rows + 15) / 16);

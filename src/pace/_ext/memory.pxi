@@ -3,11 +3,11 @@
 cdef extern from "matrix.h" nogil:
     ctypedef struct pace_packed:
         pace_matrix m
-        bf16 *data
+        char *data
         size_t bytes
-    int pace_packed_init(pace_packed *w, long n, long k)
+    int pace_packed_init(pace_packed *w, long n, long k, long count)
     void pace_packed_free(pace_packed *w)
-    int pace_packed_fill(pace_packed *w, pace_team *team, const pace_kernels *kernels, const void *src, int dtype,
+    int pace_packed_fill(pace_packed *w, long i, pace_team *team, const pace_kernels *kernels, const void *src, int dtype,
                          long ld, long rows, long at, int mode)
 
 
@@ -23,20 +23,20 @@ cdef extern from "pool.h" nogil:
 
 
 cdef class Matrix:
-    """What an operator takes for a weight [n, k]."""
+    """What an operator takes for a weight [n, k], or for `count` of them."""
     cdef pace_matrix m
-    cdef readonly long n, k
+    cdef readonly long n, k, count
 
 
 cdef class Packed(Matrix):
     cdef pace_packed w
 
-    def __cinit__(self, long n, long k):
-        if n < 1 or k < 1:
-            raise ValueError(f"matrix is [{n}, {k}], both must be positive")
-        if pace_packed_init(&self.w, n, k):
-            raise MemoryError(f"cannot allocate a packed matrix [{n}, {k}]")
-        self.m, self.n, self.k = self.w.m, n, k
+    def __cinit__(self, long n, long k, long count):
+        if n < 1 or k < 1 or count < 1:
+            raise ValueError(f"{count} matrices [{n}, {k}], all must be positive")
+        if pace_packed_init(&self.w, n, k, count):
+            raise MemoryError(f"cannot allocate a packed matrix [{n}, {k}]" + f" {count} times" * (count > 1))
+        self.m, self.n, self.k, self.count = self.w.m, n, k, count
 
     def __dealloc__(self):
         pace_packed_free(&self.w)
@@ -45,26 +45,33 @@ cdef class Packed(Matrix):
     def nbytes(self):
         return self.w.bytes
 
-    def pack(self, Team team, const unsigned char[:, ::1] src, int dtype, long at, int mode):
+    cdef long index(self, long i) except -1:
+        if not 0 <= i < self.count:
+            raise ValueError(f"matrix {i} of {self.count}")
+        return i
+
+    def pack(self, Team team, const unsigned char[:, ::1] src, int dtype, long at, int mode, long i):
         cdef long rows = src.shape[0], k = self.k, most, room = self.m.n_panels * PACE_NR
         if dtype not in (0, 1, 2) or mode not in (0, 1, 2) or rows < 1 or src.shape[1] != k * (4 if dtype == 2 else 2):
             raise ValueError(f"source rows have {src.shape[1]} bytes, the matrix wants {k} elements of type {dtype}")
         most = rows if mode == 0 else (rows + 15) // 16 * 32 - 16 * (mode == 1)
         if at < 0 or at % 16 or at > room or most > room - at:
             raise ValueError(f"{rows} rows at {at} do not fit a packed matrix of {self.n} rows")
+        self.index(i)
         cdef const void *p = &src[0, 0]
         cdef int e
         with nogil:
-            e = pace_packed_fill(&self.w, team.team, current, p, dtype, k, rows, at, mode)
+            e = pace_packed_fill(&self.w, i, team.team, current, p, dtype, k, rows, at, mode)
         check_run(e)
 
-    def unpack(self):
+    def unpack(self, long i):
+        cdef pace_matrix m = pace_matrix_at(&self.m, self.index(i))
         out = np.empty((self.n, self.k), np.float32)
         cdef float[:, ::1] o = out
-        cdef long i
+        cdef long row
         with nogil:
-            for i in range(self.n):
-                current.unpack_row(&o[i, 0], self.w.data, i, self.k, self.m.k_pad)
+            for row in range(self.n):
+                current.unpack_row(&o[row, 0], &m, row)
         return out
 
 
@@ -76,8 +83,9 @@ cdef class Mapped(Matrix):
         if dtype not in (0, 1, 2) or src.shape[0] < 1 or src.shape[1] < 1:
             raise ValueError(f"table of {src.shape[0]} rows of {src.shape[1]} bytes and type {dtype}")
         self.rows = src
-        self.n, self.k = src.shape[0], src.shape[1] // (4 if dtype == 2 else 2)
+        self.n, self.k, self.count = src.shape[0], src.shape[1] // (4 if dtype == 2 else 2), 1
         self.m.data, self.m.n, self.m.k, self.m.layout = &src[0, 0], self.n, self.k, PACE_BF16_ROWS + dtype
+        self.m.count = 1
 
 
 cdef class KVPool:

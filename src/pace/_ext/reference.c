@@ -102,8 +102,8 @@ static void kernel_gemm(const pace_gemm *g, long p0, long p1, long m0, long m1, 
         for (long n = p0 * width; n < p1 * width && n < g->dst.width; n++) store(&g->dst, m, n, product_at(g, m, n));
 }
 
-static void unpack_row(float *dst, const bf16 *w, long row, long k, long k_pad) {
-    for (long i = 0; i < k; i++) dst[i] = (float)packed_at(w, row, i, k_pad);
+static void unpack_row(float *dst, const pace_matrix *w, long row) {
+    for (long i = 0; i < w->k; i++) dst[i] = (float)weight_at(w, row, i);
 }
 
 static void kernel_embed(const pace_embed *g, const pace_batch *b, long m0, long m1) {

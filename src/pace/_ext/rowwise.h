@@ -64,9 +64,9 @@ static void pack_half(bf16 *dst, const void *src, int dtype, long ld, long rows,
 }
 
 // Packed column `row` as a contiguous f32 vector.
-static void unpack_row(float *dst, const bf16 *w, long row, long k, long k_pad) {
-    const bf16 *s = w + (row / PACE_NR) * k_pad * PACE_NR + (row % PACE_NR) * 2;
-    for (long i = 0; i < k; i++) dst[i] = bf16_to_f32(s[(i / 2) * 2 * PACE_NR + i % 2]);
+static void unpack_row(float *dst, const pace_matrix *w, long row) {
+    const bf16 *s = (const bf16 *)w->data + (row / PACE_NR) * w->k_pad * PACE_NR + (row % PACE_NR) * 2;
+    for (long i = 0; i < w->k; i++) dst[i] = bf16_to_f32(s[(i / 2) * 2 * PACE_NR + i % 2]);
 }
 
 // ---- embedding and selection ------------------------------------------------------------------------------

@@ -22,31 +22,39 @@ _MODES: Final = {"rows": 0, "gate": 1, "up": 2}
 class PackedMatrix:
     """A weight [n, k] in bf16 panels, laid out as the kernels read it; filled part by part, zeros elsewhere.
 
+    Args:
+        count: how many matrices of this shape: the experts of a layer.
+
     Raises:
         ValueError: a size is not positive.
         MemoryError: the system refuses the memory.
     """
 
-    def __init__(self, team: Team, n: int, k: int) -> None:
+    def __init__(self, team: Team, n: int, k: int, count: int = 1) -> None:
         self._team = team
-        self._matrix = _kernels.Packed(n, k)
+        self._matrix = _kernels.Packed(n, k, count)
         self.n = n
         self.k = k
+        self.count = count
 
     @property
     def nbytes(self) -> int:
         """Bytes of the packed copy, padding included."""
         return self._matrix.nbytes
 
-    def pack(self, src: npt.NDArray[Any], dtype: str, at: int = 0, mode: str = "rows") -> None:
+    def pack(
+        self, src: npt.NDArray[Any], dtype: str, at: int = 0, mode: str = "rows", matrix: int = 0
+    ) -> None:
         """Convert rows to bf16 and place them.
 
         Args:
             src: [rows, k]; uint16 for "bf16", float16 for "f16", float32 for "f32".
             at: first packed row, a multiple of 16.
             mode: "rows", or "gate" / "up": alternate blocks of 16 rows (see `models.plan.gated_rows`).
+            matrix: which of `count`.
 
         Raises:
+            ValueError: the rows do not fit, or there is no such matrix.
             CheckpointError: the rows are of a mapped file that was truncated, or that its disk no longer gives.
         """
         code, np_dtype = _DTYPES[dtype]
@@ -55,15 +63,15 @@ class PackedMatrix:
                 f"source is {src.dtype} {src.shape}, expected C-contiguous {np_dtype.__name__} [rows, {self.k}]"
             )
         try:
-            self._matrix.pack(self._team._team, src.view(np.uint8), code, at, _MODES[mode])
+            self._matrix.pack(self._team._team, src.view(np.uint8), code, at, _MODES[mode], matrix)
         except _kernels.Truncated as error:
             raise CheckpointError(
                 f"{error}; copy the checkpoint again, and load it when that is done"
             ) from None
 
-    def unpack(self) -> F32:
-        """The matrix as f32 [n, k]."""
-        return self._matrix.unpack()
+    def unpack(self, matrix: int = 0) -> F32:
+        """A matrix as f32 [n, k]."""
+        return self._matrix.unpack(matrix)
 
 
 class MappedTable:
