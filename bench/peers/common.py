@@ -43,8 +43,15 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("directory")
     parser.add_argument("--suite", choices=SUITES, default="latency")
     parser.add_argument("--cells", nargs="+", type=cell, default=list(CELLS), metavar="SEQUENCESxPROMPT")
+    lengths(parser)
     parser.add_argument("--eager", action="store_true", help="vLLM: without torch.compile")
     return parser.parse_args(argv)
+
+
+def lengths(parser: argparse.ArgumentParser) -> None:
+    """Which cases the latency suites have."""
+    parser.add_argument("--prefill", nargs="+", type=int, default=list(PREFILL), metavar="TOKENS")
+    parser.add_argument("--decode", nargs="+", type=int, default=list(DECODE), metavar="SEQUENCES")
 
 
 def cell(name: str) -> str:
@@ -78,7 +85,8 @@ def run(generate: Generate, args: argparse.Namespace) -> None:
 
     seconds(1, 128, 4)  # warm up
     if args.suite != "throughput":
-        report((prefill(seconds) if args.suite == "latency" else {}) | decode(seconds))
+        first = prefill(seconds, args.prefill) if args.suite == "latency" else {}
+        report(first | decode(seconds, args.decode))
     else:
         result: dict[str, float] = {}
         for name in args.cells:
@@ -90,15 +98,15 @@ def run(generate: Generate, args: argparse.Namespace) -> None:
             report(result)  # after every cell: an engine that is killed in the next one keeps these
 
 
-def prefill(seconds: Callable[[int, int, int], float]) -> dict[str, float]:
+def prefill(seconds: Callable[[int, int, int], float], lengths: Sequence[int]) -> dict[str, float]:
     """Tokens/s by case."""
-    return {f"prefill {n}": n / median(seconds(1, n, 1) for _ in range(REPEAT)) for n in PREFILL}
+    return {f"prefill {n}": n / median(seconds(1, n, 1) for _ in range(REPEAT)) for n in lengths}
 
 
-def decode(seconds: Callable[[int, int, int], float]) -> dict[str, float]:
+def decode(seconds: Callable[[int, int, int], float], batches: Sequence[int]) -> dict[str, float]:
     """Tokens/s by case."""
     result = {}
-    for batch in DECODE:
+    for batch in batches:
         steps = [
             seconds(batch, DECODE_PROMPT, NEW_TOKENS) - seconds(batch, DECODE_PROMPT, 1)
             for _ in range(REPEAT)

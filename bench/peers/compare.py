@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from common import CELL_TOKENS, CELLS, SUITES, cell, split
+from common import CELL_TOKENS, CELLS, SUITES, cell, lengths, split
 
 HERE = Path(__file__).parent
 OURS, RIVAL = "pace", "amd_pace"
@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--suite", choices=SUITES, default="latency")
     parser.add_argument("--cells", nargs="+", type=cell, default=list(CELLS), metavar="SEQUENCESxPROMPT")
+    lengths(parser)
     parser.add_argument("--vllm-eager", action="store_true", help="keep vLLM from torch.compile")
     args = parser.parse_args()
     engines = dict(engine.split("=", 1) for engine in args.engine)
@@ -93,6 +94,7 @@ def main() -> None:
     for _ in range(args.rounds):
         for name, python in engines.items():
             arguments = [args.directory, "--suite", args.suite, "--cells", *args.cells]
+            arguments += ["--prefill", *map(str, args.prefill), "--decode", *map(str, args.decode)]
             arguments += ["--eager"] if name == "vllm" and args.vllm_eager else []
             results[name].append(run(name, python, arguments))
             print(name, {k: round(v, 1) for k, v in results[name][-1].items()}, flush=True)

@@ -54,13 +54,13 @@ def main() -> None:
             common.report(result)
         return
     if args.suite == "latency":
-        lengths = [n for n in common.PREFILL for _ in range(common.REPEAT)]
+        lengths = [n for n in args.prefill for _ in range(common.REPEAT)]
         rows = bench(args.directory, 1, lengths, 1)
-        for n in common.PREFILL:
+        for n in args.prefill:
             times = [row["t_pp"] for row, length in zip(rows, lengths, strict=True) if length == n]
             result[f"prefill {n}"] = n / median(times)
     n_steps = common.NEW_TOKENS - 1
-    for batch in common.DECODE:
+    for batch in args.decode:
         rows = bench(args.directory, batch, [common.DECODE_PROMPT] * common.REPEAT, n_steps)
         result[f"decode {batch}"] = batch * n_steps / median(row["t_tg"] for row in rows)
     common.report(result)
