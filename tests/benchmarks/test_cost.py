@@ -68,3 +68,33 @@ def test_a_window_bounds_what_is_read() -> None:
     # Row by row or all at once: the same products.
     rows = [step_cost(windowed, [1], [n], 0).n_flops for n in range(1, 101)]
     assert step_cost(windowed, [100], [100], 0).n_flops == sum(rows)
+
+
+def test_layers_that_share_keys_attend_with_the_last_rows_only() -> None:
+    config = {
+        "architectures": ["Gemma4ForCausalLM"],
+        "model_type": "gemma4_text",
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "global_head_dim": 16,
+        "vocab_size": 128,
+        "vocab_size_per_layer_input": 128,
+        "hidden_size_per_layer_input": 0,
+        "layer_types": ["full_attention"] * 4,
+        "hidden_activation": "gelu_pytorch_tanh",
+    }
+    own, shared = (
+        step_cost(lower(parse_config(config | {"num_kv_shared_layers": n})[0], 64), [50], [50], 1)
+        for n in (0, 2)
+    )
+    per_row = (
+        2 * 64 * (2 * 64 + 3 * 64)
+    )  # what a row passes in a layer without keys of its own: q, o and the MLP
+    keys = 2 * 2 * 64 * 16
+    pairs = 4 * 4 * 16 * (50 * 51 / 2 - 50)  # attention of all rows against that of one
+    # The layer before the shared ones now ends behind its attention, as the last one did.
+    assert own.n_flops - shared.n_flops == 2 * (49 * per_row + 50 * keys + pairs)

@@ -49,11 +49,11 @@ def step_cost(
     """
     total = Cost()
     seen: dict[
-        tuple[int | None, int, KVLayer], Cost
+        tuple[int | None, int, KVLayer, str], Cost
     ] = {}  # attention costs the same in every layer of one shape
     for op in plan.ops:
         if isinstance(op, Attention):
-            shape = op.window, op.n_heads, plan.kv[op.kv]
+            shape = op.window, op.n_heads, plan.kv[op.kv], plan.slots[op.src].rows
             if shape not in seen:
                 seen[shape] = op_cost(plan, op, q_len, kv_len, n_logit_rows, kv_cache_dtype)
             total += seen[shape]
@@ -81,6 +81,10 @@ def op_cost(
         return Cost(float(n_rows["tokens"] * plan.slots[op.dst].width * DTYPE_BYTES["bf16"]))
     if isinstance(op, Attention):
         n_pairs = n_read = 0
+        if (
+            plan.slots[op.src].rows == "logits"
+        ):  # behind the last layer that appends: as many rows of each sequence
+            q_len = [min(q, n_logit_rows // len(q_len)) for q in q_len]
         for q, kv in zip(q_len, kv_len, strict=True):
             window = op.window or kv
             full = max(0, kv - max(kv - q, window))  # rows that see a whole window; the others see all
