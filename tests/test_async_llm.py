@@ -28,7 +28,7 @@ from pace.errors import (
     RequestError,
 )
 from pace.llm import LLM
-from pace.outputs import CompletionOutput, Logprob, RequestOutput
+from pace.outputs import CompletionOutput, Logprob, RequestOutput, ToolCall
 from pace.params import RequestOutputKind, SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
@@ -462,3 +462,14 @@ def test_a_ticket_holds_one_output() -> None:
         assert read is not None and read.outputs[0].text == text
         assert ticket.take() is None and not ticket.finished
         assert ticket.put(output("c", finished=True)) and ticket.finished
+
+
+def test_unread_tool_calls_are_joined_by_index() -> None:
+    def output(calls: list[ToolCall] | None) -> RequestOutput:
+        return RequestOutput("id", None, [1], [CompletionOutput(0, "", [2], tool_calls=calls)])
+
+    first = [ToolCall(0, "a", "f", '{"x"')]
+    second = [ToolCall(0, "a", "f", ": 1}"), ToolCall(1, "b", "g", "{}")]
+    both = merged(merged(output(None), output(first)), merged(output(second), output(None)))
+    assert both.outputs[0].tool_calls == [ToolCall(0, "a", "f", '{"x": 1}'), ToolCall(1, "b", "g", "{}")]
+    assert merged(output(None), output(None)).outputs[0].tool_calls is None

@@ -13,7 +13,7 @@ from typing import TypeAlias
 from pace.engine.core import Engine
 from pace.engine.request import Request
 from pace.errors import CapacityError, EngineDeadError, ForkError, PaceError, RequestError, one_line, show
-from pace.outputs import CompletionOutput, RequestOutput
+from pace.outputs import CompletionOutput, RequestOutput, ToolCall
 from pace.params import RequestOutputKind
 
 __all__ = ["Driver", "Inbox", "Notify", "Ticket", "merged"]
@@ -280,4 +280,17 @@ def _joined(old: CompletionOutput, new: CompletionOutput) -> CompletionOutput:
         token_ids=[*old.token_ids, *new.token_ids],
         logprobs=logprobs,
         reasoning=reasoning,
+        tool_calls=_joined_calls(old.tool_calls, new.tool_calls),
     )
+
+
+def _joined_calls(old: list[ToolCall] | None, new: list[ToolCall] | None) -> list[ToolCall] | None:
+    if old is None or new is None:
+        return new if old is None else old
+    calls = {call.index: call for call in old}
+    for call in new:
+        before = calls.get(call.index)
+        calls[call.index] = (
+            call if before is None else replace(call, arguments=before.arguments + call.arguments)
+        )
+    return [calls[index] for index in sorted(calls)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from pace.vllm_names import OUTPUT_FIELDS, refuse_attribute
 
-__all__ = ["CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput", "SpeculativeMetrics"]
+__all__ = ["CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput", "SpeculativeMetrics", "ToolCall"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,24 @@ class Logprob:
     decoded_token: str | None = None
 
 
+@dataclass(frozen=True)
+class ToolCall:
+    """A call of a tool that the model has written.
+
+    Attributes:
+        index: which of the completion's calls this is.
+        id: unique among all calls.
+        name: of the function.
+        arguments: its arguments as JSON text. In an output of kind DELTA what is new of it: joined by `index` the parts are
+            the whole; id and name are in each.
+    """
+
+    index: int
+    id: str
+    name: str
+    arguments: str
+
+
 class _Output:
     """Answers for the fields that vLLM's outputs have beside ours."""
 
@@ -41,8 +59,8 @@ class _Output:
 class CompletionOutput(_Output):
     """One completion of a prompt.
 
-    Where a request's output_kind is DELTA, text, reasoning, token_ids and logprobs hold only what is new since the
-    output before, and the other fields the state of the whole.
+    Where a request's output_kind is DELTA, text, reasoning, tool_calls, token_ids and logprobs hold only what is new since
+    the output before, and the other fields the state of the whole.
 
     Attributes:
         index: which of the request's completions this is.
@@ -66,6 +84,7 @@ class CompletionOutput(_Output):
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     reasoning: str | None = None
+    tool_calls: list[ToolCall] | None = None
 
     def finished(self) -> bool:
         """Whether nothing will be added to this completion."""
