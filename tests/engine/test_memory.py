@@ -71,6 +71,29 @@ def test_roomy(plan: Plan) -> None:
     assert "64 blocks of 256 tokens" in roomy.describe()
 
 
+def test_a_table_that_stays_in_its_file_takes_no_memory() -> None:
+    """Gemma 4 E2B's per-layer table is half of the file; counted, it refused the model on machines that run it."""
+    config = {
+        "architectures": ["Gemma4ForCausalLM"],
+        "model_type": "gemma4_text",
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "global_head_dim": 16,
+        "vocab_size": 1 << 20,
+        "vocab_size_per_layer_input": 1 << 20,
+        "hidden_size_per_layer_input": 256,
+        "layer_types": ["full_attention"] * 2,
+        "hidden_activation": "gelu_pytorch_tanh",
+    }
+    planned = size(lower(parse_config(config)[0], 128), 1 << 30)
+    embedding, table = 2 * 64 << 20, 2 * 2 * 256 << 20
+    assert embedding < planned.weights_bytes < embedding + (1 << 20) < table
+
+
 def test_short_sequences_have_small_blocks(plan: Plan) -> None:
     assert [only(size(plan, 1 << 40, n)).block_size for n in (1, 16, 17, 100, 256, 4096)] == [
         16,

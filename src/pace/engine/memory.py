@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pace.engine.kv_memory import GroupMemory, KVMemory, plan_groups
 from pace.errors import CapacityError
-from pace.models.plan import Plan
+from pace.models.plan import Plan, WeightShape
 
 __all__ = ["MemoryPlan", "available_bytes", "plan_memory"]
 
@@ -28,7 +28,7 @@ class MemoryPlan:
     """What an engine allocates, in bytes; decided before anything is.
 
     Attributes:
-        weights_bytes: packed matrices and vectors.
+        weights_bytes: packed matrices and vectors; tables that stay in their file are not counted.
         activation_bytes: the slots of the largest step.
         kv: the KV pools; their pages are mapped when tokens are stored.
         available_bytes: what the system and the cgroup had left.
@@ -108,7 +108,7 @@ def plan_memory(
     """
     available = available_bytes() if available is None else available
     n_logit_rows = max_num_seqs if max_logit_rows is None else max_logit_rows
-    weights_bytes = sum(_packed_bytes(shape.n, shape.k) for shape in plan.weights().values())
+    weights_bytes = sum(_packed_bytes(shape) for shape in plan.weights().values())
     activation_bytes = sum(
         slot.width
         * SLOT_BYTES[slot.dtype]
@@ -170,7 +170,10 @@ def available_bytes() -> int:
     return min([_meminfo_available(), *_cgroup_available()])
 
 
-def _packed_bytes(n: int, k: int | None) -> int:
+def _packed_bytes(shape: WeightShape) -> int:
+    if shape.mapped:
+        return 0  # a row is read where the file has it; its pages are the page cache's and can be dropped
+    n, k = shape.n, shape.k
     return 4 * n if k is None else -(-n // PANEL) * PANEL * (k + k % 2) * 2
 
 
