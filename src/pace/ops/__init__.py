@@ -18,18 +18,23 @@ from pace.ops.sampling import (
     sample,
     softmax,
 )
+from pace.ops.suffix import SUFFIX_BREAK, SUFFIX_ORDER, SuffixGuess, SuffixIndex
 from pace.ops.team import Team, roof_dot, roof_read
 
 __all__ = [
     "KV_DTYPES",
     "OPERATORS",
     "SAMPLE_DTYPE",
+    "SUFFIX_BREAK",
+    "SUFFIX_ORDER",
     "KVPool",
     "LogprobsResult",
     "MappedTable",
     "PackedMatrix",
     "Plan",
     "SampleResult",
+    "SuffixGuess",
+    "SuffixIndex",
     "Team",
     "argmax",
     "check_kernels",

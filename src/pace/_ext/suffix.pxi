@@ -1,0 +1,81 @@
+# Part of _kernels.pyx: suffix automata of token ids.
+
+cdef extern from "suffix.h" nogil:
+    ctypedef struct pace_suffix:
+        pass
+    ctypedef struct pace_suffix_guess:
+        long n
+        int match
+        float expected
+    int PACE_SUFFIX_ORDER, PACE_SUFFIX_BREAK, PACE_SUFFIX_MAX_TOKENS
+    pace_suffix *pace_suffix_new(uint64_t seed)
+    void pace_suffix_free(pace_suffix *a)
+    size_t pace_suffix_bytes(const pace_suffix *a)
+    long pace_suffix_tokens(const pace_suffix *a)
+    int pace_suffix_add(pace_suffix *a, const int32_t *tokens, long n)
+    pace_suffix_guess pace_suffix_propose(const pace_suffix *a, const int32_t *context, long n_context, int min_match,
+                                          long max_tokens, int32_t *tokens, float *confidence)
+
+
+SUFFIX_ORDER, SUFFIX_BREAK = PACE_SUFFIX_ORDER, PACE_SUFFIX_BREAK
+
+cdef enum:
+    MOST_GUESSED = 256
+
+
+cdef class Suffixes:
+    """Belongs to one thread at a time: the GIL is held throughout, a call takes microseconds."""
+    cdef pace_suffix *a  # NULL once memory has run out
+
+    def __cinit__(self, uint64_t seed):
+        self.a = pace_suffix_new(seed)
+        if self.a == NULL:
+            raise MemoryError("cannot allocate a suffix automaton")
+
+    def __dealloc__(self):
+        pace_suffix_free(self.a)
+
+    cdef pace_suffix *whole(self) except NULL:
+        if self.a == NULL:
+            raise MemoryError("a suffix automaton is lost: there was no memory for it to grow")
+        return self.a
+
+    @property
+    def nbytes(self):
+        return pace_suffix_bytes(self.whole())
+
+    @property
+    def n_tokens(self):
+        return pace_suffix_tokens(self.whole())
+
+    def add(self, const int32_t[::1] tokens):
+        cdef int e
+        self.whole()
+        if tokens.shape[0] == 0:
+            return
+        e = pace_suffix_add(self.a, &tokens[0], tokens.shape[0])
+        if e == ENOMEM:
+            pace_suffix_free(self.a)
+            self.a = NULL
+            self.whole()
+        if e:
+            raise ValueError(f"{tokens.shape[0]} tokens on {pace_suffix_tokens(self.a)}: a suffix automaton holds "
+                             f"{PACE_SUFFIX_MAX_TOKENS}")
+
+    def propose(self, context, int min_match, long max_tokens):
+        cdef int32_t[MOST_GUESSED] tokens
+        cdef float[MOST_GUESSED] confidence
+        cdef const int32_t[::1] behind
+        cdef const int32_t *start = NULL
+        cdef long i, n = 0
+        cdef pace_suffix_guess guess
+        if min_match < 1 or not 0 <= max_tokens <= MOST_GUESSED:
+            raise ValueError(f"min_match is {min_match} and max_tokens {max_tokens}, expected 1 or more and 0 to {MOST_GUESSED}")
+        if context is not None:
+            behind = context
+            n = behind.shape[0]
+            if n == 0:
+                return [], [], 0.0, 0
+            start = &behind[0]
+        guess = pace_suffix_propose(self.whole(), start, n, min_match, max_tokens, tokens, confidence)
+        return ([tokens[i] for i in range(guess.n)], [confidence[i] for i in range(guess.n)], guess.expected, guess.match)
