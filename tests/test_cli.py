@@ -205,6 +205,7 @@ def test_help_is_ascii(capsys: pytest.CaptureFixture[str]) -> None:
         ["chat"],
         ["info"],
         *(["bench", b] for b in ("roofline", "latency", "throughput")),
+        ["eval", "perplexity"],
     ):
         with pytest.raises(SystemExit):
             cli.main([*command, "--help"])
@@ -275,6 +276,7 @@ def test_bad_stdin_and_models(
         ["generate", "--model", "x", "--kv-cache-type", "heap"],
         ["generate", "--model", "x", "--admission", "lottery"],
         ["bench"],
+        ["eval"],
         ["chat", "--model"],
     ],
 )
@@ -289,7 +291,14 @@ def test_wrong_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Non
     "argv",
     [
         [*command, "--help"]
-        for command in ([], ["generate"], ["chat"], ["bench", "latency"], ["bench", "throughput"])
+        for command in (
+            [],
+            ["generate"],
+            ["chat"],
+            ["bench", "latency"],
+            ["bench", "throughput"],
+            ["eval", "perplexity"],
+        )
     ],
 )
 def test_help_has_examples(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,1 +1,2 @@
-"""What `pace bench` measures. Every figure stands beside the machine's own roof, measured in the same run."""
+"""What `pace bench` and `pace eval` measure. Every speed stands beside the machine's own roof, or another speed of the same
+run."""

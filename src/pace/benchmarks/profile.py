@@ -18,7 +18,7 @@ from pace.benchmarks.cost import Cost, op_cost, op_kind, rowwise_bytes
 from pace.engine.loader import Loaded
 from pace.models.plan import Attention, Batch, F32Array, I32Array
 
-__all__ = ["OpProfile", "Profiler", "StepProfile", "format_profiles"]
+__all__ = ["OpProfile", "Profiler", "StepProfile", "format_profiles", "wrapped"]
 
 OUTSIDE = ("launch", "sampler", "scheduler/python")
 """Parts of a step that are no operators: entering and leaving the plan, drawing tokens, and all the rest."""
@@ -114,7 +114,7 @@ class Profiler:
             (engine.sampler, "sample", self._sample),
             (engine, "step", self._step),
         ):
-            self._stack.enter_context(_wrapped(owner, name, wrapper))
+            self._stack.enter_context(wrapped(owner, name, wrapper))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -218,7 +218,7 @@ def _op_profile(
 
 
 @contextmanager
-def _wrapped(owner: object, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
+def wrapped(owner: object, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
     """Let `owner.name(...)` call `wrapper(the method, ...)` for the length of a with block."""
     method = getattr(owner, name)
     setattr(owner, name, lambda *args, **options: wrapper(method, *args, **options))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pace.commands import options
@@ -247,8 +246,7 @@ def _check_files(args: argparse.Namespace) -> None:
         from pace.benchmarks.chart import check_chart
 
         check_chart(args.profile)
-    if args.output_json is not None and not Path(args.output_json).absolute().parent.is_dir():
-        raise ConfigError(f"{args.output_json}: its folder does not exist; create it or choose another")
+    options.check_folder(args.output_json)
 
 
 def _report(

@@ -19,7 +19,7 @@ from pace.config import (
     parse_kernels,
 )
 from pace.console import OutputError, err
-from pace.errors import RequestError
+from pace.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
     from pace.engine.memory import MemoryPlan
@@ -293,6 +293,16 @@ def decode(data: bytes, where: str) -> str:
         name = encoding.removesuffix("-sig").upper()
         raise RequestError(f"{where}: not {name} at byte {error.start}") from None
     return text.removesuffix("\n").removesuffix("\r")  # what editors and echo add
+
+
+def check_folder(name: str | None) -> None:
+    """Find out before long work whether there is a place for the file that it ends in.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name is not None and not Path(name).absolute().parent.is_dir():
+        raise ConfigError(f"{name}: its folder does not exist; create it or choose another")
 
 
 def write_file(name: str, text: str) -> None:
