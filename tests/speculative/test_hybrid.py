@@ -1,0 +1,85 @@
+"""The hybrid drafter: who is asked, whose guess is taken, and who hears what became of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from pace.engine.sequence import Sequence
+from pace.params import SamplingParams
+from pace.speculative.drafter import Drafter, Proposal
+from pace.speculative.hybrid import HybridDrafter
+from pace.speculative.suffix import SuffixDrafter
+
+
+class Model(Drafter):
+    """Guesses 40, 41, ... unless told to be silent; remembers what it was told."""
+
+    name = "pard"
+    max_tokens = 4
+
+    def __init__(self) -> None:
+        self.heard: list[Any] = []
+        self.silent = False
+
+    def propose(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, Proposal]:
+        self.heard.append(list(wanted.values()))
+        return {} if self.silent else {s: Proposal(list(range(40, 40 + n))) for s, n in wanted.items() if n}
+
+    def observe(self, seq: Sequence, n_accepted: int) -> None:
+        self.heard.append(("observed", n_accepted))
+
+    def end(self, seq: Sequence) -> None:
+        self.heard.append("ended")
+
+    def close(self) -> None:
+        self.heard.append("closed")
+
+    def stats(self) -> dict[str, Any]:
+        return {"draft_rows": 7}
+
+
+def sequence(*tokens: int) -> Sequence:
+    seq = Sequence("r", np.array(tokens, np.int32), SamplingParams(), max_output=100)
+    seq.start(0, 0)
+    return seq
+
+
+LONG = (*range(10), 30, *range(6))
+SHORT = (*range(10), 30, *range(3))
+NONE = (*range(10), 30)
+
+
+def test_a_long_match_overrides_the_model() -> None:
+    model = Model()
+    drafter = HybridDrafter(model, SuffixDrafter(4), override=5)
+    long, short, none = seqs = [sequence(*tokens) for tokens in (LONG, SHORT, NONE)]
+    found = drafter.propose(dict.fromkeys(seqs, 3))
+    assert [found[seq].token_ids for seq in seqs] == [[6, 7, 8], [40, 41, 42], [40, 41, 42]]
+    assert model.heard == [[0, 3, 3]], "who has a long match costs the model nothing"
+    drafter.observe(long, 2)
+    drafter.observe(short, 1)
+    assert model.heard[1:] == [("observed", 1)]
+    assert drafter.stats()["n_proposals"] == {"suffix": 1, "pard": 2}
+    assert drafter.stats()["draft_rows"] == 7 and drafter.stats()["suffix_bytes"] > 0
+    drafter.end(none)
+    drafter.close()
+    assert model.heard[2:] == ["ended", "closed"]
+
+
+def test_a_short_match_is_better_than_no_guess() -> None:
+    model = Model()
+    model.silent = True
+    drafter = HybridDrafter(model, SuffixDrafter(4), override=5)
+    seqs = [sequence(*tokens) for tokens in (LONG, SHORT, NONE)]
+    found = drafter.propose(dict.fromkeys(seqs, 2))
+    assert {i: found[seq].token_ids for i, seq in enumerate(seqs) if seq in found} == {0: [6, 7], 1: [3, 4]}
+    drafter.observe(seqs[1], 1)
+    assert model.heard == [[0, 2, 2]]
+
+
+def test_who_wants_nothing_gets_nothing() -> None:
+    drafter = HybridDrafter(Model(), SuffixDrafter(4), override=5)
+    assert drafter.propose({sequence(*LONG): 0, sequence(*NONE): 0}) == {}
