@@ -312,7 +312,8 @@ def log_softmax(logits: F32Array) -> F32Array:
     """Of each row; f32 [n, vocab] from f32 [n, vocab]."""
     shifted = logits - logits.max(axis=1, keepdims=True)
     sums = np.exp(shifted).sum(axis=1, dtype=np.float64, keepdims=True)
-    return (shifted - np.log(sums)).astype(np.float32)
+    found: F32Array = (shifted - np.log(sums)).astype(np.float32)
+    return found
 
 
 def divergence(reference: F32Array, model: F32Array) -> F64Array:
@@ -322,7 +323,8 @@ def divergence(reference: F32Array, model: F32Array) -> F64Array:
     p, q = reference[:, :n], model[:, :n]
     with np.errstate(invalid="ignore"):  # 0 times ln 0, where the reference excludes a token
         terms = np.where(p > -np.inf, np.exp(p) * (p - q), 0)
-    return np.maximum(terms.sum(axis=1, dtype=np.float64), 0.0)
+    sums: F64Array = np.maximum(terms.sum(axis=1, dtype=np.float64), 0.0)
+    return sums
 
 
 class _Sums:
