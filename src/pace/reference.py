@@ -284,6 +284,25 @@ def quantise(x: Array) -> tuple[Array, Array]:
     return np.rint(np.divide(x, scale, out=np.zeros_like(x), where=scale > 0)), scale
 
 
+MXFP4_VALUES: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Magnitudes that the lower three bits of a code of MXFP4 choose from; the fourth is the sign."""
+
+
+def dequantise_mxfp4(blocks: npt.NDArray[np.uint8], scales: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+    """Weights of MXFP4 as gpt-oss stores them.
+
+    Args:
+        blocks: [..., k / 32, 16], two codes a byte, that of the lower k in the low nibble.
+        scales: [..., k / 32], bytes e of 2^(e - 127).
+
+    Returns:
+        [..., k], exact.
+    """
+    codes = np.stack([blocks & 15, blocks >> 4], -1).reshape(*scales.shape, 32)
+    values = np.array(MXFP4_VALUES + tuple(-x for x in MXFP4_VALUES))[codes]
+    return np.ldexp(values, scales[..., None].astype(np.int32) - 127).reshape(*scales.shape[:-1], -1)
+
+
 def norm(
     x: Array,
     weight: Array | None,

@@ -9,6 +9,7 @@ I32 = npt.NDArray[np.int32]
 
 class Forked(RuntimeError): ...
 class Truncated(OSError): ...
+class Unrepresentable(ValueError): ...
 
 class Memory:
     nbytes: int
@@ -28,11 +29,20 @@ class Matrix:
     count: int
 
 class Packed(Matrix):
-    def __init__(self, n: int, k: int, count: int) -> None: ...
+    def __init__(self, n: int, k: int, count: int, mxfp4: bool) -> None: ...
     @property
     def nbytes(self) -> int: ...
     def pack(
         self, team: Team, src: npt.NDArray[np.uint8], dtype: int, at: int, mode: int, i: int
+    ) -> None: ...
+    def pack_mxfp4(
+        self,
+        team: Team,
+        blocks: npt.NDArray[np.uint8],
+        scales: npt.NDArray[np.uint8],
+        at: int,
+        mode: int,
+        i: int,
     ) -> None: ...
     def unpack(self, i: int) -> F32: ...
 

@@ -1,6 +1,6 @@
 # The only Cython module of pace: check, one call without the GIL, return. No arithmetic lives here.
 # bf16 arrays cross as uint16. pace/ops/ is the only importer and carries the documentation of every name.
-from libc.errno cimport E2BIG, EFAULT, ENOMEM
+from libc.errno cimport E2BIG, EDOM, EFAULT, ENOMEM
 from libc.limits cimport INT_MAX
 from libc.stdint cimport int32_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
@@ -64,7 +64,7 @@ cdef extern from "pages.h" nogil:
 cdef extern from "kernels.h" nogil:
     ctypedef uint16_t bf16
     int PACE_NR, PACE_LOGIT_BLOCK
-    int PACE_MAX_HEAD_DIM, PACE_MAX_GROUPS, PACE_BF16_ROWS
+    int PACE_MAX_HEAD_DIM, PACE_MAX_GROUPS, PACE_BF16_ROWS, PACE_PANELS, PACE_MXFP4, PACE_MX_GROUP
     ctypedef struct pace_matrix:
         const void *data
         long n, k, k_pad, n_panels

@@ -14,6 +14,7 @@
 #define PACE_GEMM_H
 
 #include "mm.h"
+#include "mxfp4.h"
 
 #ifdef PACE_AMX
 #define GEMM_TILE_ROWS 32
@@ -38,6 +39,8 @@
 #endif
 #define GEMM_GROUP 8
 #define GEMM_MC 256
+#define GEMM_C (GEMM_GROUP * GEMM_MC * PACE_NR)
+#define GEMM_SCRATCH (GEMM_C * sizeof(float) + GEMM_GROUP * MX_CHUNK * PACE_NR * sizeof(bf16))
 
 // c: [rows][ldc] f32, the first 32 columns are panel p of rows m..m + rows - 1.
 static void gemm_epilogue(const void *op, long p, long m, long rows, const float *c, long ldc) {
@@ -114,7 +117,8 @@ typedef struct {
     const pace_matrix *w;
     const pace_slot *src;
     long m0, rows;
-    float *c;         // scratch
+    float *c;         // scratch [GEMM_GROUP * GEMM_MC][PACE_NR]
+    bf16 *expanded;   // scratch for GEMM_GROUP panels of MX_CHUNK k, of formats that are expanded
     gemm_done *done;  // takes c [rows][ldc]: panel p of src's rows m .. m + rows - 1
     const void *op;   // its first argument
 } gemm_job;
@@ -122,8 +126,12 @@ typedef struct {
 INLINE const bf16 *gemm_row(const gemm_job *j, long m, long k) {
     return (const bf16 *)j->src->data + (j->m0 + m) * j->src->ld + k;
 }
-INLINE const bf16 *gemm_chunk(const gemm_job *j, long p, long k) {
+INLINE const bf16 *gemm_panel(const gemm_job *j, long p, long k) {
     return (const bf16 *)j->w->data + (p * j->w->k_pad + k) * PACE_NR;
+}
+// k0 .. k0 + kc of panel p in bf16: where it stands, or expanded to `to`.
+INLINE const bf16 *gemm_chunk(const gemm_job *j, long p, long k0, long kc, bf16 *to) {
+    return j->w->layout == PACE_MXFP4 ? mx_expand(to, j->w, p, k0, kc) : gemm_panel(j, p, k0);
 }
 
 static void gemm_skinny(const gemm_job *j, long p0, long p1, mm_args a) {
@@ -133,7 +141,7 @@ static void gemm_skinny(const gemm_job *j, long p0, long p1, mm_args a) {
     for (long p = p0, np; p < p1; p += np) {
         np = most;
         while (np > p1 - p) np /= 2;
-        a.b = gemm_chunk(j, p, 0);
+        a.b = gemm_panel(j, p, 0);
         a.ldc = np * PACE_NR;
         a.prefetch = (uintptr_t)a.b + (np > 1 ? 0 : MM_PREFETCH_AHEAD);
         GEMM_SKINNY((int)j->rows, (int)np * 2, &a);
@@ -141,9 +149,24 @@ static void gemm_skinny(const gemm_job *j, long p0, long p1, mm_args a) {
     }
 }
 
+#if MX_ROWS
+// MXFP4 in registers; one row reads two panels side by side, because two sums would wait for each other.
+static void gemm_mx_rows(const gemm_job *j, long p0, long p1) {
+    const int rows = (int)j->rows;
+    for (long p = p0, np; p < p1; p += np) {
+        np = rows == 1 && p + 1 < p1 ? 2 : 1;
+        const long ldc = np * PACE_NR;
+        mx_rows(rows, (int)np, gemm_row(j, 0, 0), j->src->ld, mx_block(j->w, p, 0), pace_panel_bytes(j->w), j->w->k,
+                j->c, ldc);
+        for (long i = 0; i < np; i++) j->done(j->op, p + i, j->m0, rows, j->c + i * PACE_NR, ldc);
+    }
+}
+#endif
+
 static void gemm_few(const gemm_job *j, long p0, long p1, mm_args a) {
     const long rows = j->rows, k = j->w->k_pad, tiles = (rows + GEMM_TILE_ROWS - 1) / GEMM_TILE_ROWS;
-    const long most = tiles == 1 ? k : GEMM_FEW_KC;
+    const int expands = j->w->layout != PACE_PANELS;
+    const long most = expands ? MX_CHUNK : tiles == 1 ? k : GEMM_FEW_KC;
     gemm_state state;
     gemm_begin(&state);
     a.prefetch_step = (128 + GEMM_SPREAD(tiles) - 1) / GEMM_SPREAD(tiles);
@@ -151,7 +174,7 @@ static void gemm_few(const gemm_job *j, long p0, long p1, mm_args a) {
         for (long k0 = 0, kc; k0 < k; k0 += kc) {
             kc = k - k0 < most ? k - k0 : most;
             a.kp = kc / 2;
-            a.b = gemm_chunk(j, p, k0);
+            a.b = gemm_chunk(j, p, k0, kc, j->expanded);
             a.accumulate = k0 > 0;
             for (long t = 0, done = 0, mr; t < tiles; t++, done += mr) {
                 mr = gemm_rows_of(rows - done, tiles - t);
@@ -159,7 +182,8 @@ static void gemm_few(const gemm_job *j, long p0, long p1, mm_args a) {
                 a.c = j->c + done * PACE_NR;
                 // One tile reads a little ahead of itself. Several share the fetching of what follows: the next
                 // chunk of this panel or the first of the next, which mostly is this worker's too.
-                a.prefetch = tiles == 1 ? (uintptr_t)a.b + GEMM_AHEAD
+                a.prefetch = expands      ? 0
+                             : tiles == 1 ? (uintptr_t)a.b + GEMM_AHEAD
                              : t < GEMM_SPREAD(tiles)
                                  ? (uintptr_t)(a.b + kc * PACE_NR) + (uintptr_t)(t * a.kp * a.prefetch_step)
                                  : 0;
@@ -172,7 +196,8 @@ static void gemm_few(const gemm_job *j, long p0, long p1, mm_args a) {
 }
 
 static void gemm_blocked(const gemm_job *j, long p0, long p1, mm_args a) {
-    const long k = j->w->k_pad;
+    const long k = j->w->k_pad, most = j->w->layout == PACE_PANELS ? GEMM_KC : MX_CHUNK;
+    const bf16 *b[GEMM_GROUP];
     gemm_state state;
     gemm_begin(&state);
     a.prefetch_rows = GEMM_FETCH_ROWS;
@@ -181,8 +206,10 @@ static void gemm_blocked(const gemm_job *j, long p0, long p1, mm_args a) {
         for (long mb = 0; mb < j->rows; mb += GEMM_MC) {
             const long block = j->rows - mb < GEMM_MC ? j->rows - mb : GEMM_MC;
             const long tiles = (block + GEMM_TILE_ROWS - 1) / GEMM_TILE_ROWS;
-            for (long k0 = 0; k0 < k; k0 += GEMM_KC) {
-                const long kc = k - k0 < GEMM_KC ? k - k0 : GEMM_KC;
+            for (long k0 = 0; k0 < k; k0 += most) {
+                const long kc = k - k0 < most ? k - k0 : most;
+                for (long p = pg; p < pe; p++)
+                    b[p - pg] = gemm_chunk(j, p, k0, kc, j->expanded + (p - pg) * MX_CHUNK * PACE_NR);
                 for (long t = 0, done = 0, mr; t < tiles; t++, done += mr) {
                     mr = gemm_rows_of(block - done, tiles - t);
                     // The row tile after this one: its rows come to L2 four at a time while the panels compute.
@@ -192,7 +219,7 @@ static void gemm_blocked(const gemm_job *j, long p0, long p1, mm_args a) {
                     for (long p = pg; p < pe; p++) {
                         a.prefetch = GEMM_FETCH_ROWS && next ? (uintptr_t)next + (uintptr_t)((p - pg) * 8 * a.lda) : 0;
                         a.a = gemm_row(j, mb + done, k0);
-                        a.b = gemm_chunk(j, p, k0);
+                        a.b = b[p - pg];
                         a.c = j->c + ((p - pg) * GEMM_MC + done) * PACE_NR;
                         a.kp = kc / 2;
                         a.accumulate = k0 > 0;
@@ -210,14 +237,21 @@ static void gemm_blocked(const gemm_job *j, long p0, long p1, mm_args a) {
 // weights. `done` takes every tile once its sums are complete. Scratch: GEMM_SCRATCH bytes.
 static void gemm_panels(const pace_matrix *w, const pace_slot *src, long p0, long p1, long m0, long m1, void *scratch,
                         gemm_done *done, const void *op) {
-    const gemm_job j = {w, src, m0, m1 - m0, scratch, done, op};
+    float *const c = scratch;
+    const gemm_job j = {w, src, m0, m1 - m0, c, (bf16 *)(void *)(c + GEMM_C), done, op};
     const mm_args a = {.lda = src->ld,
                        .ldb = 2 * PACE_NR,
                        .bps = w->k_pad * PACE_NR,
                        .ldc = PACE_NR,
                        .kp = w->k_pad / 2,
                        .prefetch_step = 128};
-    if (j.rows <= GEMM_SKINNY_ROWS)
+#if MX_ROWS
+    if (w->layout == PACE_MXFP4 && j.rows <= MX_ROWS) {
+        gemm_mx_rows(&j, p0, p1);
+        return;
+    }
+#endif
+    if (w->layout == PACE_PANELS && j.rows <= GEMM_SKINNY_ROWS)
         gemm_skinny(&j, p0, p1, a);
     else if (j.rows <= GEMM_FEW)
         gemm_few(&j, p0, p1, a);
@@ -228,7 +262,5 @@ static void gemm_panels(const pace_matrix *w, const pace_slot *src, long p0, lon
 static void kernel_gemm(const pace_gemm *g, long p0, long p1, long m0, long m1, void *scratch) {
     gemm_panels(&g->weight, &g->src, p0, p1, m0, m1, scratch, gemm_epilogue, g);
 }
-
-#define GEMM_SCRATCH (GEMM_GROUP * GEMM_MC * PACE_NR * sizeof(float))
 
 #endif

@@ -31,9 +31,19 @@ typedef uint16_t bf16;
 // PACE_PANELS: bf16, [n_panels][k_pad / 2][PACE_NR][2]. Two consecutive k stand side by side (what vdpbf16ps and
 // tdpbf16ps multiply). k is padded to PACE_KPAD with zeros. 32 columns = two 512-bit vectors: with 14 rows, 28
 // accumulators, 2 weight vectors and 1 broadcast fill the 32 registers of AVX-512.
+//
+// PACE_MXFP4: 4.25 bits a weight as gpt-oss ships them. A column's 32 consecutive k are a group with one scale byte e;
+// k is a multiple of 32. A panel is [ceil(k / 64)] blocks of PACE_MX_BLOCK bytes, one for two groups (the last may have
+// one): scales [2][PACE_NR], then codes [8][2][16][4]: 8 k of 16 columns, 4 bytes a column. Byte 0 has k 0 in its low
+// nibble and k 2 in the high one, byte 1 has 4 and 6, byte 2 has 1 and 3, byte 3 has 5 and 7: so a word of 16 bits
+// holds the same side of four pairs (bf16), and the low nibbles of 4 bytes are 4 different k (int8 dot products). Bit 3
+// of a code is its sign, the others choose from 0 .5 1 1.5 2 3 4 6; the weight is that times 2^(e - 127). e is 1 ..
+// 252, 0 where nothing was packed: packing rewrites what has other scales, and makes what is below 2^-126 zero.
 #define PACE_NR 32
 #define PACE_KPAD 32
-enum pace_layout { PACE_PANELS, PACE_BF16_ROWS, PACE_F16_ROWS, PACE_F32_ROWS };
+#define PACE_MX_GROUP 32
+#define PACE_MX_BLOCK 1088
+enum pace_layout { PACE_PANELS, PACE_MXFP4, PACE_BF16_ROWS, PACE_F16_ROWS, PACE_F32_ROWS };
 typedef struct {
     const void *data;      // packed panels, or plain rows [n][k] where a checkpoint's file has them; NULL: none
     long n, k;             // rows of the weight (output columns), reduction length
@@ -41,6 +51,15 @@ typedef struct {
     int layout;            // enum pace_layout: the format; a GEMM takes panels only
     long count, stride;    // matrices of one shape (a layer's experts) and the bytes from one to the next; 1 elsewhere
 } pace_matrix;
+
+static inline long pace_panel_bytes(const pace_matrix *w) {
+    return w->layout == PACE_MXFP4 ? (w->k + 63) / 64 * PACE_MX_BLOCK : w->k_pad * PACE_NR * (long)sizeof(bf16);
+}
+
+// Code of one column and k (0 .. 63) of a block of PACE_MXFP4.
+static inline int pace_mx_code(const uint8_t *block, long column, long k) {
+    return block[64 + k / 8 * 128 + column * 4 + k % 2 * 2 + k % 8 / 4] >> (k / 2 % 2 * 4) & 15;
+}
 
 // Matrix i of `count`.
 static inline pace_matrix pace_matrix_at(const pace_matrix *w, long i) {
@@ -322,6 +341,11 @@ typedef struct {
     // Pack up to 16 source rows [rows][ld] (dtype 0 bf16, 1 f16, 2 f32) into half a panel: dst[k_pad/2][32][2],
     // 16 columns of it. Missing rows and k..k_pad become zero.
     void (*pack_half)(bf16 *dst, const void *src, int dtype, long ld, long rows, long k, long k_pad);
+    // The same from rows of MXFP4 as a checkpoint has them: blocks [rows][k / 32][16], low nibble first, and scales
+    // [rows] [k / 32], with ld_blocks and ld_scales bytes from row to row. dst is the panel, half 0 or 1. Returns -1,
+    // or the first row with a value that is no finite bf16.
+    long (*pack_mxfp4)(uint8_t *dst, const uint8_t *blocks, const uint8_t *scales, long ld_blocks, long ld_scales,
+                       long rows, long k, long half);
     void (*unpack_row)(float *dst, const pace_matrix *w, long row);  // packed column `row` as f32 [k]
     void (*rope)(const pace_rope *g, const pace_batch *b, const pace_rows *rows, long kv_head);
     // Rows times the query heads of a kv head: at most PACE_ATTN_ROWS.

@@ -11,16 +11,25 @@ typedef struct {
     size_t bytes;
 } pace_packed;
 
-// `count` matrices [n][k] of one layer's experts, or one; all are positive. Each begins on a page of its own, in one
-// mapping of huge pages. 0, or ENOMEM.
-int pace_packed_init(pace_packed *w, long n, long k, long count);
+// `count` matrices [n][k] of one layer's experts, or one, in panels of that layout; sizes are positive, k fits the
+// layout. Each begins on a page of its own, in one mapping of huge pages. 0, or ENOMEM.
+int pace_packed_init(pace_packed *w, int layout, long n, long k, long count);
 void pace_packed_free(pace_packed *w);
 
+// Rows of `bytes` bytes, `ld` bytes apart.
+typedef struct {
+    const void *rows;
+    size_t bytes, ld;
+} pace_source;
+
 enum pace_pack_mode { PACE_PACK_ROWS, PACE_PACK_GATE, PACE_PACK_UP };
-// Source rows [rows][k], stride ld, of dtype 0 bf16, 1 f16, 2 f32, go to packed columns of matrix `i` from `at` (a
-// multiple of 16) on; gate and up rows alternate in blocks of 16. Runs on the team, each worker packs what it will
-// read. 0, EFAULT where the rows are of a file that was truncated meanwhile, ENOMEM, or an error of pace_team_run.
-int pace_packed_fill(pace_packed *w, long i, pace_team *team, const pace_kernels *kernels, const void *src, int dtype,
-                     long ld, long rows, long at, int mode);
+// Source rows go to packed columns of matrix `i` from `at` (a multiple of 16) on; gate and up rows alternate in blocks
+// of
+// 16. For panels of bf16: src[0] has k elements a row of dtype 0 bf16, 1 f16, 2 f32. For MXFP4: blocks and scales (see
+// pack_mxfp4 of pace_kernels). Runs on the team, each worker packs what it will read. 0; EFAULT where the rows are of a
+// file that was truncated meanwhile; EDOM: *bad is a row with a scale that is no number, or a value out of range;
+// ENOMEM, or an error of pace_team_run.
+int pace_packed_fill(pace_packed *w, long i, pace_team *team, const pace_kernels *kernels, const pace_source src[2],
+                     int dtype, long rows, long at, int mode, long *bad);
 
 #endif

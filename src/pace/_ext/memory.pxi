@@ -5,10 +5,14 @@ cdef extern from "matrix.h" nogil:
         pace_matrix m
         char *data
         size_t bytes
-    int pace_packed_init(pace_packed *w, long n, long k, long count)
+    ctypedef struct pace_source:
+        const void *rows
+        size_t bytes, ld
+    int pace_packed_init(pace_packed *w, int layout, long n, long k, long count)
     void pace_packed_free(pace_packed *w)
-    int pace_packed_fill(pace_packed *w, long i, pace_team *team, const pace_kernels *kernels, const void *src, int dtype,
-                         long ld, long rows, long at, int mode)
+    int pace_packed_fill(pace_packed *w, long i, pace_team *team, const pace_kernels *kernels, const pace_source *src,
+                         int dtype, long rows, long at, int mode, long *bad)
+
 
 
 cdef extern from "pool.h" nogil:
@@ -31,10 +35,12 @@ cdef class Matrix:
 cdef class Packed(Matrix):
     cdef pace_packed w
 
-    def __cinit__(self, long n, long k, long count):
+    def __cinit__(self, long n, long k, long count, bint mxfp4):
         if n < 1 or k < 1 or count < 1:
-            raise ValueError(f"{count} matrices [{n}, {k}], all must be positive")
-        if pace_packed_init(&self.w, n, k, count):
+            raise ValueError(f"matrix is [{n}, {k}], both must be positive, and so must their count, {count}")
+        if mxfp4 and k % PACE_MX_GROUP:
+            raise ValueError(f"MXFP4 matrix is [{n}, {k}], its rows must be whole groups of {PACE_MX_GROUP}")
+        if pace_packed_init(&self.w, PACE_MXFP4 if mxfp4 else PACE_PANELS, n, k, count):
             raise MemoryError(f"cannot allocate a packed matrix [{n}, {k}]" + f" {count} times" * (count > 1))
         self.m, self.n, self.k, self.count = self.w.m, n, k, count
 
@@ -50,19 +56,49 @@ cdef class Packed(Matrix):
             raise ValueError(f"matrix {i} of {self.count}")
         return i
 
-    def pack(self, Team team, const unsigned char[:, ::1] src, int dtype, long at, int mode, long i):
-        cdef long rows = src.shape[0], k = self.k, most, room = self.m.n_panels * PACE_NR
-        if dtype not in (0, 1, 2) or mode not in (0, 1, 2) or rows < 1 or src.shape[1] != k * (4 if dtype == 2 else 2):
-            raise ValueError(f"source rows have {src.shape[1]} bytes, the matrix wants {k} elements of type {dtype}")
+    cdef int fill(self, Team team, pace_source *src, int dtype, long rows, long at, int mode, long i) except -1:
+        """Place rows; both sources have been checked against k."""
+        cdef long most, room = self.m.n_panels * PACE_NR, bad = -1
+        if mode not in (0, 1, 2) or rows < 1:
+            raise ValueError(f"{rows} rows in mode {mode}")
         most = rows if mode == 0 else (rows + 15) // 16 * 32 - 16 * (mode == 1)
         if at < 0 or at % 16 or at > room or most > room - at:
             raise ValueError(f"{rows} rows at {at} do not fit a packed matrix of {self.n} rows")
         self.index(i)
-        cdef const void *p = &src[0, 0]
         cdef int e
         with nogil:
-            e = pace_packed_fill(&self.w, i, team.team, current, p, dtype, k, rows, at, mode)
+            e = pace_packed_fill(&self.w, i, team.team, current, src, dtype, rows, at, mode, &bad)
+        if e == EDOM:
+            raise Unrepresentable(f"row {bad} has a scale of 255, which is NaN, or a weight of 2^128 or more")
         check_run(e)
+        return 0
+
+    def pack(self, Team team, const unsigned char[:, ::1] src, int dtype, long at, int mode, long i):
+        cdef pace_source sources[2]
+        if self.m.layout != PACE_PANELS:
+            raise ValueError("rows of bf16, f16 or f32 for an MXFP4 matrix; expected blocks and scales")
+        if dtype not in (0, 1, 2) or src.shape[0] < 1 or src.shape[1] != self.k * (4 if dtype == 2 else 2):
+            raise ValueError(f"source rows have {src.shape[1]} bytes, the matrix wants {self.k} elements of type {dtype}")
+        memset(sources, 0, sizeof(sources))
+        sources[0].rows, sources[0].bytes, sources[0].ld = &src[0, 0], src.shape[1], src.shape[1]
+        self.fill(team, sources, dtype, src.shape[0], at, mode, i)
+
+    def pack_mxfp4(self, Team team, const unsigned char[:, :] blocks, const unsigned char[:, :] scales, long at, int mode,
+                   long i):
+        cdef pace_source sources[2]
+        cdef long groups = self.k // PACE_MX_GROUP
+        if self.m.layout != PACE_MXFP4:
+            raise ValueError("blocks and scales of MXFP4 for a bf16 matrix; expected rows of bf16, f16 or f32")
+        if blocks.shape[0] != scales.shape[0] or blocks.shape[1] != 16 * groups or scales.shape[1] != groups:
+            raise ValueError(f"blocks of {blocks.shape[0]} rows of {blocks.shape[1]} bytes with scales of "
+                             f"{scales.shape[0]} rows of {scales.shape[1]}, the matrix wants rows of {16 * groups} and {groups}")
+        if blocks.shape[0] < 1 or blocks.strides[1] != 1 or (groups > 1 and scales.strides[1] != 1):
+            raise ValueError("no rows, or rows of MXFP4 whose bytes do not stand side by side")
+        if blocks.strides[0] < blocks.shape[1] or scales.strides[0] < scales.shape[1]:
+            raise ValueError("rows of MXFP4 that overlap or run backwards")
+        sources[0].rows, sources[0].bytes, sources[0].ld = &blocks[0, 0], blocks.shape[1], blocks.strides[0]
+        sources[1].rows, sources[1].bytes, sources[1].ld = &scales[0, 0], scales.shape[1], scales.strides[0]
+        self.fill(team, sources, 0, blocks.shape[0], at, mode, i)
 
     def unpack(self, long i):
         cdef pace_matrix m = pace_matrix_at(&self.m, self.index(i))

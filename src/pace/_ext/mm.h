@@ -41,7 +41,7 @@ typedef struct {
 #define MM_ROWS_8 2
 typedef __m512i mm_w;  // 16 columns x 2 k
 #define MM_SPLIT 1
-INLINE void mm_load(__m512i w[MM_SPLIT], const bf16 *p) { w[0] = _mm512_loadu_si512(p); }
+INLINE void mm_split(__m512i w[MM_SPLIT], __m512i x) { w[0] = x; }
 INLINE __m512 mm_dot(__m512 acc, const __m512i w[MM_SPLIT], int32_t x) {
     return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32(x), (__m512bh)w[0]);
 }
@@ -52,8 +52,7 @@ INLINE __m512 mm_dot(__m512 acc, const __m512i w[MM_SPLIT], int32_t x) {
 #define MM_ROWS_4 5
 #define MM_ROWS_8 1
 #define MM_SPLIT 2
-INLINE void mm_load(__m512i w[MM_SPLIT], const bf16 *p) {
-    __m512i x = _mm512_loadu_si512(p);
+INLINE void mm_split(__m512i w[MM_SPLIT], __m512i x) {
     w[0] = _mm512_slli_epi32(x, 16);
     w[1] = _mm512_and_si512(x, _mm512_set1_epi32((int)0xffff0000u));
 }
@@ -83,7 +82,7 @@ INLINE void mm_tile(const int mr, const int nv, const int fetch, const mm_args *
         __m512i w[8][MM_SPLIT];
 #pragma GCC unroll 8
         for (int j = 0; j < nv; j++) {
-            mm_load(w[j], b + (j / 2) * bps + (j % 2) * 32);
+            mm_split(w[j], _mm512_loadu_si512(b + (j / 2) * bps + (j % 2) * 32));
         }
         if (fetch) {  // to which cache: measured, see GEMM_AHEAD
             FETCH(pf, mr >= 3 && mr <= 6 ? _MM_HINT_T0 : _MM_HINT_T1);

@@ -33,6 +33,14 @@ static double from_f16(uint16_t h) {
     return h & 0x8000 ? -magnitude : magnitude;
 }
 
+static double mxfp4_at(const pace_matrix *w, long n, long k) {
+    static const double values[8] = {0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0};
+    const uint8_t *block = (const uint8_t *)w->data + n / PACE_NR * pace_panel_bytes(w) + k / 64 * (long)PACE_MX_BLOCK;
+    const int code = pace_mx_code(block, n % PACE_NR, k % 64);
+    const double x = ldexp(values[code & 7], block[k % 64 / PACE_MX_GROUP * PACE_NR + n % PACE_NR] - 127);
+    return code & 8 ? -x : x;
+}
+
 static double weight_at(const pace_matrix *w, long n, long k) {
     const size_t at = (size_t)n * (size_t)w->k + (size_t)k;
     switch (w->layout) {
@@ -42,6 +50,8 @@ static double weight_at(const pace_matrix *w, long n, long k) {
             return from_f16(((const uint16_t *)w->data)[at]);
         case PACE_F32_ROWS:
             return (double)((const float *)w->data)[at];
+        case PACE_MXFP4:
+            return mxfp4_at(w, n, k);
         default:
             return packed_at(w->data, n, k, w->k_pad);
     }

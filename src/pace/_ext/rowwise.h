@@ -3,6 +3,7 @@
 #ifndef PACE_ROWWISE_H
 #define PACE_ROWWISE_H
 
+#include "mxfp4.h"
 #include "simd.h"
 
 // ---- packing ----------------------------------------------------------------------------------------------
@@ -65,6 +66,10 @@ static void pack_half(bf16 *dst, const void *src, int dtype, long ld, long rows,
 
 // Packed column `row` as a contiguous f32 vector.
 static void unpack_row(float *dst, const pace_matrix *w, long row) {
+    if (w->layout == PACE_MXFP4) {
+        mx_unpack_row(dst, w, row);
+        return;
+    }
     const bf16 *s = (const bf16 *)w->data + (row / PACE_NR) * w->k_pad * PACE_NR + (row % PACE_NR) * 2;
     for (long i = 0; i < w->k; i++) dst[i] = bf16_to_f32(s[(i / 2) * 2 * PACE_NR + i % 2]);
 }

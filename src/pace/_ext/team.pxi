@@ -48,6 +48,10 @@ class Truncated(OSError):
     pass
 
 
+class Unrepresentable(ValueError):
+    pass
+
+
 cdef int check_run(int e) except -1:
     """Raise what a run's result means."""
     if e == 0:

@@ -123,6 +123,12 @@ class Plan:
         """Fields of the kernel's struct have the names of the operator's."""
         shapes = dict(op.needs(self.ir))
         fields = {name: self._value(op, name, shapes.get(name)) for name in _FIELDS[op.operator]}
+        for name in shapes if isinstance(op, ir.Embed) else ():
+            table = self._weights.get(getattr(op, name) or "")
+            if isinstance(table, PackedMatrix) and table.format != "bf16":
+                raise TypeError(
+                    f"{op.name}: a table in {table.format}, rows are gathered from bf16, f16 or f32"
+                )
         logits = self.ir.slots[op.dst].rows == "logits"
         try:
             self._plan.add(op.operator, self._kernels.get(op.operator), logits, fields)

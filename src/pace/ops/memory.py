@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import numpy as np
@@ -15,27 +17,34 @@ from pace.ops.team import Team
 KV_DTYPES: Final = ("bf16", "int8")
 """Element types of the KV cache."""
 
+WEIGHT_FORMATS: Final = ("bf16", "mxfp4")
+"""What packed weights can be in memory."""
+
 _DTYPES: Final = {"bf16": (0, np.uint16), "f16": (1, np.float16), "f32": (2, np.float32)}
 _MODES: Final = {"rows": 0, "gate": 1, "up": 2}
 
 
 class PackedMatrix:
-    """A weight [n, k] in bf16 panels, laid out as the kernels read it; filled part by part, zeros elsewhere.
+    """A weight [n, k] in panels, laid out as the kernels read it; filled part by part, zeros elsewhere.
 
     Args:
         count: how many matrices of this shape: the experts of a layer.
+        format: "bf16", or "mxfp4": 4.25 bits a weight, k a multiple of 32.
 
     Raises:
-        ValueError: a size is not positive.
+        ValueError: a size is not positive, or k or the format is none of those.
         MemoryError: the system refuses the memory.
     """
 
-    def __init__(self, team: Team, n: int, k: int, count: int = 1) -> None:
+    def __init__(self, team: Team, n: int, k: int, count: int = 1, format: str = "bf16") -> None:
+        if format not in WEIGHT_FORMATS:
+            raise ValueError(f"weight format is {format!r}, expected one of {', '.join(WEIGHT_FORMATS)}")
         self._team = team
-        self._matrix = _kernels.Packed(n, k, count)
+        self._matrix = _kernels.Packed(n, k, count, format == "mxfp4")
         self.n = n
         self.k = k
         self.count = count
+        self.format = format
 
     @property
     def nbytes(self) -> int:
@@ -62,16 +71,56 @@ class PackedMatrix:
             raise ValueError(
                 f"source is {src.dtype} {src.shape}, expected C-contiguous {np_dtype.__name__} [rows, {self.k}]"
             )
-        try:
+        with _checkpoint_errors():
             self._matrix.pack(self._team._team, src.view(np.uint8), code, at, _MODES[mode], matrix)
-        except _kernels.Truncated as error:
-            raise CheckpointError(
-                f"{error}; copy the checkpoint again, and load it when that is done"
-            ) from None
+
+    def pack_mxfp4(
+        self,
+        blocks: npt.NDArray[np.uint8],
+        scales: npt.NDArray[np.uint8],
+        at: int = 0,
+        mode: str = "rows",
+        matrix: int = 0,
+    ) -> None:
+        """Place rows of MXFP4; no value changes but those below 2^-126, which become 0 as in every product.
+
+        Args:
+            blocks: [rows, k / 32, 16] or [rows, k / 2]: two codes a byte, that of the lower k in the low nibble.
+            scales: [rows, k / 32], bytes e of 2^(e - 127). Both may be every other row of a checkpoint's tensor: bytes of
+                a row stand side by side, rows may not.
+            at, mode, matrix: as of `pack`.
+
+        Raises:
+            ValueError: shapes or strides are not those, or the rows do not fit.
+            CheckpointError: a scale of 255 (NaN), a weight of 2^128 or more; or as of `pack`.
+        """
+        if blocks.ndim == 3 and blocks.shape[2] == 16 and (blocks.shape[1] == 1 or blocks.strides[1] == 16):
+            # A view, whatever the stride from row to row.
+            blocks = np.lib.stride_tricks.as_strided(
+                blocks, (len(blocks), blocks.shape[1] * 16), (blocks.strides[0], blocks.strides[2])
+            )
+        for name, array in (("blocks", blocks), ("scales", scales)):
+            if array.dtype != np.uint8 or array.ndim != 2:
+                raise ValueError(
+                    f"{name} are {array.dtype} {array.shape}, expected uint8 [rows, {self.k} / 2 or / 32]"
+                )
+        with _checkpoint_errors():
+            self._matrix.pack_mxfp4(self._team._team, blocks, scales, at, _MODES[mode], matrix)
 
     def unpack(self, matrix: int = 0) -> F32:
         """A matrix as f32 [n, k]."""
         return self._matrix.unpack(matrix)
+
+
+@contextmanager
+def _checkpoint_errors() -> Iterator[None]:
+    """Say what is wrong with a checkpoint where packing its rows found out."""
+    try:
+        yield
+    except _kernels.Truncated as error:
+        raise CheckpointError(f"{error}; copy the checkpoint again, and load it when that is done") from None
+    except _kernels.Unrepresentable as error:
+        raise CheckpointError(f"{error}; make the checkpoint again") from None
 
 
 class MappedTable:
