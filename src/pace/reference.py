@@ -288,7 +288,7 @@ MXFP4_VALUES: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes that the lower three bits of a code of MXFP4 choose from; the fourth is the sign."""
 
 
-def dequantise_mxfp4(blocks: npt.NDArray[np.uint8], scales: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+def dequantise_mxfp4(blocks: npt.NDArray[np.uint8], scales: npt.NDArray[np.uint8]) -> Array:
     """Weights of MXFP4 as gpt-oss stores them.
 
     Args:
@@ -300,7 +300,8 @@ def dequantise_mxfp4(blocks: npt.NDArray[np.uint8], scales: npt.NDArray[np.uint8
     """
     codes = np.stack([blocks & 15, blocks >> 4], -1).reshape(*scales.shape, 32)
     values = np.array(MXFP4_VALUES + tuple(-x for x in MXFP4_VALUES))[codes]
-    return np.ldexp(values, scales[..., None].astype(np.int32) - 127).reshape(*scales.shape[:-1], -1)
+    weights: Array = np.ldexp(values, scales[..., None].astype(np.int32) - 127)
+    return weights.reshape(*scales.shape[:-1], -1)
 
 
 def norm(

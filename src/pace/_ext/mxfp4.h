@@ -184,8 +184,8 @@ static void mx_rows(int mr, int panels, const bf16 *a, long lda, const uint8_t *
     }
     switch (mr) {
         MX_CASE(1)
-        MX_CASE(2) MX_CASE(3) MX_CASE(4) MX_CASE(5) MX_CASE(6) MX_CASE(7) MX_CASE(8) MX_CASE(9) MX_CASE(10) MX_CASE(11)
-            MX_CASE(12)
+        MX_CASE(2)
+        MX_CASE(3) MX_CASE(4) MX_CASE(5) MX_CASE(6) MX_CASE(7) MX_CASE(8) MX_CASE(9) MX_CASE(10) MX_CASE(11) MX_CASE(12)
     }
 #undef MX_CASE
 }
