@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from pace.config import EngineConfig, parse_cpus
 from pace.driver import Driver
-from pace.engine.loader import Loaded, load
+from pace.engine.loader import Loaded
 from pace.inputs import Inputs
 from pace.params import SamplingParams
+from pace.speculative import load
+from pace.speculative_config import SpeculativeConfig
 from pace.text.tokenizer import Tokenizer
 from pace.vllm_names import ENGINE_OPTIONS, METHODS, AnswersByName, refuse_attribute, takes_class
 
@@ -53,6 +55,7 @@ class Frontend(metaclass=AnswersByName):
         cpus: Seq[int] | str | None = None,
         kernels: Mapping[str, str] | None = None,
         seed: int = 0,
+        speculative: SpeculativeConfig | Mapping[str, Any] | None = None,
         show_progress: bool | None = None,
     ) -> None:
         """Load a model.
@@ -86,6 +89,8 @@ class Frontend(metaclass=AnswersByName):
             cpus: CPUs to pin them to, as numbers or "0-3,8"; None: PACE_CPUS, else not pinned.
             kernels: {operator: tier or "reference"} to force, for bisecting.
             seed: seeds the requests that give none.
+            speculative: guess tokens and verify many in one step, such as {"method": "pard", "model": "demo-draft",
+                "num_speculative_tokens": 8}; see `SpeculativeConfig`. It changes how fast outputs come, never the outputs.
             show_progress: a progress bar on stderr while loading; None: where that is a terminal.
 
         Raises:
@@ -116,6 +121,7 @@ class Frontend(metaclass=AnswersByName):
             cpus=parse_cpus(cpus) if isinstance(cpus, str) else cpus,  # type: ignore[arg-type]  # the config checks
             kernels={} if kernels is None else kernels,
             seed=seed,
+            speculative=SpeculativeConfig.read(speculative),
         )
         self._start(config, load(config, show_progress=show_progress, skip_tokenizer=skip_tokenizer_init))
 

@@ -23,11 +23,12 @@ from pace.benchmarks.cost import Cost, step_cost
 from pace.benchmarks.profile import Profiler, StepProfile, format_profiles
 from pace.benchmarks.roofline import READ_BYTES, measure_dot, measure_read
 from pace.config import EngineConfig
-from pace.engine.loader import Loaded, load
+from pace.engine.loader import Loaded
 from pace.engine.memory import MemoryPlan
 from pace.errors import PaceError
 from pace.llm import LLM
 from pace.params import SamplingParams
+from pace.speculative import load
 
 __all__ = ["LatencyResult", "format_latency", "longest", "most_steps_ahead", "run"]
 

@@ -16,12 +16,12 @@ from pace.benchmarks.dataset import BenchRequest
 from pace.benchmarks.profile import Profiler, StepProfile, format_profiles
 from pace.benchmarks.roofline import READ_BYTES, measure_dot, measure_read
 from pace.config import EngineConfig
-from pace.engine.loader import load
 from pace.engine.memory import MemoryPlan
 from pace.errors import PaceError
 from pace.llm import LLM
 from pace.outputs import RequestOutput
 from pace.params import SamplingParams
+from pace.speculative import load
 
 __all__ = ["ThroughputResult", "format_throughput", "run"]
 

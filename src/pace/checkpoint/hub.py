@@ -12,7 +12,8 @@ __all__ = ["DEMO_MODEL", "resolve"]
 
 DEMO_MODEL = "demo"
 
-_EMBEDDED = Path(__file__).resolve().parent.parent / "demo" / "target"
+_DEMO = Path(__file__).resolve().parent.parent / "demo"
+_EMBEDDED = {DEMO_MODEL: _DEMO / "target", "demo-draft": _DEMO / "draft"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}", re.ASCII)
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -34,8 +35,8 @@ def resolve(
     HF_HUB_OFFLINE, HF_HOME and HF_TOKEN act as in every program that uses `huggingface_hub`.
 
     Args:
-        model: "demo" (the embedded model), a folder, a model's folder in the hub cache (`models--org--name`), or a hub id
-            `org/name`.
+        model: "demo" or "demo-draft" (the embedded model and its draft), a folder, a model's folder in the hub cache
+            (`models--org--name`), or a hub id `org/name`.
         revision: branch, tag or commit; for hub ids and folders of the hub cache.
         tokenizer_only: of a hub id, fetch only the tokenizer's files.
 
@@ -47,10 +48,12 @@ def resolve(
         raise CheckpointError(
             f"model is {show(text)}, expected a folder, a hub id org/name, or {DEMO_MODEL!r}"
         )
-    if text == DEMO_MODEL:
-        if not _EMBEDDED.is_dir():
-            raise CheckpointError(f"the embedded model isn't in this installation: no folder {_EMBEDDED}")
-        return _local(_EMBEDDED, revision)
+    if text in _EMBEDDED:
+        if not _EMBEDDED[text].is_dir():
+            raise CheckpointError(
+                f"the embedded model isn't in this installation: no folder {_EMBEDDED[text]}"
+            )
+        return _local(_EMBEDDED[text], revision)
     path = Path(text).expanduser() if text.startswith("~") else Path(text)
     if path.is_dir():
         return _local(path, revision)

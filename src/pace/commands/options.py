@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import json
 import os
 import re
 from collections.abc import Callable
@@ -19,7 +20,8 @@ from pace.config import (
     parse_kernels,
 )
 from pace.console import OutputError, err
-from pace.errors import ConfigError, RequestError
+from pace.errors import ConfigError, RequestError, show
+from pace.speculative_config import SpeculativeConfig
 
 if TYPE_CHECKING:
     from pace.engine.memory import MemoryPlan
@@ -135,6 +137,12 @@ def add_engine_options(parser: argparse.ArgumentParser, *, tokenizer: bool = Tru
     group.add_argument(
         "--kernels", metavar="LIST", help="force kernels, such as attention=reference,gemm=avx2"
     )
+    group.add_argument(
+        "--speculative-config",
+        metavar="JSON",
+        help='guess tokens, such as \'{"method": "pard", "model": "demo-draft", "num_speculative_tokens": 8}\'; changes '
+        "the speed, never the output",
+    )
     group = parser.add_argument_group("KV cache")
     group.add_argument("--kv-cache-type", choices=KV_CACHE_TYPES, help="default: slab")
     group.add_argument("--block-size", type=positive, metavar="N", help="tokens of a block, a power of two")
@@ -230,14 +238,32 @@ def engine_config(args: argparse.Namespace, **defaults: Any) -> EngineConfig:
         n_threads=args.threads,
         cpus=None if args.cpus is None else parse_cpus(args.cpus),
         kernels={} if args.kernels is None else parse_kernels(args.kernels),
+        speculative=_speculative(getattr(args, "speculative_config", None)),
         **(defaults | given),
     )
 
 
+def _speculative(text: str | None) -> SpeculativeConfig | None:
+    """What --speculative-config says.
+
+    Raises:
+        ConfigError: it is no JSON object, or has a wrong field.
+    """
+    if text is None:
+        return None
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"--speculative-config is no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"--speculative-config is {show(values)}, expected an object")
+    return SpeculativeConfig.read(values)
+
+
 def load_llm(args: argparse.Namespace) -> LLM:
     """Load the model; says what memory it takes before it takes it, unless --no-stats."""
-    from pace.engine.loader import load  # brings numpy and the kernels; `pace --help` needs neither
     from pace.llm import LLM
+    from pace.speculative import load  # brings numpy and the kernels; `pace --help` needs neither
 
     config = engine_config(args)
     return LLM.from_loaded(config, load(config, on_plan=print_plan if args.stats else None))

@@ -10,17 +10,19 @@ from pace import ops
 from pace.checkpoint import GenerationDefaults
 from pace.config import PACE_CPUS, PACE_THREADS, EngineConfig
 from pace.engine.core import Engine
+from pace.engine.kv_memory import KVMemory
 from pace.engine.memory import MemoryPlan
 from pace.engine.packing import PackedSink
 from pace.engine.runner import Runner
 from pace.engine.sampler import Sampler
 from pace.engine.scheduler import Scheduler
+from pace.engine.speculation import Speculation
 from pace.errors import ConfigError
-from pace.kvcache import join_groups, make_tables
+from pace.kvcache import KVTables, join_groups, make_tables
 from pace.models.plan import I32Array, Plan
 from pace.text.tokenizer import Tokenizer
 
-__all__ = ["SCORED_ROWS", "build_engine", "make_team"]
+__all__ = ["SCORED_ROWS", "build_engine", "make_cache", "make_team", "shares_prefixes"]
 
 SCORED_ROWS = 64
 """Rows of logits beside one for every sequence: the LM head runs on so many rows of scored prompts at a time, half as
@@ -46,6 +48,7 @@ def build_engine(
     memory: MemoryPlan,
     defaults: GenerationDefaults,
     tokenizer: Tokenizer | None,
+    speculation: Speculation | None = None,
 ) -> tuple[Engine, ops.Plan]:
     """The engine of a lowered plan and its weights, and the compiled plan that it runs.
 
@@ -53,44 +56,18 @@ def build_engine(
         ConfigError: the plan has an operator that no kernel runs.
     """
     max_seqs, max_tokens = config.max_num_seqs, config.max_num_batched_tokens
-    n_logit_rows = max_seqs + SCORED_ROWS
-    contiguous = config.kv_cache_type == "contiguous"
-    kv_pools = [
-        ops.KVPool(
-            group.n_layers,
-            group.n_kv_heads,
-            group.head_dim,
-            group.n_blocks,
-            group.block_size,
-            dtype=config.kv_cache_dtype,
-            contiguous=contiguous,
-        )
-        for group in memory.kv.groups
-    ]
+    max_draft_rows = 0 if speculation is None else speculation.max_draft_rows
+    n_logit_rows = max_seqs + SCORED_ROWS + max_draft_rows
+    kv_pools, tables = make_cache(config, memory.kv, memory.max_model_len)
     executor = ops.Plan(
         team, plan, sink.weights, kv_pools, max_tokens, max_seqs, n_logit_rows, config.kernels
-    )
-    tables = join_groups(
-        [
-            make_tables(
-                config.kv_cache_type,
-                group.n_blocks,
-                group.block_size,
-                max_seqs,
-                memory.max_model_len,
-                copy=pool.copy,
-                prefix_caching=config.enable_prefix_caching,
-                reach=group.reach,
-                max_step=memory.kv.max_step,
-            )
-            for group, pool in zip(memory.kv.groups, kv_pools, strict=True)
-        ]
     )
     scheduler = Scheduler(
         tables,
         max_tokens,
         reserve=config.admission == "reserve",
-        prefix_caching=config.enable_prefix_caching and not contiguous,
+        prefix_caching=shares_prefixes(config),
+        max_draft_rows=max_draft_rows,
     )
     engine = Engine(
         Runner(executor, tables.groups, max_tokens, max_seqs, n_logit_rows),
@@ -110,8 +87,53 @@ def build_engine(
         eos_token_id=defaults.eos_token_id,
         tokenizer=tokenizer,
         seed=config.seed,
+        speculation=speculation,
     )
     return engine, executor
+
+
+def make_cache(config: EngineConfig, kv: KVMemory, max_len: int) -> tuple[list[ops.KVPool], KVTables]:
+    """The pools of a KV cache, one for each group of layers, and its tables.
+
+    Args:
+        kv: what each group gets.
+        max_len: longest sequence in tokens.
+    """
+    contiguous = config.kv_cache_type == "contiguous"
+    kv_pools = [
+        ops.KVPool(
+            group.n_layers,
+            group.n_kv_heads,
+            group.head_dim,
+            group.n_blocks,
+            group.block_size,
+            dtype=config.kv_cache_dtype,
+            contiguous=contiguous,
+        )
+        for group in kv.groups
+    ]
+    tables = join_groups(
+        [
+            make_tables(
+                config.kv_cache_type,
+                group.n_blocks,
+                group.block_size,
+                config.max_num_seqs,
+                max_len,
+                copy=pool.copy,
+                prefix_caching=config.enable_prefix_caching,
+                reach=group.reach,
+                max_step=kv.max_step,
+            )
+            for group, pool in zip(kv.groups, kv_pools, strict=True)
+        ]
+    )
+    return kv_pools, tables
+
+
+def shares_prefixes(config: EngineConfig) -> bool:
+    """Whether computed prompts are kept for later requests."""
+    return config.enable_prefix_caching and config.kv_cache_type != "contiguous"
 
 
 def _unused_ids(tokenizer: Tokenizer | None) -> I32Array:

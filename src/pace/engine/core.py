@@ -87,6 +87,7 @@ class Engine:
             max_logprobs=max_logprobs,
             eos_token_ids=eos_token_ids,
             tokenizer=tokenizer,
+            max_draft_tokens=None if speculation is None else speculation.max_tokens,
         )
         self.eos_token_ids = eos_token_ids
         self.eos_token_id = eos_token_id

@@ -16,8 +16,9 @@ from pace.config import EngineConfig
 from pace.console import progress_bar
 from pace.engine.build import SCORED_ROWS, build_engine, make_team
 from pace.engine.core import Engine
-from pace.engine.memory import MemoryPlan, plan_memory
+from pace.engine.memory import MemoryPlan, available_bytes, plan_memory
 from pace.engine.packing import PackedSink, invent_weights
+from pace.engine.speculation import SpeculationMaker, Target
 from pace.errors import CheckpointError, ConfigError
 from pace.log import logger
 from pace.models import rope
@@ -28,7 +29,7 @@ from pace.models.spec import DecoderSpec
 from pace.models.weights import Tensors, load_weights, settle_head
 from pace.text.tokenizer import Tokenizer
 
-__all__ = ["Loaded", "load"]
+__all__ = ["Loaded", "load", "load_packed", "read_config"]
 
 
 @dataclass
@@ -69,6 +70,7 @@ def load(
     skip_tokenizer: bool = False,
     random_weights: bool = False,
     on_plan: Callable[[MemoryPlan], None] | None = None,
+    speculation: SpeculationMaker | None = None,
 ) -> Loaded:
     """Load a model. Everything that can be refused is refused before the first weight is read.
 
@@ -77,6 +79,7 @@ def load(
         skip_tokenizer: token ids in, token ids out.
         random_weights: of the checkpoint read only config.json, and invent the weights; for benchmarks.
         on_plan: told what will be allocated, before anything is.
+        speculation: makes what guesses tokens; None: nobody does. `pace.speculative.load` knows what config asks for.
 
     Raises:
         CheckpointError, ConfigError, CapacityError: see the parts.
@@ -84,14 +87,14 @@ def load(
     start = time.perf_counter()
     ops.check_kernels(config.kernels)
     directory = resolve(config.model, config.revision)
-    values = _read_config(directory)
+    values = read_config(directory)
     spec, weight_map = parse_config(values, str(directory / "config.json"))
     with ExitStack() as files:
         tensors = None
         if not random_weights:
             tensors = Tensors(files.enter_context(Checkpoint(directory)), weight_map, len(spec.layers))
             spec = settle_head(spec, tensors)
-        memory = _plan_memory(config, spec)
+        memory = _plan_memory(config, spec, speculation)
         if on_plan is not None:
             on_plan(memory)
         tokenizer_directory, tokenizer = directory, None
@@ -109,8 +112,11 @@ def load(
         plan = lower(spec, memory.max_model_len)
         team = make_team(config)
         try:
-            sink = _load_weights(plan, tensors, team, show_progress)
-            engine, executor = build_engine(config, plan, sink, team, memory, defaults, tokenizer)
+            guesses = None
+            if speculation is not None:
+                guesses = speculation.make(Target(spec.vocab_size, memory, tokenizer, team, show_progress))
+            sink = load_packed(plan, tensors, team, show_progress)
+            engine, executor = build_engine(config, plan, sink, team, memory, defaults, tokenizer, guesses)
         except BaseException:
             team.close()
             raise
@@ -137,7 +143,12 @@ def load(
     )
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or it is malformed.
+    """
     path = checkpoint_file(directory, "config.json")
     if path is None:
         raise CheckpointError(
@@ -146,19 +157,26 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def _plan_memory(config: EngineConfig, spec: DecoderSpec) -> MemoryPlan:
+def _plan_memory(config: EngineConfig, spec: DecoderSpec, speculation: SpeculationMaker | None) -> MemoryPlan:
+    plan = lower(spec, 1)
+    available, n_draft_rows, kv_share = None, 0, 1.0
+    if speculation is not None:
+        available, n_draft_rows = available_bytes() - speculation.n_bytes, speculation.max_draft_rows
+        kv_share = plan.kv_width / (plan.kv_width + speculation.kv_width)
     memory = plan_memory(
-        lower(spec, 1),
+        plan,
         max_len=spec.max_len,
         max_model_len=_check_len(config.max_model_len, spec.max_len),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
-        max_logit_rows=config.max_num_seqs + SCORED_ROWS,
+        max_logit_rows=config.max_num_seqs + SCORED_ROWS + n_draft_rows,
         kv_cache_type=config.kv_cache_type,
         kv_cache_dtype=config.kv_cache_dtype,
         kv_cache_memory=config.kv_cache_memory,
         block_size=config.block_size,
         l2_bytes=int(ops.cpu_info()["l2_bytes"]),
+        available=available,
+        kv_share=kv_share,
     )
     if config.max_model_len is None and memory.max_model_len < spec.max_len:
         logger.warning(
@@ -195,7 +213,7 @@ def _check_len(max_model_len: int | None, max_len: int) -> int | None:
     return max_model_len
 
 
-def _load_weights(
+def load_packed(
     plan: Plan, tensors: Tensors | None, team: ops.Team, show_progress: bool | None
 ) -> PackedSink:
     """The packed weights; without tensors, invented ones."""

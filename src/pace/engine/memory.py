@@ -10,7 +10,7 @@ from pace.engine.kv_memory import GroupMemory, KVMemory, plan_groups
 from pace.errors import CapacityError
 from pace.models.plan import Plan, WeightShape
 
-__all__ = ["MemoryPlan", "available_bytes", "plan_memory"]
+__all__ = ["MemoryPlan", "available_bytes", "packed_bytes", "plan_memory", "slot_bytes"]
 
 KV_SHARE = 0.4
 """Of the available memory, what the KV pool takes by default; the rest is for the host program."""
@@ -88,6 +88,7 @@ def plan_memory(
     block_size: int | None = None,
     l2_bytes: int = 1 << 20,
     available: int | None = None,
+    kv_share: float = 1.0,
 ) -> MemoryPlan:
     """Size the KV pool.
 
@@ -102,19 +103,15 @@ def plan_memory(
         block_size: tokens; None: see `default_block_size`.
         l2_bytes: L2 of one core.
         available: bytes; None: ask the system.
+        kv_share: of the memory for KV caches, what this one gets; the rest is a draft's.
 
     Raises:
         CapacityError: the weights, the cache, or one sequence of the length that was asked for, do not fit.
     """
     available = available_bytes() if available is None else available
     n_logit_rows = max_num_seqs if max_logit_rows is None else max_logit_rows
-    weights_bytes = sum(_packed_bytes(shape) for shape in plan.weights().values())
-    activation_bytes = sum(
-        slot.width
-        * SLOT_BYTES[slot.dtype]
-        * (n_logit_rows if slot.name == plan.logits else max_num_batched_tokens)
-        for slot in plan.slots.values()
-    )
+    weights_bytes = packed_bytes(plan)
+    activation_bytes = slot_bytes(plan, max_num_batched_tokens, n_logit_rows)
     left = available - weights_bytes - activation_bytes - SLACK_BYTES
     if left < 0:
         raise CapacityError(
@@ -133,9 +130,9 @@ def plan_memory(
             )
         share = n_bytes = kv_cache_memory
     elif kv_cache_memory is not None:
-        share = n_bytes = left
+        share = n_bytes = int(kv_share * left)
     else:
-        share = min(left, int(KV_SHARE * available))
+        share = min(left, int(kv_share * KV_SHARE * available))
         if max_model_len is not None and share < need <= left:
             share = need  # one full sequence may take more than the default's share, if it was asked for
         n_bytes = min(share, need * max_num_seqs)
@@ -162,6 +159,19 @@ def plan_memory(
         wanted_len,
         kv_cache_type,
         kv_cache_dtype,
+    )
+
+
+def packed_bytes(plan: Plan) -> int:
+    """Bytes of a plan's weights."""
+    return sum(_packed_bytes(shape) for shape in plan.weights().values())
+
+
+def slot_bytes(plan: Plan, max_tokens: int, max_logit_rows: int) -> int:
+    """Bytes of a plan's activations, in steps of max_tokens rows."""
+    return sum(
+        slot.width * SLOT_BYTES[slot.dtype] * (max_logit_rows if slot.name == plan.logits else max_tokens)
+        for slot in plan.slots.values()
     )
 
 

@@ -47,6 +47,7 @@ class Preparer:
         max_logprobs: most log probabilities that a request may ask for; -1: all.
         eos_token_ids: ids that end an output.
         tokenizer: makes text of tokens; None: outputs have token ids only.
+        max_draft_tokens: most that a request may want to be guessed at a time; None: nothing is guessed, whatever it wants.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class Preparer:
         max_logprobs: int = -1,
         eos_token_ids: frozenset[int] = frozenset(),
         tokenizer: Tokenizer | None = None,
+        max_draft_tokens: int | None = None,
     ) -> None:
+        self.max_draft_tokens = max_draft_tokens
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.max_cached = max_cached
@@ -204,6 +207,11 @@ class Preparer:
     def _make_rules(self, params: SamplingParams) -> _Rules:
         params.check_vocab(self.vocab_size)
         params = self._check_logprobs(params)
+        asked, most = params.speculative, self.max_draft_tokens
+        if most is not None and isinstance(asked, int) and asked > most:
+            raise RequestError(
+                f"speculative is {asked}, expected at most {most}; raise the engine's num_speculative_tokens"
+            )
         tokenizer = self.tokenizer
         stop_ids = frozenset(params.stop_token_ids or ())
         if not params.ignore_eos:

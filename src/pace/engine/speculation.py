@@ -3,11 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+from pace import ops
+from pace.engine.memory import MemoryPlan
 from pace.engine.sequence import Sequence
+from pace.text.tokenizer import Tokenizer
 
-__all__ = ["Speculation"]
+__all__ = ["Speculation", "SpeculationMaker", "Target"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """The model whose tokens are guessed.
+
+    Attributes:
+        vocab_size: columns of its logits.
+        memory: what it allocates.
+        tokenizer: its tokenizer; None: it was loaded without one.
+        team: the threads that run it, and whatever runs beside it.
+        show_progress: of what is loaded; None: where stderr is a terminal.
+    """
+
+    vocab_size: int
+    memory: MemoryPlan
+    tokenizer: Tokenizer | None
+    team: ops.Team
+    show_progress: bool | None = None
+
+
+class SpeculationMaker(Protocol):
+    """Makes the speculation of an engine that is being loaded. What can be refused without the target was refused before.
+
+    Attributes:
+        max_draft_rows: of the speculation that it makes; the target needs logits for as many rows.
+        n_bytes: what it allocates beside a KV cache.
+        kv_width: keys and values of a token in a KV cache of its own, over all layers and heads; 0: it has none.
+    """
+
+    max_draft_rows: int
+    n_bytes: int
+    kv_width: int
+
+    def make(self, target: Target) -> Speculation:
+        """Load what guesses.
+
+        Raises:
+            CheckpointError, ConfigError, CapacityError: it does not fit the target.
+        """
+        ...
 
 
 class Speculation(Protocol):
@@ -15,9 +60,11 @@ class Speculation(Protocol):
 
     Attributes:
         max_draft_rows: drafted tokens of all sequences that one step may verify.
+        max_tokens: drafted tokens of one sequence at most.
     """
 
     max_draft_rows: int
+    max_tokens: int
 
     def propose(self, running: Seq[Sequence]) -> None:
         """Before a step is planned: `Sequence.draft` for those that decode and may speculate."""

@@ -136,6 +136,11 @@ class Plan:
                     found.setdefault(name, shape)
         return found
 
+    @property
+    def kv_width(self) -> int:
+        """Keys and values of one token, over all layers and heads."""
+        return sum(2 * layer.n_kv_heads * layer.head_dim for layer in self.kv)
+
     def groups(self) -> tuple[KVGroup, ...]:
         """The layers of `kv` that share a pool and a block table, in order of their first: those that are equal."""
         layers: dict[KVLayer, list[int]] = {}

@@ -226,6 +226,11 @@ class Tokenizer:
         """Whether `skip_special_tokens` leaves this token out."""
         return token_id in self._special_ids
 
+    def vocabulary(self) -> dict[str, int]:
+        """Every token with its id, added ones included, as the file spells them."""
+        tokens: dict[str, int] = self._rust.get_vocab(with_added_tokens=True)
+        return tokens
+
     def token_to_id(self, token: str) -> int | None:
         """Return the id of a token given as it is written in the vocabulary; None where there is none."""
         token_id: int | None = self._rust.token_to_id(token)

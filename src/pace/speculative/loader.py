@@ -1,0 +1,229 @@
+"""From `EngineConfig.speculative` to what guesses: the draft's files, weights, KV cache and compiled plan."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+from pace import ops
+from pace.checkpoint import Checkpoint, resolve
+from pace.config import EngineConfig
+from pace.engine import loader
+from pace.engine.build import make_cache, shares_prefixes
+from pace.engine.kv_memory import plan_groups
+from pace.engine.loader import Loaded, load_packed, read_config
+from pace.engine.memory import packed_bytes, slot_bytes
+from pace.engine.speculation import Speculation, Target
+from pace.errors import CheckpointError, ConfigError, show
+from pace.log import logger
+from pace.models.decoder import lower
+from pace.models.registry import parse_config
+from pace.models.spec import DecoderSpec, LayerSpec
+from pace.models.weights import Tensors, settle_head
+from pace.speculative.draft_model import ModelDrafter
+from pace.speculative.drafter import Drafter
+from pace.speculative.pard import PardDrafter
+from pace.speculative.reader import DraftReader
+from pace.speculative.speculator import Speculator
+from pace.speculative.verifier import Match, SyntheticMatch
+from pace.speculative.vocabulary import check_same_tokens
+from pace.speculative_config import SpeculativeConfig
+
+__all__ = ["DraftMaker", "Maker", "load"]
+
+MAX_DRAFT_ROWS = 256
+"""Drafted tokens that one step verifies at most: logits of 128k columns for so many rows are 134 MB."""
+
+MASK_KEYS = ("pard_token", "ptd_token_id", "mask_token_id")
+"""Where a draft's config.json has its mask token, as PARD, P-EAGLE and vLLM write it."""
+
+
+def load(config: EngineConfig, **options: Any) -> Loaded:
+    """Load a model with the speculation that its config asks for.
+
+    Args:
+        options: of `engine.loader.load`.
+
+    Raises:
+        CheckpointError, ConfigError, CapacityError: see the parts.
+    """
+    speculative = config.speculative
+    if speculative is None or speculative.num_speculative_tokens == 0:
+        return loader.load(config, **options)
+    return loader.load(config, speculation=_maker(config, speculative, **options), **options)
+
+
+def _maker(
+    config: EngineConfig, speculative: SpeculativeConfig, random_weights: bool = False, **_: Any
+) -> Maker:
+    return DraftMaker(config, speculative, random_weights=random_weights)
+
+
+class Maker:
+    """A `SpeculationMaker`; what differs between methods is the drafter.
+
+    Args:
+        config: of the engine.
+        speculative: of it.
+    """
+
+    n_bytes = 0
+    kv_width = 0
+
+    def __init__(self, config: EngineConfig, speculative: SpeculativeConfig) -> None:
+        self.config = config
+        self.speculative = speculative
+        self.max_tokens = speculative.num_speculative_tokens
+        self.max_draft_rows = max(self.max_tokens, min(config.max_num_seqs * self.max_tokens, MAX_DRAFT_ROWS))
+
+    def drafter(self, target: Target) -> Drafter:
+        """Load what guesses for this target."""
+        raise ConfigError(f"speculative: method {self.speculative.method} has no drafter")
+
+    def make(self, target: Target) -> Speculation:
+        """The drafter with what surrounds it."""
+        rates = self.speculative.synthetic_acceptance
+        match = Match() if rates is None else SyntheticMatch(rates)
+        if match.is_synthetic:
+            logger.warning(
+                "synthetic acceptance: guesses are accepted by chance, and the output is meaningless"
+            )
+        return Speculator(self.drafter(target), target.vocab_size, self.max_draft_rows, match)
+
+
+class DraftMaker(Maker):
+    """Makes the drafters that have a model.
+
+    Args:
+        config: of the engine.
+        speculative: of it; it names a model.
+        random_weights: invent the draft's weights; for benchmarks.
+
+    Raises:
+        CheckpointError, ConfigError: the draft can't be used, whatever the target.
+    """
+
+    def __init__(
+        self, config: EngineConfig, speculative: SpeculativeConfig, *, random_weights: bool = False
+    ) -> None:
+        super().__init__(config, speculative)
+        self._random_weights = random_weights
+        self.directory = resolve(speculative.model or "", speculative.revision)
+        self.values = read_config(self.directory)
+        path = str(self.directory / "config.json")
+        spec, self.weight_map = parse_config(self.values, path)
+        if speculative.max_model_len is not None and speculative.max_model_len > spec.max_len:
+            raise ConfigError(
+                f"speculative: max_model_len is {speculative.max_model_len}, the draft {self.directory} supports "
+                f"{spec.max_len} tokens; lower it"
+            )
+        self.mask_id = _mask_id(self.values, path, spec.vocab_size) if speculative.method == "pard" else None
+        if speculative.draft_window is not None:
+            spec = _windowed(spec, speculative.draft_window)
+        self.spec = spec
+        self.n_logit_rows = config.max_num_seqs if self.mask_id is None else self.max_draft_rows
+        plan = lower(spec, 1)
+        self.n_bytes = packed_bytes(plan) + slot_bytes(plan, config.max_num_batched_tokens, self.n_logit_rows)
+        self.kv_width = plan.kv_width
+
+    def drafter(self, target: Target) -> Drafter:
+        """Load the draft."""
+        reader = self.reader(target)
+        if self.mask_id is not None:
+            return PardDrafter(reader, self.mask_id, self.max_tokens)
+        return ModelDrafter(reader, self.max_tokens)
+
+    def reader(self, target: Target) -> DraftReader:
+        """The draft, ready to run beside the target.
+
+        Raises:
+            CheckpointError, ConfigError: it does not fit the target.
+        """
+        config, memory = self.config, target.memory
+        check_same_tokens(
+            target.tokenizer,
+            self.directory,
+            min(self.spec.vocab_size, target.vocab_size),
+            trusted=config.trust_tokenizer,
+        )
+        with ExitStack() as files:
+            tensors, spec = None, self.spec
+            if not self._random_weights:
+                checkpoint = files.enter_context(Checkpoint(self.directory))
+                tensors = Tensors(checkpoint, self.weight_map, len(spec.layers))
+                spec = settle_head(spec, tensors)
+            # Masks lie behind the last token.
+            max_len = min(
+                self.speculative.max_model_len or spec.max_len, memory.max_model_len + self.max_tokens
+            )
+            plan = lower(spec, max_len)
+            kv = plan_groups(
+                plan,
+                max_len,
+                config.max_num_batched_tokens,
+                config.kv_cache_type,
+                config.kv_cache_dtype,
+                config.block_size,
+                int(ops.cpu_info()["l2_bytes"]),
+            )
+            n_seqs = memory.kv_bytes / memory.kv.bytes_for(memory.max_model_len)  # of full length
+            kv = kv.divided(int(n_seqs * kv.bytes_for(max_len)), max_len, config.max_num_seqs)
+            sink = load_packed(plan, tensors, target.team, target.show_progress)
+        pools, tables = make_cache(config, kv, max_len)
+        executor = ops.Plan(
+            target.team,
+            plan,
+            sink.weights,
+            pools,
+            config.max_num_batched_tokens,
+            config.max_num_seqs,
+            self.n_logit_rows,
+            config.kernels,
+        )
+        logger.info(
+            "draft %s: %d MiB of weights, up to %d tokens", self.directory, sink.n_bytes >> 20, max_len
+        )
+        return DraftReader(
+            executor,
+            tables,
+            ops.SAMPLE_DTYPE,
+            vocab_size=spec.vocab_size,
+            max_tokens=config.max_num_batched_tokens,
+            max_seqs=config.max_num_seqs,
+            max_logit_rows=self.n_logit_rows,
+            max_len=max_len,
+            never=self.mask_id,
+            prefix_caching=shares_prefixes(config),
+        )
+
+
+def _mask_id(values: dict[str, Any], path: str, vocab_size: int) -> int:
+    """The mask token that a PARD draft was trained with.
+
+    Raises:
+        CheckpointError: its config names none, or one that its embedding has no row for.
+    """
+    nested = values.get("dflash_config")
+    found = {key: values[key] for key in MASK_KEYS if values.get(key) is not None}
+    if isinstance(nested, dict) and nested.get("mask_token_id") is not None:
+        found["dflash_config.mask_token_id"] = nested["mask_token_id"]
+    if not found:
+        raise CheckpointError(
+            f"{path}: no pard_token, so this model was not trained to guess many tokens at once; use method "
+            "draft_model, or a PARD draft"
+        )
+    key, mask_id = next(iter(found.items()))
+    if not isinstance(mask_id, int) or isinstance(mask_id, bool) or not 0 <= mask_id < vocab_size:
+        raise CheckpointError(f"{path}: {key} is {show(mask_id)}, expected a token id below {vocab_size}")
+    return mask_id
+
+
+def _windowed(spec: DecoderSpec, window: int) -> DecoderSpec:
+    """The same decoder whose queries see at most `window` tokens; positions stay what they are."""
+
+    def narrow(layer: LayerSpec) -> LayerSpec:
+        mixer = layer.mixer
+        return replace(layer, mixer=replace(mixer, window=min(window, mixer.window or window)))
+
+    return replace(spec, layers=tuple(narrow(layer) for layer in spec.layers))
