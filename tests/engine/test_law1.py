@@ -19,6 +19,7 @@ from ext.kit import Packed
 from golden import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from speculative.guess import Continue, Guesser
 
 from pace import ops
 from pace.engine.core import Engine
@@ -26,10 +27,16 @@ from pace.engine.kv_memory import plan_groups
 from pace.engine.runner import Runner
 from pace.engine.sampler import Sampler
 from pace.engine.scheduler import Scheduler
-from pace.kvcache import TokenTables, join_groups, make_tables
+from pace.engine.sequence import Sequence
+from pace.kvcache import KVTables, TokenTables, join_groups, make_tables
 from pace.models.plan import Plan
 from pace.outputs import CompletionOutput, Logprob, RequestOutput
 from pace.params import SamplingParams
+from pace.speculative.draft_model import ModelDrafter
+from pace.speculative.drafter import Drafter
+from pace.speculative.pard import PardDrafter
+from pace.speculative.reader import DraftReader
+from pace.speculative.speculator import Speculator
 
 GOLDEN_MODELS = ("llama-gqa4-tied", "qwen2-window", "qwen3", "mistral-window")
 MODELS = (*GOLDEN_MODELS, *mixed.MODELS)
@@ -37,6 +44,21 @@ MAX_LEN = 330  # prompt and output; more than one attention piece of 256
 N_OUTPUT = 40
 N_PROMPTS = (1, 15, 33, 90, 200, 270)
 SCORED_ROWS = 16
+STYLES: tuple[dict[str, Any], ...] = (
+    {},
+    {
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.3,
+        "logit_bias": {3: 2.0, 5: -4.0},
+    },
+    {"allowed_token_ids": list(range(2, 40)), "top_k": 7, "top_p": 0.9, "min_p": 0.01},
+    {"stop_token_ids": list(range(0, tiny.VOCAB_SIZE, 9)), "min_tokens": 8},
+)
+"""Sampling parameters by which a token depends on those before it, and ends."""
+
+K = (1, 2, 3, 8, 12, 16)
+MASK = tiny.VOCAB_SIZE - 1
 
 
 @dataclass(frozen=True)
@@ -47,6 +69,7 @@ class Ask:
         stream: which tokens its prompt begins with.
         n_prompt: an index into N_PROMPTS.
         own_end: its last prompt token is not the stream's.
+        style: an index into STYLES.
         arrival: the step before which it arrives.
         abort: the step before which it is aborted.
     """
@@ -59,6 +82,7 @@ class Ask:
     n: int
     priority: int
     scored: bool
+    style: int
     arrival: int
     abort: int | None
 
@@ -73,6 +97,7 @@ ASKS = st.builds(
     n=st.sampled_from([1, 1, 1, 2]),
     priority=st.integers(0, 1),
     scored=st.sampled_from([False, False, False, True]),
+    style=st.sampled_from([0, 0, 0, 1, 2, 3]),
     arrival=st.integers(0, 30),
     abort=st.sampled_from([None, None, None, 3, 20, 40]),
 )
@@ -93,6 +118,21 @@ CROWDS = st.fixed_dictionaries(
         "reserve": st.booleans(),
         "prefix_caching": st.booleans(),
         "max_step": st.sampled_from([8, 40, 256]),
+        "guesses": st.none()
+        | st.fixed_dictionaries(
+            {
+                "max_tokens": st.sampled_from(K),
+                "wrong": st.sampled_from([0, 0, 1, 9]),
+                "ragged": st.booleans(),
+            }
+        )
+        | st.fixed_dictionaries(
+            {
+                "max_tokens": st.sampled_from(K),
+                "draft": st.sampled_from(["llama-gqa4-tied", "mistral-window", "same"]),
+                "method": st.sampled_from(["pard", "draft_model"]),
+            }
+        ),
     }
 )
 
@@ -126,13 +166,73 @@ class Lab:
         reserve: bool,
         prefix_caching: bool,
         max_step: int = 256,
+        guesses: dict[str, Any] | None = None,
+        follow: Continue | None = None,
     ) -> Engine:
+        max_tokens = max(max_tokens, max_num_seqs)
+        max_draft_rows = 0 if guesses is None else max(20, guesses["max_tokens"])
+        n_logit_rows = max_num_seqs + SCORED_ROWS + max_draft_rows
+        options = (cache, kv_dtype, n_threads, n_full, max_num_seqs, max_tokens, prefix_caching, max_step)
+        plan, executor, tables = self.parts(model, *options, n_logit_rows)
+        shares = prefix_caching and cache[0] != "contiguous"
+        drafter: Drafter | None = None
+        if guesses is not None and follow is not None and "draft" not in guesses:
+            drafter = Guesser(follow, **guesses)
+        elif guesses is not None:
+            draft = model if guesses["draft"] == "same" else guesses["draft"]
+            _, draft_executor, draft_tables = self.parts(draft, *options, max_draft_rows)
+            reader = DraftReader(
+                draft_executor,
+                draft_tables,
+                ops.SAMPLE_DTYPE,
+                vocab_size=tiny.VOCAB_SIZE,
+                max_tokens=max_tokens,
+                max_seqs=max_num_seqs,
+                max_logit_rows=max_draft_rows,
+                max_len=MAX_LEN,
+                never=MASK,
+                prefix_caching=shares,
+            )
+            n = guesses["max_tokens"]
+            drafter = PardDrafter(reader, MASK, n) if guesses["method"] == "pard" else ModelDrafter(reader, n)
+        return Engine(
+            Runner(executor, tables.groups, max_tokens, max_num_seqs, n_logit_rows),
+            Sampler(
+                executor.sample,
+                functools.partial(ops.logprobs, self.teams[n_threads]),
+                ops.SAMPLE_DTYPE,
+                max_num_seqs,
+            ),
+            Scheduler(
+                tables,
+                max_tokens,
+                reserve=reserve,
+                prefix_caching=shares,
+                max_draft_rows=max_draft_rows,
+            ),
+            vocab_size=plan.vocab_size,
+            max_model_len=MAX_LEN,
+            speculation=None if drafter is None else Speculator(drafter, plan.vocab_size, max_draft_rows),
+        )
+
+    def parts(
+        self,
+        model: str,
+        cache: tuple[str, int],
+        kv_dtype: str,
+        n_threads: int,
+        n_full: int,
+        max_num_seqs: int,
+        max_tokens: int,
+        prefix_caching: bool,
+        max_step: int,
+        n_logit_rows: int,
+    ) -> tuple[Plan, ops.Plan, KVTables]:
+        """A model with a KV cache."""
         plan, weights = self.model(model)
         team = self.teams[n_threads]
         kind, block_size = cache
         contiguous = kind == "contiguous"
-        max_tokens = max(max_tokens, max_num_seqs)
-        n_logit_rows = max_num_seqs + SCORED_ROWS
         kv = plan_groups(plan, MAX_LEN, max_tokens, kind, kv_dtype, block_size, 1 << 20)
         kv = replace(kv, max_step=min(kv.max_step, max_step))
         kv = kv.divided(n_full * kv.bytes_for(MAX_LEN), MAX_LEN, max_num_seqs)
@@ -165,23 +265,7 @@ class Lab:
                 for group, pool in zip(kv.groups, pools, strict=True)
             ]
         )
-        return Engine(
-            Runner(executor, tables.groups, max_tokens, max_num_seqs, n_logit_rows),
-            Sampler(
-                executor.sample,
-                functools.partial(ops.logprobs, team),
-                ops.SAMPLE_DTYPE,
-                max_num_seqs,
-            ),
-            Scheduler(
-                tables,
-                max_tokens,
-                reserve=reserve,
-                prefix_caching=prefix_caching and not contiguous,
-            ),
-            vocab_size=plan.vocab_size,
-            max_model_len=MAX_LEN,
-        )
+        return plan, executor, tables
 
     def prompt(self, ask: Ask) -> list[int]:
         rng = np.random.Generator(np.random.PCG64(ask.stream))
@@ -191,7 +275,11 @@ class Lab:
         return ids
 
     def params(self, ask: Ask, n_output: int) -> SamplingParams:
+        style = STYLES[ask.style]
+        if "min_tokens" in style:
+            style = style | {"min_tokens": min(n_output, style["min_tokens"])}
         return SamplingParams(
+            **style,
             max_tokens=n_output,
             temperature=ask.temperature,
             n=ask.n if ask.temperature else 1,
@@ -213,8 +301,9 @@ class Lab:
         temperature: float,
         n: int,
         scored: bool,
+        style: int,
     ) -> RequestOutput:
-        ask = Ask(stream, n_prompt, own_end, N_OUTPUT, temperature, n, 0, scored, 0, None)
+        ask = Ask(stream, n_prompt, own_end, N_OUTPUT, temperature, n, 0, scored, style, 0, None)
         engine = self.engine(
             model,
             cache=("paged", 16),
@@ -233,7 +322,12 @@ class Lab:
         return outputs[-1]
 
     def check(self, model: str, asks: list[Ask], kv_dtype: str, **options: Any) -> Engine:
-        engine = self.engine(model, kv_dtype=kv_dtype, **options)
+        def follow(seq: Sequence, history: list[int]) -> int:
+            truth = self.truth_of(model, asks[int(seq.request_id)], kv_dtype).outputs[seq.index].token_ids
+            at = len(history) - seq.n_prompt
+            return truth[at] if at < len(truth) else 0
+
+        engine = self.engine(model, kv_dtype=kv_dtype, follow=follow, **options)
         done: dict[str, RequestOutput] = {}
         tick = 0
         while tick <= 40 or engine.has_unfinished:
@@ -245,21 +339,11 @@ class Lab:
                 if ask.abort == tick:
                     engine.abort(str(i))
             done.update((output.request_id, output) for output in engine.step())
-            self.check_held(engine)
+            self.check_held(engine, (options.get("guesses") or {"max_tokens": 0})["max_tokens"])
             tick += 1
             assert tick < 50_000
         for i, ask in enumerate(asks):
-            truth = self.truth(
-                ops.isa(),
-                model,
-                kv_dtype,
-                ask.stream,
-                ask.n_prompt,
-                ask.own_end,
-                ask.temperature,
-                ask.n if ask.temperature else 1,
-                ask.scored,
-            )
+            truth = self.truth_of(model, ask, kv_dtype)
             output = done[str(i)]
             for got, want in zip(output.outputs, truth.outputs, strict=True):
                 self.compare(ask, got, want)
@@ -270,20 +354,37 @@ class Lab:
         assert (tables.n_free, tables.n_open) == (tables.n_blocks, 0)
         return engine
 
-    def check_held(self, engine: Engine) -> None:
-        """Layers with a reach hold no more than that, to whole blocks."""
+    def truth_of(self, model: str, ask: Ask, kv_dtype: str) -> RequestOutput:
+        return self.truth(
+            ops.isa(),
+            model,
+            kv_dtype,
+            ask.stream,
+            ask.n_prompt,
+            ask.own_end,
+            ask.temperature,
+            ask.n if ask.temperature else 1,
+            ask.scored,
+            ask.style,
+        )
+
+    def check_held(self, engine: Engine, n_guesses: int) -> None:
+        """Layers with a reach hold no more than that, to whole blocks; and what was guessed."""
         for group in engine.scheduler.tables.groups:
             assert isinstance(group, TokenTables)
             if group.reach.n_tokens is not None and group.column_tokens:
                 n_rows = len(engine.scheduler.running)
                 ragged = max(group.block_size, 32) - 1
-                assert group.n_used <= n_rows * -(-(ragged + group.reach.n_tokens - 1) // group.block_size)
+                n_tokens = ragged + group.reach.n_tokens - 1 + n_guesses
+                assert group.n_used <= n_rows * -(-n_tokens // group.block_size)
 
     def compare(self, ask: Ask, got: CompletionOutput, want: CompletionOutput) -> None:
         n = len(got.token_ids)
         if ask.abort is None:
-            assert n == ask.n_output
-            assert got.finish_reason == "length", got.stop_reason
+            assert n == min(ask.n_output, len(want.token_ids))
+            ends = want.finish_reason == "stop" and n == len(want.token_ids)
+            assert got.finish_reason == ("stop" if ends else "length"), got.stop_reason
+            assert not ends or got.stop_reason == want.stop_reason
         assert list(got.token_ids) == list(want.token_ids)[:n]
         assert got.logprobs is not None and want.logprobs is not None
         expected: list[dict[int, Logprob]] = want.logprobs[:n]
@@ -329,7 +430,7 @@ def test_a_crowd_changes_nobody_long(lab: Lab, isa: str, model: str, crowd: dict
 
 
 def ask(**changes: Any) -> Ask:
-    base = Ask(0, 4, False, 20, 0.0, 1, 0, False, 0, None)
+    base = Ask(0, 4, False, 20, 0.0, 1, 0, False, 0, 0, None)
     return Ask(**{**{name: getattr(base, name) for name in base.__dataclass_fields__}, **changes})
 
 
@@ -384,7 +485,7 @@ def test_a_fork_from_a_row_whose_window_has_moved_on(lab: Lab, caching: bool) ->
 
 def test_the_trials_can_fail(lab: Lab) -> None:
     """One bit of one logprob is noticed."""
-    truth = lab.truth(ops.isa(), "qwen3", "bf16", 0, 2, False, 0.0, 1, False).outputs[0]
+    truth = lab.truth(ops.isa(), "qwen3", "bf16", 0, 2, False, 0.0, 1, False, 0).outputs[0]
     assert truth.logprobs is not None
     token, entry = next(iter(truth.logprobs[5].items()))
     changed = list(truth.logprobs)
