@@ -24,7 +24,7 @@ def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "demo").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub, "_EMBEDDED", tmp_path / "embedded")
+    monkeypatch.setattr(hub, "_EMBEDDED", {"demo": tmp_path / "embedded"})
     with pytest.raises(CheckpointError, match="embedded"):
         resolve("demo")
     (tmp_path / "embedded").mkdir()

@@ -190,7 +190,7 @@ class Lab:
                 max_seqs=max_num_seqs,
                 max_logit_rows=max_draft_rows,
                 max_len=MAX_LEN,
-                never=MASK,
+                never=np.array([MASK], np.int32),
                 prefix_caching=shares,
             )
             n = guesses["max_tokens"]

@@ -42,7 +42,7 @@ def make_reader(
         max_seqs=4,
         max_logit_rows=64,
         max_len=MAX_LEN,
-        never=MASK,
+        never=np.array([MASK], np.int32),
         prefix_caching=kind != "contiguous",
     )
 
@@ -123,7 +123,8 @@ def test_the_mask_is_never_guessed(packed: Packed, team: ops.Team) -> None:
     seq = sequence(45)
     plain = PardDrafter(make_reader(packed, team), MASK, 4).propose({seq: 4})[seq].token_ids
     reader = make_reader(packed, team)
-    reader._never = plain[1]
+    reader._never = np.array([plain[1]], np.int32)
+    reader._is_never[plain[1]] = True
     assert plain[1] not in PardDrafter(reader, MASK, 4).propose({seq: 4})[seq].token_ids
 
 

@@ -6,6 +6,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from pace import ops
 from pace.checkpoint import Checkpoint, resolve
 from pace.config import EngineConfig
@@ -170,6 +172,9 @@ class DraftMaker(Maker):
             n_seqs = memory.kv_bytes / memory.kv.bytes_for(memory.max_model_len)  # of full length
             kv = kv.divided(int(n_seqs * kv.bytes_for(max_len)), max_len, config.max_num_seqs)
             sink = load_packed(plan, tensors, target.team, target.show_progress)
+        never = set() if self.mask_id is None else {self.mask_id}
+        if target.tokenizer is not None:
+            never |= {token for token in target.tokenizer.unused_ids.tolist() if token < spec.vocab_size}
         pools, tables = make_cache(config, kv, max_len)
         executor = ops.Plan(
             target.team,
@@ -193,7 +198,7 @@ class DraftMaker(Maker):
             max_seqs=config.max_num_seqs,
             max_logit_rows=self.n_logit_rows,
             max_len=max_len,
-            never=self.mask_id,
+            never=np.array(sorted(never), np.int32),
             prefix_caching=shares_prefixes(config),
         )
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pace.engine.runner import TableGatherer
+from pace.engine.sampler import NO_BIAS, NO_IDS, History
 from pace.engine.sequence import Sequence
 from pace.kvcache import KVTables, Reuse
 from pace.models.plan import Batch, Executor, F32Array, I32Array
@@ -84,7 +85,7 @@ class DraftReader:
         max_logit_rows: most rows of logits of one pass.
         max_len: longest sequence that the draft reads, in tokens.
         ids: i32 [n]: the token of every column of the logits; None: the column.
-        never: a token that is never guessed; None: there is none.
+        never: i32 [m]: tokens that are never guessed: masks, and ids that the target has no token for.
         prefix_caching: look for what was read before.
     """
 
@@ -100,7 +101,7 @@ class DraftReader:
         max_logit_rows: int,
         max_len: int,
         ids: I32Array | None = None,
-        never: int | None = None,
+        never: I32Array = NO_IDS,
         prefix_caching: bool = True,
     ) -> None:
         self.max_tokens = max_tokens
@@ -113,6 +114,8 @@ class DraftReader:
         self._vocab_size = vocab_size
         self._ids = ids
         self._never = never
+        self._is_never = np.zeros(vocab_size, np.bool_)
+        self._is_never[never] = True
         self._prefix_caching = prefix_caching
         self._readings: dict[Sequence, Reading] = {}
         self._unreadable: set[Sequence] = set()  # they hold a token that the draft does not know
@@ -276,10 +279,9 @@ class DraftReader:
             return Guess([], [])
         params, free = self._params[:n], [None] * n
         drawn = self._sample(logits, params, free)
-        if self._never is not None and (drawn.tokens == self._never).any():
-            # Rare after training: to ban it beforehand would copy every row of logits.
-            none = np.empty(0, np.int32)
-            ban = (none, none, np.array([self._never], np.int32), none, np.empty(0, np.float32), none)
+        if self._is_never.take(drawn.tokens, mode="clip").any():
+            # Rare after training: to ban them beforehand would copy every row of logits.
+            ban = History(NO_IDS, NO_IDS, self._never, NO_IDS, NO_BIAS, NO_IDS)
             drawn = self._sample(logits, params, [ban] * n)
         if drawn.errors.any():
             raise ArithmeticError("its logits hold NaN")
