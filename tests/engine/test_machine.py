@@ -26,6 +26,9 @@ from pace.engine.sequence import NO_ROW, Sequence, Status
 from pace.errors import CapacityError, QueueFullError
 from pace.outputs import RequestOutput
 from pace.params import RequestOutputKind, SamplingParams
+from pace.speculative.drafter import Drafter
+from pace.speculative.hybrid import HybridDrafter
+from pace.speculative.suffix import SuffixDrafter
 
 MAX_LEN = 160
 EOS = 7
@@ -127,6 +130,7 @@ class EngineMachine(RuleBasedStateMachine):
         guesses=st.none()
         | st.fixed_dictionaries(
             {
+                "method": st.sampled_from(["guesser", "guesser", "suffix", "hybrid"]),
                 "max_tokens": st.sampled_from([1, 2, 3, 8, 16]),
                 "wrong": st.sampled_from([0, 1, 8, 9]),
                 "ragged": st.booleans(),
@@ -147,7 +151,7 @@ class EngineMachine(RuleBasedStateMachine):
         guesses: dict[str, Any] | None,
     ) -> None:
         self.reaches = reaches
-        self.guesser = None if guesses is None else Guesser(self.follow, **guesses)
+        drafter = self.make_drafter(**guesses or {"method": None})
         block_size = 16 if kv_cache_type == "paged" else 32
         self.engine, self.plan = make_engine(
             max_model_len=MAX_LEN,
@@ -162,7 +166,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_step=max_step,
             max_num_waiting=12,
             eos=[EOS],
-            drafter=self.guesser,
+            drafter=drafter,
         )
         self.engine.scheduler.__class__ = FairScheduler
         self.engine.scheduler.pacer = ModelPacer()
@@ -172,6 +176,19 @@ class EngineMachine(RuleBasedStateMachine):
         self.asked: dict[str, dict[str, Any]] = {}  # requests in flight
         self.got: dict[str, list[list[int]]] = {}  # tokens of their completions, deltas joined
         self.count = 0
+
+    def make_drafter(self, method: str | None, **guesses: Any) -> Drafter | None:
+        """One that is right as often as it is told, one that looks at the text (and says much: one token is a context),
+        or both."""
+        self.guesser: Guesser | None = None
+        self.suffix: SuffixDrafter | None = None
+        if method in ("guesser", "hybrid"):
+            self.guesser = Guesser(self.follow, **guesses)
+        if method in ("suffix", "hybrid"):
+            self.suffix = SuffixDrafter(guesses["max_tokens"], min_match=1, past_tokens=200)
+        if self.guesser is not None and self.suffix is not None:
+            return HybridDrafter(self.guesser, self.suffix, override=3)
+        return self.guesser or self.suffix
 
     def follow(self, seq: Sequence, history: list[int]) -> int:
         """What greedy sampling draws."""
@@ -374,6 +391,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert not scheduler.running and scheduler.n_waiting == 0
         assert (tables.n_open, tables.n_free, tables.n_available) == (0, tables.n_blocks, tables.n_blocks)
         assert self.guesser is None or self.guesser.closed or not self.guesser.held
+        assert self.suffix is None or not self.suffix._texts
 
 
 QUICK = settings(

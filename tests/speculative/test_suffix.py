@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from engine.fakes import make_engine
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -193,3 +194,30 @@ def test_whatever_happens_proposals_are_those_of_the_text(steps: list[Any], past
         for seq in running:
             drafter.end(seq)
         assert not drafter._texts
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_engine_says_the_same_in_fewer_steps(temperature: float) -> None:
+    """The same requests again: their outputs are known, and come several tokens a step."""
+    prompts = [list(range(i, 20 + i)) for i in range(3)]
+    params = [
+        SamplingParams(temperature=temperature, seed=i, max_tokens=30, logprobs=1, detokenize=False)
+        for i in range(3)
+    ]
+    results = []
+    for drafter in (None, SuffixDrafter(8, past_tokens=1000)):
+        engine, _ = make_engine(drafter=drafter, max_tokens=64, n_blocks=32)
+        for turn in range(2):
+            n_steps = engine.stats()["n_steps"]
+            outputs = []
+            for i, prompt in enumerate(prompts):
+                engine.add_request(f"{turn} {i}", prompt, params[i])
+            while engine.has_unfinished:
+                outputs += engine.step()
+            done = {output.request_id[2:]: output.outputs[0] for output in outputs}
+            results.append([(done[key].token_ids, done[key].logprobs) for key in sorted(done)])
+            n_steps = engine.stats()["n_steps"] - n_steps
+            assert n_steps < 12 if drafter is not None and turn else n_steps > 25
+    assert all(result == results[0] for result in results)
+    stats = engine.stats()["speculative"]
+    assert stats["method"] == "suffix" and stats["mean_acceptance_length"] > 6 and stats["past_tokens"] > 0
