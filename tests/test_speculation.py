@@ -50,6 +50,13 @@ def plain() -> Iterator[list[Any]]:
         {"model": "demo-draft", "num_speculative_tokens": 5},
         {"model": "demo", "num_speculative_tokens": 3},
         {"model": "demo-draft", "num_speculative_tokens": 16, "draft_window": 32},
+        {"method": "suffix", "num_speculative_tokens": 12, "past_output_tokens": 10_000},
+        {
+            "method": "hybrid",
+            "model": "demo-draft",
+            "num_speculative_tokens": 8,
+            "past_output_tokens": 10_000,
+        },
     ],
 )
 def test_outputs_are_the_same(plain: list[Any], options: dict[str, Any]) -> None:

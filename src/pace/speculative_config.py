@@ -9,13 +9,15 @@ from typing import Any
 
 from pace.errors import ConfigError, show
 
-__all__ = ["MAX_DRAFT_TOKENS", "METHODS", "SpeculativeConfig"]
+__all__ = ["MAX_DRAFT_TOKENS", "METHODS", "NEEDS_MODEL", "SpeculativeConfig"]
 
 MAX_DRAFT_TOKENS = 32
 """Tokens of one draft at most. Beyond about 12 hardly any is accepted, and 33 rows cost more than one everywhere."""
 
-METHODS = ("pard", "draft_model")
-NEEDS_MODEL = ("pard", "draft_model")
+METHODS = ("pard", "draft_model", "suffix", "hybrid")
+NEEDS_MODEL = ("pard", "draft_model", "hybrid")
+READS_TEXT = ("suffix", "hybrid")
+MAX_PAST_TOKENS = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,8 @@ class SpeculativeConfig:
     """How an engine guesses tokens; names are vLLM's where it has them. docs/speculative.md tells what suits whom.
 
     Attributes:
-        method: "pard" (a draft model that guesses all tokens in one pass) or "draft_model" (one by one).
+        method: "pard" (a draft model that guesses all tokens in one pass), "draft_model" (one by one), "suffix" (no model:
+            what followed the same tokens before) or "hybrid" (a long repetition from the text, the rest from the draft).
         model: the draft: a checkpoint folder, a hub id `org/name`, or "demo-draft" for the embedded one.
         revision: branch, tag or commit of a hub id.
         num_speculative_tokens: most tokens of a draft, K, 0 .. 32; 0: nothing is guessed.
@@ -31,6 +34,8 @@ class SpeculativeConfig:
         draft_window: tokens that the draft sees at most, so that it stays cheap in a long context; None: all.
         draft_vocab: a JSON file with the list of the token ids that the draft may guess, so that its LM head has fewer
             rows; None: all.
+        past_output_tokens: of "suffix" and "hybrid": guess also from this many tokens of earlier outputs, 0 for none; each
+            costs about 90 bytes, 250 at most. Requests with a cache salt take no part.
         adaptive: verify only as many tokens as pay, none where none do; False: always all of them.
         synthetic_acceptance: for benchmarks without a trained draft, never for use: accept guesses with this probability,
             or with one for each position, whatever they are. The output is meaningless.
@@ -46,6 +51,7 @@ class SpeculativeConfig:
     max_model_len: int | None = None
     draft_window: int | None = None
     draft_vocab: str | None = None
+    past_output_tokens: int = 0
     adaptive: bool = True
     synthetic_acceptance: float | tuple[float, ...] | None = None
 
@@ -99,6 +105,11 @@ class SpeculativeConfig:
                 raise ConfigError(
                     f"speculative: method {self.method} has no draft model, so {name} means nothing; leave it out"
                 )
+        self._check_int("past_output_tokens", 0, MAX_PAST_TOKENS)
+        if self.past_output_tokens and self.method not in READS_TEXT:
+            raise ConfigError(
+                f"speculative: method {self.method} reads no outputs, so past_output_tokens means nothing; leave it out"
+            )
         if not isinstance(self.adaptive, bool):
             raise ConfigError(f"speculative: adaptive is {show(self.adaptive)}, expected True or False")
         if self.synthetic_acceptance is not None:

@@ -34,9 +34,11 @@ from pace.outputs import CompletionOutput, Logprob, RequestOutput
 from pace.params import SamplingParams
 from pace.speculative.draft_model import ModelDrafter
 from pace.speculative.drafter import Drafter
+from pace.speculative.hybrid import HybridDrafter
 from pace.speculative.pard import PardDrafter
 from pace.speculative.reader import DraftReader
 from pace.speculative.speculator import Speculator
+from pace.speculative.suffix import SuffixDrafter
 
 GOLDEN_MODELS = ("llama-gqa4-tied", "qwen2-window", "qwen3", "mistral-window")
 MODELS = (*GOLDEN_MODELS, *mixed.MODELS)
@@ -130,11 +132,17 @@ CROWDS = st.fixed_dictionaries(
             {
                 "max_tokens": st.sampled_from(K),
                 "draft": st.sampled_from(["llama-gqa4-tied", "mistral-window", "same"]),
-                "method": st.sampled_from(["pard", "draft_model"]),
+                "method": st.sampled_from(["pard", "draft_model", "hybrid"]),
             }
-        ),
+        )
+        | st.fixed_dictionaries({"max_tokens": st.sampled_from(K), "method": st.just("suffix")}),
     }
 )
+
+
+def talkative(max_tokens: int) -> SuffixDrafter:
+    """It takes one token for a context, and knows what others were answered: random weights repeat little."""
+    return SuffixDrafter(max_tokens, min_match=1, past_tokens=500)
 
 
 class Lab:
@@ -176,7 +184,9 @@ class Lab:
         plan, executor, tables = self.parts(model, *options, n_logit_rows)
         shares = prefix_caching and cache[0] != "contiguous"
         drafter: Drafter | None = None
-        if guesses is not None and follow is not None and "draft" not in guesses:
+        if guesses is not None and guesses.get("method") == "suffix":
+            drafter = talkative(guesses["max_tokens"])
+        elif guesses is not None and follow is not None and "draft" not in guesses:
             drafter = Guesser(follow, **guesses)
         elif guesses is not None:
             draft = model if guesses["draft"] == "same" else guesses["draft"]
@@ -194,7 +204,13 @@ class Lab:
                 prefix_caching=shares,
             )
             n = guesses["max_tokens"]
-            drafter = PardDrafter(reader, MASK, n) if guesses["method"] == "pard" else ModelDrafter(reader, n)
+            drafter = (
+                ModelDrafter(reader, n)
+                if guesses["method"] == "draft_model"
+                else PardDrafter(reader, MASK, n)
+            )
+            if guesses["method"] == "hybrid":
+                drafter = HybridDrafter(drafter, talkative(n), override=3)
         return Engine(
             Runner(executor, tables.groups, max_tokens, max_num_seqs, n_logit_rows),
             Sampler(

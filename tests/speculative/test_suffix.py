@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pace.engine.sequence import Sequence
+from pace.errors import ConfigError
 from pace.ops import SuffixIndex
 from pace.params import SamplingParams
 from pace.speculative import suffix
 from pace.speculative.suffix import PastOutputs, SuffixDrafter
+from pace.speculative_config import SpeculativeConfig
 
 CODE = [5, 6, 7, 8, 9, 10, 11, 12]
 
@@ -221,3 +223,23 @@ def test_an_engine_says_the_same_in_fewer_steps(temperature: float) -> None:
     assert all(result == results[0] for result in results)
     stats = engine.stats()["speculative"]
     assert stats["method"] == "suffix" and stats["mean_acceptance_length"] > 6 and stats["past_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "suffix", "model": "demo-draft"}, "suffix has no draft model, so model means nothing"),
+        ({"method": "hybrid"}, "hybrid needs a draft"),
+        (
+            {"method": "suffix", "past_output_tokens": -1},
+            "past_output_tokens is -1, expected an integer from 0",
+        ),
+        (
+            {"method": "pard", "model": "demo-draft", "past_output_tokens": 5},
+            "pard reads no outputs, so past_output_tokens means nothing",
+        ),
+    ],
+)
+def test_what_the_methods_do_not_take_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SpeculativeConfig.read(given)

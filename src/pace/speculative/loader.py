@@ -25,9 +25,11 @@ from pace.models.spec import DecoderSpec, LayerSpec
 from pace.models.weights import Tensors, settle_head
 from pace.speculative.draft_model import ModelDrafter
 from pace.speculative.drafter import Drafter
+from pace.speculative.hybrid import HybridDrafter
 from pace.speculative.pard import PardDrafter
 from pace.speculative.reader import DraftReader
 from pace.speculative.speculator import Speculator
+from pace.speculative.suffix import SuffixDrafter
 from pace.speculative.verifier import Match, SyntheticMatch
 from pace.speculative.vocabulary import check_same_tokens
 from pace.speculative_config import SpeculativeConfig
@@ -59,7 +61,10 @@ def load(config: EngineConfig, **options: Any) -> Loaded:
 def _maker(
     config: EngineConfig, speculative: SpeculativeConfig, random_weights: bool = False, **_: Any
 ) -> Maker:
-    return DraftMaker(config, speculative, random_weights=random_weights)
+    if speculative.method == "suffix":
+        return SuffixMaker(config, speculative)
+    maker = HybridMaker if speculative.method == "hybrid" else DraftMaker
+    return maker(config, speculative, random_weights=random_weights)
 
 
 class Maker:
@@ -94,6 +99,18 @@ class Maker:
         return Speculator(self.drafter(target), target.vocab_size, self.max_draft_rows, match)
 
 
+class SuffixMaker(Maker):
+    """Makes the drafter that needs no model."""
+
+    def drafter(self, target: Target) -> Drafter:
+        """It is empty at first."""
+        return _suffix(self.speculative)
+
+
+def _suffix(speculative: SpeculativeConfig) -> SuffixDrafter:
+    return SuffixDrafter(speculative.num_speculative_tokens, past_tokens=speculative.past_output_tokens)
+
+
 class DraftMaker(Maker):
     """Makes the drafters that have a model.
 
@@ -120,7 +137,8 @@ class DraftMaker(Maker):
                 f"speculative: max_model_len is {speculative.max_model_len}, the draft {self.directory} supports "
                 f"{spec.max_len} tokens; lower it"
             )
-        self.mask_id = _mask_id(self.values, path, spec.vocab_size) if speculative.method == "pard" else None
+        one_pass = speculative.method == "pard" or (speculative.method == "hybrid" and _has_mask(self.values))
+        self.mask_id = _mask_id(self.values, path, spec.vocab_size) if one_pass else None
         if speculative.draft_window is not None:
             spec = _windowed(spec, speculative.draft_window)
         self.spec = spec
@@ -201,6 +219,20 @@ class DraftMaker(Maker):
             never=np.array(sorted(never), np.int32),
             prefix_caching=shares_prefixes(config),
         )
+
+
+class HybridMaker(DraftMaker):
+    """Makes the drafter of both: its model guesses in one pass where it was trained to, else token by token."""
+
+    def drafter(self, target: Target) -> Drafter:
+        """Load the draft."""
+        return HybridDrafter(super().drafter(target), _suffix(self.speculative))
+
+
+def _has_mask(values: dict[str, Any]) -> bool:
+    nested = values.get("dflash_config")
+    nested_id = nested.get("mask_token_id") if isinstance(nested, dict) else None
+    return nested_id is not None or any(values.get(key) is not None for key in MASK_KEYS)
 
 
 def _mask_id(values: dict[str, Any], path: str, vocab_size: int) -> int:
