@@ -29,6 +29,7 @@ from pace.models.plan import (
     Norm,
     NormKind,
     Plan,
+    Quantise,
     Rope,
     RopeKV,
     Select,
@@ -103,6 +104,8 @@ class Reference:
                 extra = self._rope_kv(op, batch)
             elif isinstance(op, Attention):
                 self._attention(op, batch)
+            elif isinstance(op, Quantise):
+                self._quantise(op)
             else:
                 self._select(op, batch)
             if self.trace is not None:
@@ -145,6 +148,14 @@ class Reference:
             if op.other is not None:
                 y = y * self._slots[op.other][:, op.at : op.at + dst.width]
         self._store(op.dst, y)
+
+    def _quantise(self, op: Quantise) -> None:
+        x = self._slots[op.src]
+        if self.rounding is not None:
+            groups = x.reshape(len(x), -1, 32)
+            q, scale = quantise(groups)
+            x = (q * scale).reshape(x.shape)
+        self._slots[op.dst] = x
 
     def _rope_kv(self, op: RopeKV, batch: Batch) -> dict[str, Array]:
         kv, positions = self.plan.kv[op.kv], self._positions(op.src, batch)
@@ -278,7 +289,8 @@ class Reference:
 
 
 def quantise(x: Array) -> tuple[Array, Array]:
-    """Integers and scales [..., 1] of heads x [..., D] as an int8 KV cache stores them (see _ext/kernels.h)."""
+    """Integers and scales [..., 1] of heads x [..., D] as an int8 KV cache stores them, or of groups of 32 columns as an
+    int8 slot does (see _ext/kernels.h)."""
     amax = np.abs(x).max(axis=-1, keepdims=True)
     scale = np.where(np.isfinite(amax), amax / 127, np.nan)
     return np.rint(np.divide(x, scale, out=np.zeros_like(x), where=scale > 0)), scale

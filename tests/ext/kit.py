@@ -31,7 +31,11 @@ TINY = 2.0**-120
 """Below this results may be flushed to zero (a step runs without denormals)."""
 
 NAN_BF16 = 0x7FC0
-SENTINEL = {np.dtype(np.float32): np.float32(np.nan), np.dtype(np.uint16): np.uint16(NAN_BF16)}
+SENTINEL = {
+    np.dtype(np.float32): np.float32(np.nan),
+    np.dtype(np.uint16): np.uint16(NAN_BF16),
+    np.dtype(np.int8): np.int8(-128),  # the one integer that quantising never gives
+}
 
 
 def to_bf16(x: Array) -> npt.NDArray[np.uint16]:

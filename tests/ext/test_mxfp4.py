@@ -2,6 +2,9 @@
 
 On bf16 rows the weights become bf16, which loses nothing, so the bits must be those of the product with bf16 panels:
 its tolerance (see test_gemm) is this one's.
+
+On int8 rows a group's sum of integers is exact (below 2^24). Its product with the row's scale is rounded once, and once
+more where it is added to the groups before: (k / 32 + 1) u S for S = sum |a| |w| of the quantised row.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from ext.kit import (
     bf16,
     build,
     chosen,
+    memory,
     packed,
     poison,
     put,
@@ -132,7 +136,7 @@ def test_shapes_that_do_not_fit(team: ops.Team) -> None:
 
 def test_no_table_of_tokens(team: ops.Team) -> None:
     table = packed_mxfp4(team, *random_mxfp4(97, 64))
-    with pytest.raises(TypeError, match="e: a table in mxfp4"):
+    with pytest.raises(TypeError, match="e: table w is mxfp4"):
         build(team, [ir.Embed("e", "x", "w")], [ir.Slot("x", 64, "f32", "tokens")], {"w": table})
 
 
@@ -161,6 +165,122 @@ def test_products(kernel: str, team: ops.Team, n: int, k: int) -> None:
             whole = got.tobytes()
         assert got.tobytes() == take(plan, "d", m).tobytes(), f"{m} rows: not those of bf16 panels"
         assert got.tobytes() == whole[: got.nbytes], f"{m} rows differ from {max(rows)}"
+
+
+def quantised(bits: Any, width: int) -> tuple[Any, Any, Any]:
+    """Integers, scales and sums of int8 rows [rows, ld]: [rows, width], [rows, width / 32] twice."""
+    order = np.array([0, 4, 1, 5, 2, 6, 3, 7])
+    q = np.empty((len(bits), width // 8, 8), np.int8)
+    q[:, :, order] = bits[:, :width].reshape(len(bits), -1, 8)
+    beside = np.ascontiguousarray(bits[:, width : width + width // 4])
+    half = width // 8
+    scales, sums = beside[:, :half].copy().view(np.float32), beside[:, half:].copy().view(np.int32)
+    return q.reshape(len(bits), width), scales, sums
+
+
+def quantise_plan(team: ops.Team, kernel: str, width: int) -> ops.Plan:
+    slots = [ir.Slot("a", width, "bf16", "tokens"), ir.Slot("q", width, "int8", "tokens")]
+    return build(team, [ir.Quantise("g", "a", "q")], slots, kernels=chosen(kernel))
+
+
+@pytest.mark.parametrize("width", [32, 64, 416])
+def test_quantised_rows(kernel: str, team: ops.Team, width: int) -> None:
+    """To the bit what float32 says, of rows with any spread, one outlier, ties, and zeros."""
+    r = rng("quantise", width)
+    x = r.standard_normal((9, width)) * 10.0 ** r.uniform(-9, 9, (9, width // 32)).repeat(32, 1)
+    x[3, 5] *= 1000
+    x[4, :32] = 0
+    x[5, :32] = np.arange(32) - 15.5  # amax 15.5: many halves of 127 / 31
+    plan = quantise_plan(team, kernel, width)
+    a = put(plan, "a", x).astype(np.float32).reshape(9, -1, 32)
+    poison(plan, "q")
+    plan.step(rows_batch(9))
+    whole = memory(plan, "q")
+    q, scales, sums = quantised(whole[:9], width)
+    want = np.abs(a).max(-1) / np.float32(127)
+    assert scales.tobytes() == want.tobytes()
+    steps = np.divide(a, want[..., None], out=np.zeros_like(a), where=want[..., None] > 0)
+    assert np.array_equal(q, np.rint(steps).reshape(9, width))
+    assert np.array_equal(sums, -16 * q.reshape(9, -1, 32).sum(-1, dtype=np.int32))
+    assert (whole[:9, width + width // 4 :] == -128).all() and (whole[9:] == -128).all(), (
+        "wrote beside the rows"
+    )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_group_with_no_number_has_no_scale(kernel: str, team: ops.Team, value: float) -> None:
+    """Its row's products are NaN, nobody else's."""
+    blocks, scales = random_mxfp4(20, 96)
+    plan = int8_plan(team, kernel, packed_mxfp4(team, blocks, scales))
+    x = rng("nan").standard_normal((9, 96))
+    put(plan, "a", x)
+    plan.step(rows_batch(9))
+    clean = take(plan, "c", 9)
+    x[4, 40] = value
+    put(plan, "a", x)
+    poison(plan, "c")
+    plan.step(rows_batch(9))
+    got = take(plan, "c", 9)
+    assert np.isnan(got[4]).all()
+    assert np.delete(got, 4, 0).tobytes() == np.delete(clean, 4, 0).tobytes()
+
+
+def int8_plan(team: ops.Team, kernel: str, matrix: ops.PackedMatrix) -> ops.Plan:
+    slots = [
+        ir.Slot("a", matrix.k, "bf16", "tokens"),
+        ir.Slot("q", matrix.k, "int8", "tokens"),
+        ir.Slot("c", matrix.n, "f32", "tokens"),
+    ]
+    chain = [ir.Quantise("g", "a", "q"), ir.Gemm("h", "q", "c", "w")]
+    plan = build(team, chain, slots, {"w": matrix}, kernels=chosen(kernel))
+    poison(plan, "c")
+    return plan
+
+
+@pytest.mark.parametrize("k", [32, 64, 96, 544, 1120])
+@pytest.mark.parametrize("n", [1, 17, 33, 307])
+def test_products_of_int8_rows(kernel: str, team: ops.Team, n: int, k: int) -> None:
+    """Close to float64 at every m, and each row the same bytes at every m."""
+    blocks, scales = random_mxfp4(n, k)
+    w = dequantise_mxfp4(blocks, scales)
+    plan = int8_plan(team, kernel, packed_mxfp4(team, blocks, scales))
+    rows = FEW_ROWS if kernel == "reference" else MANY_ROWS
+    x = rng("rows", k).standard_normal((max(rows), k)) * 4
+    x[1] = 100 * np.where(np.arange(k) % 2, 1, -1)  # the largest integers there are
+    whole = b""
+    for m in sorted(rows, reverse=True):
+        put(plan, "a", x[:m])
+        poison(plan, "c", "q")
+        plan.step(rows_batch(m))
+        got = take(plan, "c", m)
+        if not whole:
+            q, scale, _ = quantised(memory(plan, "q")[:m], k)
+            a = q * scale.astype(np.float64).repeat(32, 1)
+            assert_close(got, a @ w.T, (k // 32 + 1) * U_F32 * (np.abs(a) @ np.abs(w).T))
+            whole = got.tobytes()
+        assert got.tobytes() == whole[: got.nbytes], f"{m} rows differ from {max(rows)}"
+
+
+def test_sums_of_the_largest_integers_do_not_saturate(kernel: str, team: ops.Team) -> None:
+    """vpmaddubsw adds pairs in 16 bits: every weight 6 or -6, every integer 127 or -127, all products of one sign."""
+    k, signs = 64, rng("signs").choice([-1, 1], (8, 64))
+    codes = np.where(signs < 0, 15, 7).astype(U8)
+    blocks = (codes[:, 0::2] | codes[:, 1::2] << 4).reshape(8, k // 32, 16)
+    plan = int8_plan(team, kernel, packed_mxfp4(team, blocks, np.full((8, k // 32), 127, U8)))
+    put(plan, "a", np.concatenate([signs, -signs]) * 127.0)
+    plan.step(rows_batch(16))
+    got = take(plan, "c", 16)
+    want = np.concatenate([signs, -signs]) * 127.0 @ (6.0 * signs.T)
+    assert np.array_equal(got, want)
+    assert got.max() == 6 * 127 * k and got.min() == -got.max()
+
+
+def test_int8_rows_want_mxfp4(team: ops.Team) -> None:
+    slots = [ir.Slot("q", 64, "int8", "tokens"), ir.Slot("c", 8, "f32", "tokens")]
+    with pytest.raises(TypeError, match="h: int8 rows times weight w in bf16, expected mxfp4"):
+        build(team, [ir.Gemm("h", "q", "c", "w")], slots, {"w": packed(team, np.ones((8, 64)))})
+    with pytest.raises(ValueError, match="slot of 48 columns of int8: int8 wants whole groups of 32"):
+        build(team, [], [ir.Slot("q", 48, "int8", "tokens"), ir.Slot("c", 8, "f32", "tokens")])
 
 
 @pytest.mark.live

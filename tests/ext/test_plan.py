@@ -237,7 +237,7 @@ from pace._ext import _kernels
 lib = ctypes.CDLL(None)
 team = ops.Team(1)
 plan = _kernels.Plan(team._team, 8, 2, 8, 40, 100)
-slots = plan.add_slot(64, True, 8), plan.add_slot(64, False, 8)
+slots = plan.add_slot(64, "bf16", 8), plan.add_slot(64, "f32", 8)
 fields = dict.fromkeys(("other", "bias", "cap", "at", "act"))
 fields |= {"src": 0, "dst": 1, "weight": packed(team, np.ones((64, 64)))._matrix, "scale": 1.0, "epilogue": "store"}
 lib.refuse_maps(1)

@@ -172,7 +172,7 @@ def test_tiers_can_be_mixed(isa: str, team: ops.Team, packed_model: PackedModel)
     [
         (
             {"matmul": "avx2"},
-            r"operator 'matmul'; expected one of embed, norm, gemm, angles, rope, attention, select$",
+            r"operator 'matmul'; expected one of embed, norm, gemm, angles, rope, attention, select, quantise$",
         ),
         ({"gemm": "sse2"}, r"gemm='sse2'; runnable here: .*avx2, and reference$"),
         ({"gemm": ""}, r"gemm=''"),

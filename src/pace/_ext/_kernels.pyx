@@ -74,7 +74,7 @@ cdef extern from "kernels.h" nogil:
     ctypedef struct pace_slot:
         void *data
         long ld, width
-        int bf16
+        int bf16, int8
     struct pace_table:
         const int32_t *blocks
         long stride

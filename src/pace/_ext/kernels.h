@@ -71,10 +71,17 @@ static inline pace_matrix pace_matrix_at(const pace_matrix *w, long i) {
 
 // Activations: [rows][ld] f32 or bf16. bf16 rows have an ld that is a multiple of 32 with ld * 2 no multiple of 4096
 // bytes (rows of one tile must not share a cache set), and zeros from column `width` to the next multiple of 32.
+//
+// int8: 32 columns of a row are a group, width is a multiple of 32. A row has int8 [width], in every 8 columns the
+// order 0 4 1 5 2 6 3 7 (that of PACE_MXFP4's nibbles), then f32 scales [width / 32], then int32 [width / 32],
+// -PACE_INT8_ZERO times the sum of the group's integers. An element is integer * scale; the scale is amax / 127, the
+// integer x / scale to the nearest, ties to even. amax 0: scale 0 and zeros; with a NaN or an infinity: scale NaN and
+// zeros. ld counts bytes.
+#define PACE_INT8_ZERO 16  // added to the integers of 4-bit weights, -12 .. 12, so that they are unsigned
 typedef struct {
     void *data;
     long ld, width;
-    int bf16;
+    int bf16, int8;  // neither: f32
 } pace_slot;
 
 // What a step computes. A group is the layers whose keys and values lie in one pool under one table.
@@ -159,13 +166,19 @@ typedef struct {
 } pace_select;
 #define PACE_FIELDS_select(F) F(select, slot, src) F(select, slot, dst)
 
+// dst = src in int8, each row by itself.
+typedef struct {
+    pace_slot src, dst;  // bf16, int8 of the same width
+} pace_quantise;
+#define PACE_FIELDS_quantise(F) F(quantise, slot, src) F(quantise, slot, dst)
+
 // ---- GEMM: a call computes output panels [p0, p1) of rows [m0, m1) ----------------------------------------
 
 // y = src W^T + bias. store: dst = scale * act(y), then cap * tanh(dst / cap) if cap > 0. add: dst += scale * y. mul:
 // dst = scale * act(y) * other[at ..]. gated: dst = act(gate) * up, where columns 0..15 of a panel are gate and 16..31
 // up, so that a panel makes 16 columns of dst and not 32.
 typedef struct {
-    pace_slot src, dst;  // bf16 [m][weight.k]; f32 or bf16, f32 to add
+    pace_slot src, dst;  // bf16 [m][weight.k], or int8 where the weight is PACE_MXFP4; f32 or bf16, f32 to add
     pace_slot other;     // f32, mul only
     pace_matrix weight;  // panels
     const float *bias;   // [n_panels * PACE_NR] in packed column order, or NULL
@@ -327,7 +340,8 @@ typedef struct {
     X(angles, rows)       \
     X(rope, groups)       \
     X(attention, tiles)   \
-    X(select, rows)
+    X(select, rows)       \
+    X(quantise, rows)
 
 typedef struct {
     const char *isa;
@@ -335,6 +349,7 @@ typedef struct {
     void (*norm)(const pace_norm *g, const pace_batch *b, long m0, long m1);
     void (*angles)(const pace_angles *g, const pace_batch *b, long m0, long m1);
     void (*select)(const pace_select *g, const pace_batch *b, long m0, long m1);
+    void (*quantise)(const pace_quantise *g, const pace_batch *b, long m0, long m1);
     void (*gemm)(const pace_gemm *g, long p0, long p1, long m0, long m1, void *scratch);  // gemm_scratch bytes
     size_t gemm_scratch;
     int gemm_rows;  // rows of one register tile: m up to this streams the weights exactly once

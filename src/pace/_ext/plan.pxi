@@ -90,16 +90,22 @@ cdef class Plan:
         self.pools.append(pool)
         self.reaches.append(0 if reach is None else reach)
 
-    def add_slot(self, long width, bint is_bf16, long rows):
+    def add_slot(self, long width, dtype, long rows):
         if self.n_slots == 64:
             raise ValueError("more than 64 slots")
         if not 1 <= width <= 0x7fffffff or not 1 <= rows <= 0x7fffffff:
             raise ValueError(f"slot of {rows} rows of {width}: both must be positive int32")
+        if dtype not in ("f32", "bf16", "int8") or (dtype == "int8" and width % PACE_MX_GROUP):
+            raise ValueError(f"slot of {width} columns of {dtype}: int8 wants whole groups of {PACE_MX_GROUP}")
         cdef pace_slot s
         # 64 extra bytes a row: rows of a register tile then fall into different cache sets.
-        s.ld = (width + 31) // 32 * 32 + 32 if is_bf16 else (width + 15) // 16 * 16
-        s.width, s.bf16 = width, is_bf16
-        memory = Memory(<size_t>rows * <size_t>s.ld * (2 if is_bf16 else 4) + 64)  # below 2^64: both are int32
+        if dtype == "int8":
+            s.ld = (width + width // 4 + 63) // 64 * 64
+            s.ld += 64 if s.ld % 128 == 0 else 0
+        else:
+            s.ld = (width + 31) // 32 * 32 + 32 if dtype == "bf16" else (width + 15) // 16 * 16
+        s.width, s.bf16, s.int8 = width, dtype == "bf16", dtype == "int8"
+        memory = Memory(<size_t>rows * <size_t>s.ld * (1 if s.int8 else 2 if s.bf16 else 4) + 64)  # below 2^64: int32
         s.data = (<Memory>memory).data
         self.memory.append(memory)
         self.nbytes += memory.nbytes
@@ -201,9 +207,9 @@ cdef class Plan:
         return maxima
 
     def view(self, int i):
-        """All rows of a slot as f32 or uint16 [rows, width], no copy; the array keeps the memory alive."""
+        """All rows of a slot as f32, uint16 or int8 [rows, width], no copy; the array keeps the memory alive."""
         cdef pace_slot *s = self.at(i)
-        a = np.frombuffer(self.memory[i], np.uint16 if s.bf16 else np.float32)
+        a = np.frombuffer(self.memory[i], np.int8 if s.int8 else np.uint16 if s.bf16 else np.float32)
         rows = self.slot_rows[i]
         return a[: rows * s.ld].reshape(rows, s.ld)[:, : s.width]
 

@@ -57,7 +57,16 @@ static double weight_at(const pace_matrix *w, long n, long k) {
     }
 }
 
+// Where column i of an int8 row is, and where its group's scale and sum are.
+static long int8_at(long i) { return i / 8 * 8 + i % 4 * 2 + i % 8 / 4; }
+
 static double load(const pace_slot *s, long r, long i) {
+    if (s->int8) {
+        const int8_t *row = (const int8_t *)s->data + r * s->ld;
+        float scale;
+        memcpy(&scale, row + s->width + i / PACE_MX_GROUP * 4, 4);
+        return (double)row[int8_at(i)] * (double)scale;
+    }
     return s->bf16 ? from_bf16(((const bf16 *)s->data)[r * s->ld + i])
                    : (double)((const float *)s->data)[r * s->ld + i];
 }
@@ -132,6 +141,28 @@ static void kernel_embed(const pace_embed *g, const pace_batch *b, long m0, long
 static void kernel_select(const pace_select *g, const pace_batch *b, long m0, long m1) {
     for (long r = m0; r < m1; r++)
         for (long i = 0; i < g->dst.width; i++) store(&g->dst, r, i, load(&g->src, b->logit_rows[r], i));
+}
+
+static void kernel_quantise(const pace_quantise *g, const pace_batch *b, long m0, long m1) {
+    (void)b;
+    for (long r = m0; r < m1; r++)
+        for (long at = 0; at < g->dst.width; at += PACE_MX_GROUP) {
+            int8_t *row = (int8_t *)g->dst.data + r * g->dst.ld, *beside = row + g->dst.width + at / PACE_MX_GROUP * 4;
+            int32_t sum = 0;
+            float top = 0.0f;
+            for (long i = at; i < at + PACE_MX_GROUP; i++) {
+                const float x = (float)load(&g->src, r, i);
+                top = isfinite(x) && top == top ? fmaxf(top, fabsf(x)) : NAN;
+            }
+            const float scale = top / 127.0f;
+            for (long i = at; i < at + PACE_MX_GROUP; i++) {
+                const int8_t q = scale > 0.0f ? (int8_t)rintf((float)load(&g->src, r, i) / scale) : 0;
+                row[int8_at(i)] = q;
+                sum -= PACE_INT8_ZERO * q;
+            }
+            memcpy(beside, &scale, 4);
+            memcpy(beside + g->dst.width / PACE_MX_GROUP * 4, &sum, 4);
+        }
 }
 
 static double gain(const float *w, long i, int kind) {

@@ -48,22 +48,6 @@ INLINE void rotate_head(float *h, const pace_rotation *g, long token) {
     }
 }
 
-// One head to int8: x / scale to the nearest integer; returns the scale, amax / 127 (see pace_kv).
-INLINE float quantise_head(int8_t *q, const float *x, long d) {
-    vf top = v_zero(), bad = v_zero();
-    for (long e = 0; e < d; e += VL) {
-        const vf v = v_load(x + e);
-        top = v_max(top, v_abs(v));
-        bad = v_add(bad, v_mul(v, v_zero()));  // NaN for a NaN or an infinity, else 0
-    }
-    const float scale = (v_hmax(top) + v_sum(bad)) / 127.0f;
-    if (scale > 0.0f)
-        for (long e = 0; e < d; e += VL) v_store_int8(q + e, v_div(v_load(x + e), v_set(scale)));
-    else
-        memset(q, 0, (size_t)d);
-    return scale;
-}
-
 // 1 where there is none.
 INLINE float query_temperature(const float *t, long pos) {
     return t[0] == 0.0f ? 1.0f
@@ -88,13 +72,13 @@ INLINE void append_head(const pace_kv *kv, char *head, long in, const float *xk,
     if (kv->int8) {
         int8_t t[PACE_MAX_HEAD_DIM], *k = (int8_t *)head, *v = k + b * d;
         float *k_scale = pace_kv_scales(kv, head), *v_scale = k_scale + b;
-        k_scale[in] = quantise_head(t, xk, d);
+        k_scale[in] = quantise_row(t, xk, d);
         for (long e = 0; e < d; e += 2) memcpy(k + e * b + in * 2, t + e, 2);
         if (in % clear == 0) {
             memset(v + in * d, 0, (size_t)(clear * d));
             memset(v_scale + in, 0, (size_t)clear * sizeof(float));
         }
-        v_scale[in] = quantise_head(t, xv, d);
+        v_scale[in] = quantise_row(t, xv, d);
         int8_t *pair = v + (in / 2) * 2 * d + in % 2;
         for (long e = 0; e < d; e++) pair[2 * e] = t[e];
     } else {

@@ -130,6 +130,30 @@ static void kernel_embed(const pace_embed *g, const pace_batch *b, long m0, long
     }
 }
 
+static void kernel_quantise(const pace_quantise *g, const pace_batch *b, long m0, long m1) {
+    (void)b;
+    const long width = g->dst.width, groups = width / PACE_MX_GROUP;
+    const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    for (long r = m0; r < m1; r++) {
+        const bf16 *src = (const bf16 *)g->src.data + r * g->src.ld;
+        int8_t *row = (int8_t *)g->dst.data + r * g->dst.ld;
+        for (long i = 0; i < groups; i++) {
+            _Alignas(64) float x[PACE_MX_GROUP];
+            _Alignas(16) int8_t q[PACE_MX_GROUP];
+            for (long e = 0; e < PACE_MX_GROUP; e += VL) v_store(x + e, v_load_bf16(src + i * PACE_MX_GROUP + e));
+            const float scale = quantise_row(q, x, PACE_MX_GROUP);
+            int32_t sum = 0;
+            for (int e = 0; e < PACE_MX_GROUP; e++) sum += q[e];
+            sum *= -PACE_INT8_ZERO;
+            for (int e = 0; e < PACE_MX_GROUP; e += 16)
+                _mm_storeu_si128((__m128i *)(row + i * PACE_MX_GROUP + e),
+                                 _mm_shuffle_epi8(_mm_load_si128((const __m128i *)(q + e)), order));
+            memcpy(row + width + 4 * i, &scale, 4);
+            memcpy(row + width + 4 * (groups + i), &sum, 4);
+        }
+    }
+}
+
 static void kernel_select(const pace_select *g, const pace_batch *b, long m0, long m1) {
     const size_t size = g->dst.bf16 ? sizeof(bf16) : sizeof(float);
     for (long r = m0; r < m1; r++)

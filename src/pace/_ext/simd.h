@@ -213,6 +213,23 @@ INLINE void store_bf16_left(bf16 *p, vf x, long left) {
         v_store_bf16_n(p, x, left);
 }
 
+// To int8: x / scale to the nearest integer; returns the scale, amax / 127 (see pace_kv and pace_slot). d: a multiple
+// of 16.
+INLINE float quantise_row(int8_t *q, const float *x, long d) {
+    vf top = v_zero(), bad = v_zero();
+    for (long e = 0; e < d; e += VL) {
+        const vf v = v_load(x + e);
+        top = v_max(top, v_abs(v));
+        bad = v_add(bad, v_mul(v, v_zero()));  // NaN for a NaN or an infinity, else 0
+    }
+    const float scale = (v_hmax(top) + v_sum(bad)) / 127.0f;
+    if (scale > 0.0f)
+        for (long e = 0; e < d; e += VL) v_store_int8(q + e, v_div(v_load(x + e), v_set(scale)));
+    else
+        memset(q, 0, (size_t)d);
+    return scale;
+}
+
 // e^x. x = n ln2 + r, |r| <= ln2 / 2; Taylor of e^r to r^7 / 7! leaves 2e-9 relative, below the rounding of f32.
 // Clamped to [-87.3, 88.3] so that 2^n stays a normal number on every tier: the low end gives 1e-38. NaN stays NaN
 // (max and min return their second operand then).

@@ -19,7 +19,7 @@ SLACK_BYTES = 64 << 20
 """Tokenizer, staging, thread stacks and Python."""
 
 PANEL = 64  # rows that a packed matrix is padded to at most
-SLOT_BYTES = {"f32": 4, "bf16": 2}
+SLOT_BYTES = {"f32": 4, "bf16": 2, "int8": 1.25}
 NO_LIMIT = 1 << 60  # cgroup v1 writes "no limit" as a number near 2^63
 
 
@@ -170,7 +170,8 @@ def packed_bytes(plan: Plan) -> int:
 def slot_bytes(plan: Plan, max_tokens: int, max_logit_rows: int) -> int:
     """Bytes of a plan's activations, in steps of max_tokens rows."""
     return sum(
-        slot.width * SLOT_BYTES[slot.dtype] * (max_logit_rows if slot.name == plan.logits else max_tokens)
+        int(slot.width * SLOT_BYTES[slot.dtype])
+        * (max_logit_rows if slot.name == plan.logits else max_tokens)
         for slot in plan.slots.values()
     )
 

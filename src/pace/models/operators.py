@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 if TYPE_CHECKING:
     from pace.models.plan import Plan
 
-Dtype = Literal["f32", "bf16"]
+Dtype = Literal["f32", "bf16", "int8"]
 Rows = Literal["tokens", "logits"]
 NormKind = Literal["rms", "rms1", "layer", "none"]
 QKNorm = Literal["none", "rms", "rms1", "layer"]
@@ -39,7 +39,8 @@ class Slot:
     Args:
         name: unique within the plan.
         width: columns (elements).
-        dtype: "f32" or "bf16"; the reference in exact mode keeps both in float64.
+        dtype: "f32", "bf16", or "int8": integers and a scale per row and 32 columns, width a multiple of 32. The reference
+            in exact mode keeps all in float64.
         rows: "tokens" (T rows) or "logits" (R rows).
     """
 
@@ -215,7 +216,7 @@ class Gemm:
     mul: dst = scale * act(y) * other[:, at : at + n].
 
     Args:
-        src: bf16 slot [rows, k].
+        src: bf16 slot [rows, k], or an int8 one where the weight is MXFP4.
         dst: slot [rows, n], or [rows, n / 2] when gated.
         weight: matrix [n, k].
         bias: vector [n] (same row order as the weight) or None.
@@ -264,7 +265,7 @@ class Gemm:
         _require(
             self.epilogue == "gated" or n == width, f"{self.name}: blocks of {n} rows for a slot of {width}"
         )
-        yield "src", SlotShape(dtype="bf16")
+        yield "src", SlotShape(dtype="int8" if src.dtype == "int8" else "bf16")
         yield "dst", SlotShape(dtype="f32" if self.epilogue == "add" else None, rows=src.rows)
         yield "other", SlotShape(dtype="f32", rows=src.rows)
         yield "weight", WeightShape(n, src.width, blocks, self.columns)
@@ -401,7 +402,29 @@ class Select:
         yield "dst", SlotShape(src.width, src.dtype, "logits")
 
 
-Op = Embed | Norm | Gemm | RopeKV | Attention | Select
+@dataclass(frozen=True, slots=True)
+class Quantise:
+    """dst = src in int8: of each row and 32 columns the scale amax / 127, and x / scale to the nearest integer.
+
+    Args:
+        src: bf16 slot.
+        dst: int8 slot of the same width and rows.
+    """
+
+    operator: ClassVar[str] = "quantise"
+
+    name: str
+    src: str
+    dst: str
+
+    def needs(self, plan: Plan) -> Needs:
+        """See `Needs`."""
+        src = plan.slots[self.src]
+        yield "src", SlotShape(dtype="bf16")
+        yield "dst", SlotShape(src.width, "int8", src.rows)
+
+
+Op = Embed | Norm | Gemm | RopeKV | Attention | Select | Quantise
 
 
 def _kv_of(op: RopeKV | Attention, plan: Plan) -> KVLayer:

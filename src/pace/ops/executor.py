@@ -73,7 +73,7 @@ class Plan:
         self._slots = {
             slot.name: self._plan.add_slot(
                 slot.width,
-                slot.dtype == "bf16",
+                slot.dtype,
                 max_logit_rows if slot.rows == "logits" and slot.name == plan.logits else max_tokens,
             )
             for slot in plan.slots.values()
@@ -112,7 +112,7 @@ class Plan:
 
     def _add_angles(self, i: int, rope: ir.Rope) -> tuple[int, int, bool]:
         """Angles of every token, once per step; returns what a rotation by them takes."""
-        cos, sin = (self._plan.add_slot(len(rope.inv_freq), False, self._max_tokens) for _ in range(2))
+        cos, sin = (self._plan.add_slot(len(rope.inv_freq), "f32", self._max_tokens) for _ in range(2))
         fields = {"cos": cos, "sin": sin, "inv_freq": rope.inv_freq}
         fields["attention_factor"] = rope.attention_factor
         self._plan.add("angles", self._kernels.get("angles"), False, fields)
@@ -123,18 +123,28 @@ class Plan:
         """Fields of the kernel's struct have the names of the operator's."""
         shapes = dict(op.needs(self.ir))
         fields = {name: self._value(op, name, shapes.get(name)) for name in _FIELDS[op.operator]}
-        for name in shapes if isinstance(op, ir.Embed) else ():
-            table = self._weights.get(getattr(op, name) or "")
-            if isinstance(table, PackedMatrix) and table.format != "bf16":
-                raise TypeError(
-                    f"{op.name}: a table in {table.format}, rows are gathered from bf16, f16 or f32"
-                )
+        self._check_formats(op)
         logits = self.ir.slots[op.dst].rows == "logits"
         try:
             self._plan.add(op.operator, self._kernels.get(op.operator), logits, fields)
         except ValueError as error:
             raise ValueError(f"{op.name}: {error}") from None
         self._op_names.append(op.name)
+
+    def _check_formats(self, op: ir.Op) -> None:
+        """Refuse packed formats that an operator can't read."""
+        if not isinstance(op, ir.Embed | ir.Gemm):
+            return
+        for name in (op.weight, op.positions if isinstance(op, ir.Embed) else None):
+            weight = None if name is None else self._weights[name]
+            if not isinstance(weight, PackedMatrix):
+                continue
+            if isinstance(op, ir.Embed) and weight.format != "bf16":
+                raise TypeError(
+                    f"{op.name}: table {name} is {weight.format}, its rows can't be gathered; pack it in bf16"
+                )
+            if isinstance(op, ir.Gemm) and self.ir.slots[op.src].dtype == "int8" and weight.format == "bf16":
+                raise TypeError(f"{op.name}: int8 rows times weight {name} in bf16, expected mxfp4")
 
     def _value(self, op: ir.Op, field: str, shape: ir.SlotShape | ir.WeightShape | None) -> object:
         """What the extension takes for a field of an operator."""
@@ -222,7 +232,8 @@ class Plan:
         return self._drawn
 
     def slot(self, name: str) -> npt.NDArray[Any]:
-        """All rows of an activation slot as the last step left them (f32, or uint16 holding bf16)."""
+        """All rows of an activation slot as the last step left them: f32, uint16 holding bf16, or an int8 slot's integers
+        in the order of kernels.h."""
         return self._plan.view(self._slots[name])
 
     def op_times(self) -> list[tuple[str, float]]:

@@ -1,0 +1,202 @@
+// mm_int8.h - the register tile on int8 rows: C[mr][cols] = sum over groups g of
+//
+//     scale[r][g] * 2^(e[c][g] - 128) * (sum over k of u[c][k] q[r][k]  -  PACE_INT8_ZERO * sum over k of q[r][k])
+//
+// Dot products want unsigned times signed, so weights are unsigned: twice a code's value, plus PACE_INT8_ZERO. A table
+// gives that from a nibble, so the sums' own correction is a property of the row and the group alone, and the rows
+// bring it (see pace_slot). Integers are exact; then one product with the row's scale, which rounds, and one fma with
+// the weight's, a power of two: groups ascending, so an element is the same at every mr.
+//
+//   tier         per 16 columns and 8 k, one row
+//   avx512bf16   load, shift, 2 vpermb (it ignores the upper bits), 2 vpdpbusd
+//   avx512vnni   load, shift, 2 and, 2 vpshufb, 2 vpdpbusd
+//   avx512 avx2  2 vpmaddubsw, vpaddw, vpmaddwd, vpaddd for the two dot products. vpmaddubsw adds two products of at
+//   most
+//                28 * 127 in 16 bits, the vpaddw two of those: 14224, far from saturation.
+//
+// GCC 12 copies the accumulators of _mm512_dpbusd_epi32 (half the speed); a line of assembly does not.
+#ifndef PACE_MM_INT8_H
+#define PACE_MM_INT8_H
+
+#include "mxfp4.h"
+
+#define MI_VALUE(x) PACE_INT8_ZERO + (x)
+#define MI_VALUES                                                                                            \
+    MI_VALUE(0), MI_VALUE(1), MI_VALUE(2), MI_VALUE(3), MI_VALUE(4), MI_VALUE(6), MI_VALUE(8), MI_VALUE(12), \
+        MI_VALUE(0), MI_VALUE(-1), MI_VALUE(-2), MI_VALUE(-3), MI_VALUE(-4), MI_VALUE(-6), MI_VALUE(-8), MI_VALUE(-12)
+static const _Alignas(64) uint8_t mi_values[64] = {MI_VALUES, MI_VALUES, MI_VALUES, MI_VALUES};
+
+#ifdef __AVX512F__
+#define MI_ROWS_2 6   // 2 vectors: 12 integer and 12 f32 accumulators, 2 codes and 4 values, the table and a broadcast
+#define MI_ROWS_1 13  // one vector: 13 + 13, 1, 2, 1, 1
+typedef __m512i vi;
+INLINE vi vi_load(const void *p) { return _mm512_loadu_si512(p); }
+INLINE vi vi_set(int32_t x) { return _mm512_set1_epi32(x); }
+INLINE vi vi_high(vi x) { return _mm512_srli_epi16(x, 4); }
+INLINE vf vi_float(vi x) { return _mm512_cvtepi32_ps(x); }
+INLINE vi mi_lookup(vi x, vi table) {
+#ifdef __AVX512VBMI__
+    return _mm512_permutexvar_epi8(x, table);
+#else
+    return _mm512_shuffle_epi8(table, _mm512_and_si512(x, _mm512_set1_epi8(15)));
+#endif
+}
+// 2^(e - 128) of VL columns; 0 for e 0 and 1, which no product can tell.
+INLINE vf mi_scales(const uint8_t *e) {
+    const __m128i x = _mm_subs_epu8(_mm_loadu_si128((const __m128i *)e), _mm_set1_epi8(1));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(x), 23));
+}
+// acc += u0 . q0 + u1 . q1 per column of four bytes.
+INLINE vi mi_dot(vi acc, vi u0, vi q0, vi u1, vi q1) {
+#ifdef __AVX512VNNI__
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u0), "v"(q0));
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u1), "v"(q1));
+    return acc;
+#else
+    const vi pairs = _mm512_add_epi16(_mm512_maddubs_epi16(u0, q0), _mm512_maddubs_epi16(u1, q1));
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#endif
+}
+#else
+#define MI_ROWS_2 0
+#define MI_ROWS_1 3  // 8 columns: 3 + 3, scales, table, mask, ones, 2 values, 2 broadcasts
+typedef __m256i vi;
+INLINE vi vi_load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+INLINE vi vi_set(int32_t x) { return _mm256_set1_epi32(x); }
+INLINE vi vi_high(vi x) { return _mm256_srli_epi16(x, 4); }
+INLINE vf vi_float(vi x) { return _mm256_cvtepi32_ps(x); }
+INLINE vi mi_lookup(vi x, vi table) { return _mm256_shuffle_epi8(table, _mm256_and_si256(x, _mm256_set1_epi8(15))); }
+INLINE vf mi_scales(const uint8_t *e) {
+    const __m128i x = _mm_subs_epu8(_mm_loadl_epi64((const __m128i *)e), _mm_set1_epi8(1));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(x), 23));
+}
+INLINE vi mi_dot(vi acc, vi u0, vi q0, vi u1, vi q1) {
+    const vi pairs = _mm256_add_epi16(_mm256_maddubs_epi16(u0, q0), _mm256_maddubs_epi16(u1, q1));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+#endif
+
+#define MI_AHEAD 4096  // bytes of the panel's stream that the first rows bring to L2 ahead of themselves
+
+typedef struct {
+    const int8_t *a;   // rows of an int8 slot [mr][lda]
+    const uint8_t *b;  // a panel of MXFP4
+    float *c;          // [mr][ldc], nv * VL columns
+    long lda, ldc, k;
+    int vector;  // the first of the panel's vectors of VL columns
+} mi_args;
+
+// mr, nv (vectors of VL columns) and fetch are compile-time constants in every call.
+INLINE void mi_tile(const int mr, const int nv, const int fetch, const mi_args *g) {
+    const vi table = vi_load(mi_values);
+    vf sum[13][2];
+#pragma GCC unroll 13
+    for (int r = 0; r < mr; r++)
+#pragma GCC unroll 2
+        for (int j = 0; j < nv; j++) sum[r][j] = v_zero();
+    const int8_t *a[5];
+#pragma GCC unroll 5
+    for (int i = 0; i < 5; i++) a[i] = g->a + (3 * i < mr ? 3 * i : 0) * g->lda;
+    const long lda = g->lda, groups = g->k / PACE_MX_GROUP, at_scales = g->k, at_sums = g->k + 4 * groups;
+    const uint8_t *scales = g->b + g->vector * VL, *codes = g->b + 2 * PACE_NR + g->vector * VL * 4;
+    for (long i = 0; i < groups; i++) {
+        vi acc[13][2];
+        const long beside = i * 4 - i * PACE_MX_GROUP;  // a has moved on; scales and sums are 4 bytes a group
+#pragma GCC unroll 13
+        for (int r = 0; r < mr; r++) {
+            int32_t zero;
+            memcpy(&zero, a[r / 3] + (r % 3) * lda + at_sums + beside, 4);
+#pragma GCC unroll 2
+            for (int j = 0; j < nv; j++) acc[r][j] = vi_set(zero);
+        }
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; q++) {
+            vi low[2], high[2];
+#pragma GCC unroll 2
+            for (int j = 0; j < nv; j++) {
+                const vi x = vi_load(codes + q * 128 + j * VL * 4);
+                low[j] = mi_lookup(x, table);
+                high[j] = mi_lookup(vi_high(x), table);
+            }
+            if (fetch) {
+                FETCH((uintptr_t)codes + (uintptr_t)(q * 128) + MI_AHEAD, _MM_HINT_T1);
+                FETCH((uintptr_t)codes + (uintptr_t)(q * 128) + MI_AHEAD + 64, _MM_HINT_T1);
+            }
+#pragma GCC unroll 13
+            for (int r = 0; r < mr; r++) {
+                int32_t x[2];
+                memcpy(x, a[r / 3] + (r % 3) * lda + 8 * q, 8);
+#pragma GCC unroll 2
+                for (int j = 0; j < nv; j++) acc[r][j] = mi_dot(acc[r][j], low[j], vi_set(x[0]), high[j], vi_set(x[1]));
+            }
+        }
+        if (fetch) FETCH((uintptr_t)scales + MI_AHEAD, _MM_HINT_T1);
+        vf weight[2];
+#pragma GCC unroll 2
+        for (int j = 0; j < nv; j++) weight[j] = mi_scales(scales + j * VL);
+#pragma GCC unroll 13
+        for (int r = 0; r < mr; r++) {
+            float row;
+            memcpy(&row, a[r / 3] + (r % 3) * lda + at_scales + beside, 4);
+#pragma GCC unroll 2
+            for (int j = 0; j < nv; j++)
+                sum[r][j] = v_fma(v_mul(vi_float(acc[r][j]), v_set(row)), weight[j], sum[r][j]);
+        }
+        scales += PACE_NR;
+        codes += 4 * 128;
+        if (i % 2) {  // the next block
+            scales += PACE_MX_BLOCK - 2 * PACE_NR;
+            codes += 2 * PACE_NR;
+        }
+#pragma GCC unroll 5
+        for (int r = 0; r < 5; r++) a[r] += PACE_MX_GROUP;
+    }
+#pragma GCC unroll 13
+    for (int r = 0; r < mr; r++)
+#pragma GCC unroll 2
+        for (int j = 0; j < nv; j++) v_store(g->c + r * g->ldc + j * VL, sum[r][j]);
+}
+
+// One tile; mr <= MI_ROWS_<nv>.
+static void mi(int mr, int nv, int fetch, const mi_args *g) {
+#define MI_CASE(NV, MR)               \
+    case NV * 16 + MR:                \
+        if (MR > MI_ROWS_##NV) break; \
+        if (fetch)                    \
+            mi_tile(MR, NV, 1, g);    \
+        else                          \
+            mi_tile(MR, NV, 0, g);    \
+        return;
+#define MI_3(NV) MI_CASE(NV, 1) MI_CASE(NV, 2) MI_CASE(NV, 3)
+#define MI_6(NV) MI_3(NV) MI_CASE(NV, 4) MI_CASE(NV, 5) MI_CASE(NV, 6)
+#define MI_13(NV)  \
+    MI_6(NV)       \
+    MI_CASE(NV, 7) \
+    MI_CASE(NV, 8) MI_CASE(NV, 9) MI_CASE(NV, 10) MI_CASE(NV, 11) MI_CASE(NV, 12) MI_CASE(NV, 13)
+    switch (nv * 16 + mr) {
+#ifdef __AVX512F__
+        MI_13(1) MI_6(2)
+#else
+        MI_3(1)
+#endif
+    }
+#undef MI_3
+#undef MI_6
+#undef MI_13
+#undef MI_CASE
+}
+
+// Rows of an int8 slot times panel b, to c [rows][PACE_NR]: in equal tiles.
+static void mi_panel(const int8_t *a, long lda, long rows, const uint8_t *b, long k, float *c) {
+    const int nv = rows <= MI_ROWS_2 ? 2 : 1;
+    const long most = nv == 2 ? MI_ROWS_2 : MI_ROWS_1, tiles = (rows + most - 1) / most;
+    for (long t = 0, done = 0, mr; t < tiles; t++, done += mr) {
+        mr = (rows - done) / (tiles - t);
+        for (int v = 0; v < PACE_NR / VL; v += nv) {
+            const mi_args g = {a + done * lda, b, c + done * PACE_NR + v * VL, lda, PACE_NR, k, v};
+            mi((int)mr, nv, t == 0 && v == 0, &g);
+        }
+    }
+}
+
+#endif
