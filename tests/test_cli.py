@@ -206,6 +206,7 @@ def test_help_is_ascii(capsys: pytest.CaptureFixture[str]) -> None:
         ["info"],
         *(["bench", b] for b in ("roofline", "latency", "throughput")),
         ["eval", "perplexity"],
+        ["eval", "speculative"],
     ):
         with pytest.raises(SystemExit):
             cli.main([*command, "--help"])
@@ -298,6 +299,7 @@ def test_wrong_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Non
             ["bench", "latency"],
             ["bench", "throughput"],
             ["eval", "perplexity"],
+            ["eval", "speculative"],
         )
     ],
 )

@@ -26,9 +26,7 @@ def check_chart(path: str) -> None:
     if not Path(path).absolute().parent.is_dir():
         raise ConfigError(f"{path}: its folder does not exist; create it or choose another")
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(
-            "a chart needs matplotlib; pip install 'pace[bench]', or give --profile without a file"
-        )
+        raise ConfigError("a chart needs matplotlib; pip install 'pace[bench]', or ask for the table alone")
 
 
 def save_chart(profiles: Sequence[StepProfile], path: str, title: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import re
 import sys
 import time
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pace.commands import options
 from pace.console import err, is_terminal, out
-from pace.errors import RequestError, show
+from pace.errors import RequestError
 
 if TYPE_CHECKING:
     from pace.llm import LLM
@@ -104,21 +103,12 @@ def _chat_options(args: argparse.Namespace) -> dict[str, Any]:
         is_name = not Path(args.chat_template).exists() and re.fullmatch(r"[\w-]+", args.chat_template)
         given["chat_template"] = args.chat_template if is_name else options.read_file(args.chat_template)
     if args.chat_template_kwargs is not None:
-        given["chat_template_kwargs"] = _json(args.chat_template_kwargs, "--chat-template-kwargs", dict)
+        given["chat_template_kwargs"] = options.parse_json(
+            args.chat_template_kwargs, "--chat-template-kwargs", dict
+        )
     if args.tools is not None:
-        given["tools"] = _json(options.read_file(args.tools), args.tools, list)
+        given["tools"] = options.parse_json(options.read_file(args.tools), args.tools, list)
     return given
-
-
-def _json(text: str, where: str, kind: type) -> Any:
-    expected = "an object" if kind is dict else "a list"
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{where}: not JSON: {error}; expected {expected}") from None
-    if not isinstance(value, kind):
-        raise RequestError(f"{where}: holds {show(value)}, expected {expected}")
-    return value
 
 
 def _read_line(interactive: bool) -> str | None:

@@ -293,6 +293,22 @@ def draw_seed() -> int:
     return int.from_bytes(os.urandom(4), "little")
 
 
+def parse_json(text: str, where: str, kind: type) -> Any:
+    """The dict or list that a text holds; `where` says where it comes from.
+
+    Raises:
+        RequestError: it holds something else.
+    """
+    expected = "an object" if kind is dict else "a list"
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{where}: not JSON: {error}; expected {expected}") from None
+    if not isinstance(value, kind):
+        raise RequestError(f"{where}: holds {show(value)}, expected {expected}")
+    return value
+
+
 def read_file(name: str) -> str:
     """The text of a file.
 

@@ -1,0 +1,146 @@
+"""`pace eval speculative` on the embedded pair: nothing of an output changes, and the figures add up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pace import cli
+from pace.benchmarks.speculative import PLAIN, Prompts, SpeculativeResult, format_speculative, run
+from pace.benchmarks.speculative_chart import save_speculative_chart
+from pace.config import EngineConfig
+
+TEXTS = [
+    "def add(a, b):\n",
+    "import os\nimport sys\nimport os\nimport",
+    "for i in range(3):\n    print(i)\nfor",
+]
+
+
+def evaluate(**options: Any) -> SpeculativeResult:
+    config = EngineConfig("demo", n_threads=2, max_model_len=128, max_num_seqs=2, enable_prefix_caching=False)
+    given: dict[str, Any] = {
+        "prompts": Prompts("here", TEXTS, chat=False),
+        "methods": ["draft_model", "suffix"],
+        "draft": "demo-draft",
+        "depths": [2, 4],
+        "max_tokens": 24,
+        "show_progress": False,
+    }
+    return run(config, **given | options)
+
+
+@pytest.fixture(scope="module")
+def result() -> SpeculativeResult:
+    return evaluate(batch_size=2)
+
+
+def test_every_method_is_measured_with_every_depth(result: SpeculativeResult) -> None:
+    found = [(arm.method, arm.k) for arm in result.arms]
+    assert found == [(PLAIN, 0), ("draft_model", 2), ("draft_model", 4), ("suffix", 2), ("suffix", 4)]
+    assert all(arm.n_identical == arm.n_requests for arm in result.arms)
+    assert [arm.n_requests for arm in result.arms] == [6, 3, 3, 3, 3], "plain decoding, once for each engine"
+    assert len({arm.n_tokens / arm.n_requests for arm in result.arms}) == 1, "the same prompts"
+
+
+def test_the_figures_add_up(result: SpeculativeResult) -> None:
+    for arm in result.arms[1:]:
+        assert isinstance(arm.k, int)
+        accepted = sum(i * n for i, n in enumerate(arm.histogram))
+        assert sum(arm.histogram) == arm.n_rounds > 0 and min(arm.histogram) >= 0
+        assert len(arm.acceptance_rates) <= arm.k and len(arm.histogram) <= arm.k + 1
+        assert 1 + accepted / arm.n_rounds - arm.mean_acceptance_length == pytest.approx(0, abs=0.2), (
+            "but for rounds that an end cut short"
+        )
+        assert arm.draft_s > 0 and arm.verify_s > 0 and arm.other_s > 0
+        assert arm.tokens_per_s == pytest.approx((arm.n_tokens - arm.n_requests) / arm.decode_s)
+    plain = result.arms[0]
+    assert (plain.speedup, plain.n_rounds, plain.histogram, plain.draft_s) == (
+        1.0,
+        0,
+        [],
+        pytest.approx(0, abs=0.1),
+    )
+
+
+def test_deeper_drafts_of_one_model_are_accepted_further(result: SpeculativeResult) -> None:
+    lengths = {(arm.method, arm.k): arm.mean_acceptance_length for arm in result.arms}
+    assert lengths["draft_model", 4] > lengths["draft_model", 2] > 1.3
+
+
+def test_chance_is_labelled_as_chance(tmp_path: Path) -> None:
+    """Also where both models' weights are invented."""
+    result = evaluate(
+        methods=["draft_model"], depths=[4], synthetic_acceptance=(1.0, 0.0), random_weights=True
+    )
+    (_, arm) = result.arms
+    assert arm.acceptance_rates[:2] == [1, 0] and arm.histogram[1] == arm.n_rounds
+    assert "SYNTHETIC ACCEPTANCE (1.0, 0.0)" in format_speculative(result)
+    assert result.to_json()["synthetic_acceptance"] == (1.0, 0.0)
+
+
+def test_the_chart(result: SpeculativeResult, tmp_path: Path) -> None:
+    save_speculative_chart(result, str(tmp_path / "a.png"))
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A chat, as PARD's files have it, and a hybrid."""
+    data = tmp_path / "prompts.jsonl"
+    lines = [{"data": "add two numbers"}, {"data": "again\u2028again", "answer": 1}, {"prompt": "no more"}]
+    data.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
+    command = ["eval", "speculative", "--model", "demo", "--threads", "2", "--data", str(data)]
+    command += ["--num-prompts", "2", "--max-tokens", "6", "--max-model-len", "128"]
+    output, chart = tmp_path / "out.json", tmp_path / "out.png"
+    more = ["--methods", "hybrid", "--draft", "demo-draft", "--num-speculative-tokens", "3", "auto"]
+    assert cli.main([*command, *more, "--json", "--output-json", str(output), "--chart", str(chart)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads(output.read_text()) and chart.exists()
+    assert [(arm["method"], arm["k"]) for arm in found["arms"]] == [
+        ("ar", 0),
+        ("hybrid", 3),
+        ("hybrid", "auto"),
+    ]
+    assert all(arm["n_identical"] == arm["n_requests"] == 2 for arm in found["arms"])
+    assert found["draft"] == "demo-draft"
+    assert cli.main([*command, "--methods", "ar", "--raw"]) == 0
+    table = capsys.readouterr().out
+    assert "ar " in table and "1.00" in table and "2/2" in table
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--methods", "pard"], "method pard needs a draft"),
+        (["--raw", "--system", "x"], "--raw has no chat"),
+        (["--chat-template-kwargs", "[]"], "--chat-template-kwargs: holds [], expected an object"),
+        (["--chart", "a.jpg"], "expected one that ends in .png"),
+        (["--synthetic-acceptance", "1.5"], "synthetic_acceptance has 1.5, expected probabilities"),
+        (["--num-prompts", "1", "--data", "missing"], "missing: cannot be read"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(
+    more: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "prompts.jsonl"
+    data.write_text('{"data": "x"}')
+    assert cli.main(["eval", "speculative", "--model", "demo", "--data", str(data), *more]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--num-speculative-tokens", "33"],
+        ["--num-speculative-tokens", "x"],
+        ["--synthetic-acceptance", "a,b"],
+    ],
+)
+def test_numbers_that_are_none_are_wrong_usage(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["eval", "speculative", "--model", "demo", "--data", "x", *more])
+    assert "error: argument" in capsys.readouterr().err
