@@ -141,15 +141,19 @@ def test_no_torch_outside_training() -> None:
             assert name.split(".")[0] not in {"torch", "transformers"}, where(path, line)
 
 
+SERVE = {"starlette", "uvicorn", "uvloop", "msgspec", "prometheus_client"}
+"""What `pace[serve]` brings; nothing outside server/ imports it."""
+
+
 def test_only_known_dependencies() -> None:
     """The four of pyproject.toml, and what tokenizers itself brings; `train` has its own."""
     known = {"numpy", "tokenizers", "safetensors", "jinja2", "huggingface_hub", "tqdm"}
     own = {"pace", *(path.stem for path in PACE.parent.glob("*.py"))}
     for path in sources():
         unit = unit_of(module_of(path))
-        if unit in {"train", "server"}:
+        if unit == "train":
             continue
-        extra = {"matplotlib"} if unit == "benchmarks" else set()
+        extra = {"benchmarks": {"matplotlib"}, "server": SERVE}.get(unit, set())
         for line, name in imports(path):
             top = name.split(".")[0]
             assert top in known | extra | own or top in sys.stdlib_module_names, (

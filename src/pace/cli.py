@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from pace import __version__, console, log
-from pace.commands import bench, chat, evaluate, generate, info
+from pace.commands import bench, chat, evaluate, generate, info, serve
 from pace.commands.options import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE
 from pace.config import ENVIRONMENT, PACE_LOG_LEVEL
 from pace.errors import PaceError, one_line
@@ -23,6 +23,7 @@ EXAMPLES = """examples:
   pace generate --model ./Llama-3.2-1B --prompt-file question.txt --temperature 0.7 --top-p 0.9 --seed 1
   echo "Once upon a time" | pace generate --model demo
   pace chat --model ./Qwen3-0.6B --system "Answer briefly."
+  pace serve demo --port 8000
   pace info
   pace bench roofline --threads 1 2 4
   pace bench latency --model ./Llama-3.2-1B --batch-size 1 8 32 --json
@@ -102,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pace {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (generate, chat, info, bench, evaluate):
+    for command in (generate, chat, serve, info, bench, evaluate):
         command.add(commands)
     return parser
 

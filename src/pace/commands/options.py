@@ -87,14 +87,20 @@ def add_command(
     return parser
 
 
-def add_engine_options(parser: argparse.ArgumentParser, *, tokenizer: bool = True) -> None:
-    """What an engine is built from; where nothing is given, the command or `EngineConfig` decides."""
+def add_engine_options(
+    parser: argparse.ArgumentParser, *, tokenizer: bool = True, positional: bool = False
+) -> None:
+    """What an engine is built from; where nothing is given, the command or `EngineConfig` decides.
+
+    Args:
+        positional: the model is the first argument, without its name.
+    """
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        required=True,
-        help="a checkpoint folder, a hub id org/name, or demo for the embedded model",
-    )
+    text = "a checkpoint folder, a hub id org/name, or demo for the embedded model"
+    if positional:
+        group.add_argument("model", metavar="MODEL", help=text)
+    else:
+        group.add_argument("--model", required=True, help=text)
     group.add_argument("--revision", help="branch, tag or commit of a hub id")
     if tokenizer:
         group.add_argument("--tokenizer", metavar="DIR", help="take the tokenizer from there")

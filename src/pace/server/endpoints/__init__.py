@@ -1,0 +1,1 @@
+"""One file per family of endpoints: requests in, answers and streams out."""

@@ -1,0 +1,103 @@
+"""uvicorn's HTTP protocol with the bounds that it lacks: on the head of a request, in bytes, lines and seconds.
+
+Measured on uvicorn 0.54 with httptools: one header of 200 MB took 200 MB of memory, and 500 half-open requests stayed open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from pace.server.http import json_bytes
+from pace.server.protocol.errors import ErrorBody, ErrorObject
+
+__all__ = ["Guarded", "guarded"]
+
+MAX_HEAD_BYTES = 64 << 10
+MAX_HEADERS = 100
+HEAD_TIMEOUT_S = 5.0
+
+
+class Guarded(HttpToolsProtocol):
+    """One connection; gives endpoints its transport as scope["pace.transport"]."""
+
+    head_timeout_s = HEAD_TIMEOUT_S
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A client has come: it has so many seconds for the head of its first request."""
+        super().connection_made(transport)  # type: ignore[arg-type]  # as uvicorn declares it
+        self._n_head_bytes = 0
+        self._in_head = True
+        self._timer = self._arm()
+
+    def _arm(self) -> asyncio.TimerHandle:
+        return asyncio.get_running_loop().call_later(self.head_timeout_s, self._head_timeout)
+
+    def _head_timeout(self) -> None:
+        if self._in_head and not self.transport.is_closing():
+            self.transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        """Count what belongs to a head that is not complete."""
+        if self._in_head:
+            self._n_head_bytes += len(data)
+            if self._n_head_bytes > MAX_HEAD_BYTES and self._parse_ends_head(data):
+                return
+        super().data_received(data)
+
+    def _parse_ends_head(self, data: bytes) -> bool:
+        """Refuse a head that is too long; False where its end and the beginning of the body are in `data`."""
+        end = data.find(b"\r\n\r\n")
+        if end >= 0 and self._n_head_bytes - len(data) + end <= MAX_HEAD_BYTES:
+            return False
+        self._refuse(
+            431, "Request Header Fields Too Large", f"the head of a request is over {MAX_HEAD_BYTES} bytes"
+        )
+        return True
+
+    def on_message_begin(self) -> None:
+        """The first byte of a request."""
+        if not self._in_head:  # of a later one on this connection
+            self._in_head = True
+            self._n_head_bytes = 0
+            self._timer = self._arm()
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One line of the head."""
+        if len(self.headers) >= MAX_HEADERS:
+            raise ValueError(f"more than {MAX_HEADERS} headers")  # httptools ends the connection with 400
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """The head is complete."""
+        self._in_head = False
+        self._timer.cancel()
+        super().on_headers_complete()
+        scope: Any = self.scope
+        scope["pace.transport"] = self.transport
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP is answered as every other error."""
+        self._refuse(400, "Bad Request", msg)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client has gone."""
+        self._timer.cancel()
+        super().connection_lost(exc)
+
+    def _refuse(self, status: int, phrase: str, message: str) -> None:
+        body = json_bytes(ErrorBody(ErrorObject(message, "invalid_request_error", None, "bad_request")))
+        head = (
+            f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+            "connection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
+
+
+def guarded(head_timeout_s: float) -> type[Guarded]:
+    """The protocol with another time for heads."""
+    return type("Guarded", (Guarded,), {"head_timeout_s": head_timeout_s})

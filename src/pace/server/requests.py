@@ -1,0 +1,246 @@
+"""From the fields of a request to a job of the engine."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+
+from pace.errors import RequestError, show
+from pace.params import SamplingParams
+from pace.server.protocol.chat import ChatRequest
+from pace.server.protocol.common import Sampling
+from pace.server.protocol.completions import CompletionRequest
+from pace.server.protocol.errors import ApiError
+from pace.server.wire import Chat
+
+__all__ = ["chat_of", "chat_params", "completion_params", "prompts_of"]
+
+MAX_PROMPTS = 64  # of one request
+MAX_FAN_OUT = 256  # prompts x n: sequences of one request
+
+_SAMPLING = (
+    "n", "min_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
+    "repetition_penalty", "seed", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "logit_bias",
+    "bad_words", "allowed_token_ids", "prompt_logprobs", "skip_special_tokens", "spaces_between_special_tokens",
+    "speculative",
+)  # fmt: skip
+
+_ENGINE_FIELDS = frozenset(SamplingParams.__dataclass_fields__)
+
+
+def _sampling(request: Sampling) -> dict[str, Any]:
+    values = {name: value for name in _SAMPLING if (value := getattr(request, name)) is not None}
+    structured = _structured(request)
+    if structured is not None:
+        if "structured_outputs" not in _ENGINE_FIELDS:
+            raise ApiError(
+                400,
+                "this server has no structured outputs; leave response_format, structured_outputs and guided_* out",
+                param="response_format",
+                code="unsupported_parameter",
+            )
+        values["structured_outputs"] = structured
+    if request.stream_options is not None and not request.stream:
+        raise ApiError(400, "stream_options is only for requests with stream: true", param="stream_options")
+    return values
+
+
+def _structured(request: Sampling) -> dict[str, Any] | None:
+    """What the output must be like: {"json": schema}, {"json_object": true}, {"regex": ...}, {"choice": ...} or
+    {"grammar": ...}; None: anything."""
+    given: list[tuple[str, dict[str, Any]]] = []
+    form = request.response_format
+    if form is not None and form.type != "text":
+        if form.type == "json_object":
+            given.append(("response_format", {"json_object": True}))
+        elif (
+            form.type == "json_schema"
+            and form.json_schema is not None
+            and form.json_schema.schema is not None
+        ):
+            given.append(("response_format", {"json": form.json_schema.schema}))
+        else:
+            raise ApiError(
+                400,
+                f"response_format.type is {show(form.type)}, expected text, json_object, or json_schema with a "
+                "json_schema.schema",
+                param="response_format",
+            )
+    if request.structured_outputs is not None:
+        fields = {
+            k: v for k, v in msgspec.structs.asdict(request.structured_outputs).items() if v is not None
+        }
+        if len(fields) != 1:
+            raise ApiError(
+                400,
+                f"structured_outputs has {len(fields)} fields, expected exactly one of json, json_object, regex, choice, "
+                "grammar",
+                param="structured_outputs",
+            )
+        given.append(("structured_outputs", fields))
+    for name in ("json", "regex", "choice", "grammar"):
+        value = getattr(request, f"guided_{name}")
+        if value is not None:
+            given.append((f"guided_{name}", {name: value}))
+    if len(given) > 1:
+        raise ApiError(400, f"{given[0][0]} and {given[1][0]} exclude each other", param=given[1][0])
+    return given[0][1] if given else None
+
+
+def completion_params(request: CompletionRequest) -> tuple[dict[str, Any], bool]:
+    """Sampling parameters of a completion, and whether its output is wanted (max_tokens 0: only the prompt's scores)."""
+    values = _sampling(request)
+    wants_output = request.max_tokens != 0
+    if not wants_output and not request.echo:
+        raise ApiError(400, "max_tokens is 0, expected at least 1, or echo: true", param="max_tokens")
+    values["max_tokens"] = 16 if request.max_tokens is None else request.max_tokens or 1
+    if request.logprobs is not None:
+        values["logprobs"] = request.logprobs
+        if request.echo:
+            values["prompt_logprobs"] = max(request.logprobs, request.prompt_logprobs or 0)
+    if request.suffix:
+        raise ApiError(
+            400, "suffix is not supported: leave it out", param="suffix", code="unsupported_parameter"
+        )
+    if request.best_of is not None and request.best_of != (request.n or 1):
+        raise ApiError(
+            400,
+            f"best_of is {request.best_of}, expected the value of n, {request.n or 1}, or nothing",
+            param="best_of",
+        )
+    if request.add_special_tokens is False:
+        raise ApiError(
+            400,
+            "add_special_tokens is false; give token ids to say exactly what the prompt is",
+            param="add_special_tokens",
+            code="unsupported_parameter",
+        )
+    return values, wants_output
+
+
+def prompts_of(request: CompletionRequest) -> list[str | list[int]]:
+    """The prompts: one text, one list of ids, or a list of either.
+
+    Raises:
+        ApiError: empty, mixed, or too many.
+    """
+    given = request.prompt
+    prompts: list[str | list[int]]
+    if isinstance(given, str):
+        prompts = [given]
+    elif given and all(isinstance(item, int) for item in given):
+        prompts = [given]  # type: ignore[list-item]  # just checked
+    elif given and {type(item) for item in given} in ({str}, {list}):
+        prompts = given  # type: ignore[assignment]  # just checked
+    else:
+        raise ApiError(
+            400,
+            "prompt is empty or mixed, expected text, token ids, or a list of one of them",
+            param="prompt",
+        )
+    n = max(1, request.n or 1)
+    if len(prompts) > MAX_PROMPTS or len(prompts) * n > MAX_FAN_OUT:
+        raise ApiError(
+            400,
+            f"prompt has {len(prompts)} entries and n is {n}, expected at most {MAX_PROMPTS} prompts and {MAX_FAN_OUT} "
+            "completions in a request",
+            param="prompt",
+        )
+    return prompts
+
+
+def chat_params(request: ChatRequest) -> dict[str, Any]:
+    """Sampling parameters of a chat; without a limit its answer may fill the context."""
+    values = _sampling(request)
+    limits = {request.max_tokens, request.max_completion_tokens} - {None}
+    if len(limits) > 1:
+        raise ApiError(
+            400,
+            f"max_tokens is {request.max_tokens} and max_completion_tokens {request.max_completion_tokens}; give one",
+            param="max_completion_tokens",
+        )
+    values["max_tokens"] = limits.pop() if limits else None
+    if request.top_logprobs is not None and not request.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+    if request.logprobs:
+        values["logprobs"] = request.top_logprobs or 0
+    return values
+
+
+def chat_of(request: ChatRequest, *, trust_template: bool) -> Chat:
+    """The conversation as the engine takes it.
+
+    Raises:
+        ApiError: an option contradicts another, or this server does not allow it.
+    """
+    template = request.chat_template
+    if (
+        template is not None
+        and not trust_template
+        and not template.replace("_", "").replace("-", "").isalnum()
+    ):
+        raise ApiError(
+            400,
+            "chat_template is a template; this server takes names of the checkpoint's only "
+            "(--trust-request-chat-template allows others)",
+            param="chat_template",
+        )
+    variables = dict(request.chat_template_kwargs or {})
+    if request.reasoning_effort is not None:
+        variables.setdefault("reasoning_effort", request.reasoning_effort)
+    return Chat(
+        messages=[_message(message) for message in request.messages],
+        tools=_tools(request),
+        add_generation_prompt=request.add_generation_prompt,
+        continue_final_message=bool(request.continue_final_message),
+        chat_template=template,
+        chat_template_kwargs=variables or None,
+    )
+
+
+def _tools(request: ChatRequest) -> list[dict[str, Any]] | None:
+    choice = request.tool_choice
+    if request.tools is None or choice == "none":
+        if request.tools is None and choice not in (None, "none", "auto"):
+            raise ApiError(400, f"tool_choice is {show(choice)}, but there are no tools", param="tool_choice")
+        return None
+    for i, tool in enumerate(request.tools):
+        if tool.type != "function":
+            raise ApiError(400, f"tools[{i}].type is {show(tool.type)}, expected function", param="tools")
+    if choice not in (None, "auto"):
+        raise ApiError(
+            400,
+            f"tool_choice is {show(choice)}, expected none or auto: this server can't force a call",
+            param="tool_choice",
+            code="unsupported_parameter",
+        )
+    return [_without_none(msgspec.to_builtins(tool)) for tool in request.tools]
+
+
+def _without_none(value: Any) -> Any:
+    """Templates ask whether a key is there."""
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return value
+
+
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose calls have their arguments as objects, which is what most templates expect."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return {**message, "tool_calls": [_call(call) for call in calls]}
+
+
+def _call(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    text = function["arguments"]
+    try:
+        arguments = json.loads(text)
+    except (ValueError, RecursionError):
+        raise RequestError(f"a tool call's arguments are {show(text)}, expected JSON") from None
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call

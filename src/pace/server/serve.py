@@ -1,0 +1,191 @@
+"""Runs the server: sockets, engines, signals, and an end that lets streams finish."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import uvicorn
+import uvloop
+
+from pace.config import EngineConfig
+from pace.console import err
+from pace.errors import ConfigError
+from pace.server.app import make_app
+from pace.server.guard import HEAD_TIMEOUT_S, guarded
+from pace.server.local import LocalBackend
+from pace.server.service import Limits, Service
+from pace.server.station import Station
+
+__all__ = ["ServeOptions", "serve"]
+
+TICK_S = 0.5  # slow clients are looked for so often
+ABORT_S = 0.5  # what the farewells of aborted streams may take
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Everything about a server but its model.
+
+    Attributes:
+        config: of every engine.
+        names: what clients call the model.
+        host, port: where to listen; port 0: any that is free.
+        uds: a unix socket in their place.
+        ssl_certfile, ssl_keyfile: for TLS.
+        root_path: a prefix that a proxy in front removes.
+        limits: what a request may take.
+        head_timeout_s: until the head of a request has come.
+        shutdown_timeout_s: how long streams may go on after SIGTERM.
+    """
+
+    config: EngineConfig
+    names: tuple[str, ...]
+    host: str = "127.0.0.1"
+    port: int = 8000
+    uds: str | None = None
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    root_path: str = ""
+    limits: Limits = field(default_factory=Limits)
+    head_timeout_s: float = HEAD_TIMEOUT_S
+    shutdown_timeout_s: float = 30.0
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to us."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Nothing: an end is more than closing sockets."""
+        yield
+
+
+def serve(options: ServeOptions) -> int:
+    """Serve until a signal; returns the exit code.
+
+    Raises:
+        ConfigError: the address can't be used.
+        PaceError: the model can't be loaded.
+    """
+    listener = _listen(options)
+    loop = uvloop.new_event_loop()
+    try:
+        asyncio.set_event_loop(loop)
+        return loop.run_until_complete(_Run(options, listener).run())
+    finally:
+        listener.close()
+        if options.uds is not None:
+            Path(options.uds).unlink(missing_ok=True)
+        asyncio.set_event_loop(None)
+        loop.close()
+
+
+def _listen(options: ServeOptions) -> socket.socket:
+    """The bound socket; before anything is loaded, so that a port in use is told at once."""
+    try:
+        if options.uds is not None:
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            path = Path(options.uds)
+            if path.is_socket():
+                path.unlink()
+            listener.bind(options.uds)
+        else:
+            family, *_, address = socket.getaddrinfo(
+                options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            listener = socket.socket(family, socket.SOCK_STREAM)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except OSError as error:
+        where = options.uds or f"{options.host} port {options.port}"
+        raise ConfigError(f"can't listen at {where}: {error.strerror or error}; choose another") from None
+    return listener
+
+
+class _Run:
+    """One run of the server."""
+
+    def __init__(self, options: ServeOptions, listener: socket.socket) -> None:
+        self._options = options
+        self._listener = listener
+        self._stop = asyncio.Event()
+        self._n_signals = 0
+
+    async def run(self) -> int:
+        """Serve until a signal; returns the exit code."""
+        from pace.engine.loader import load
+
+        options = self._options
+        loop = asyncio.get_running_loop()
+        loaded = await loop.run_in_executor(None, load, options.config)
+        backend = LocalBackend(Station.from_loaded(options.config, loaded))
+        service = Service(backend, options.names, options.limits)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        server = _Server(self._uvicorn(service))
+        serving = asyncio.ensure_future(server.serve(sockets=[self._listener]))
+        ticking = asyncio.ensure_future(_tick(service))
+        err(f"[pace serves {', '.join(options.names)} at {self._address()}]")
+        try:
+            stopping = asyncio.ensure_future(self._stop.wait())
+            await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+            service.is_draining = True
+            await self._drain(service)
+            backend.fail_all("the server is shutting down")
+            server.should_exit = True
+            server.force_exit = self._n_signals > 1
+            await asyncio.wait({serving}, timeout=ABORT_S + 1.0)
+        finally:
+            ticking.cancel()
+            await backend.close()
+        return 0 if self._n_signals <= 1 else 1
+
+    def _on_signal(self) -> None:
+        self._n_signals += 1
+        self._stop.set()
+
+    async def _drain(self, service: Service) -> None:
+        """Wait until nothing runs any more, the time is over, or a second signal comes."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._options.shutdown_timeout_s
+        while service.backend.n_calls and loop.time() < end and self._n_signals <= 1:
+            await asyncio.sleep(0.02)
+
+    def _uvicorn(self, service: Service) -> uvicorn.Config:
+        options = self._options
+        return uvicorn.Config(
+            make_app(service),
+            http=guarded(options.head_timeout_s),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            date_header=False,
+            proxy_headers=False,
+            root_path=options.root_path,
+            ssl_certfile=options.ssl_certfile,
+            ssl_keyfile=options.ssl_keyfile,
+            timeout_graceful_shutdown=1,
+        )
+
+    def _address(self) -> str:
+        options = self._options
+        if options.uds is not None:
+            return f"unix:{options.uds}"
+        host, port = self._listener.getsockname()[:2]
+        return (
+            f"{'https' if options.ssl_certfile else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+        )
+
+
+async def _tick(service: Service) -> None:
+    while True:
+        await asyncio.sleep(TICK_S)
+        service.slow.end_slow()

@@ -1,0 +1,139 @@
+"""What every endpoint needs: the engines, the names of the model, the limits, the counters."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+import pace
+from pace.server.backend import Backend, Call
+from pace.server.http import Disconnected, SlowClients, decode, read_body, until_disconnect
+from pace.server.protocol.errors import ApiError
+from pace.server.wire import Delta, Event, Failed, Job
+
+__all__ = ["FINGERPRINT", "Endpoint", "Limits", "Service", "check_failed"]
+
+T = TypeVar("T")
+Endpoint = Callable[[HttpRequest], Awaitable[Response]]
+
+FINGERPRINT = f"pace-{pace.__version__}"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may take.
+
+    Attributes:
+        max_body_bytes: of a request.
+        body_timeout_s: until a body has come.
+        slow_client_timeout_s: a stream whose client takes nothing for so long is ended.
+        max_n: completions of a prompt.
+        max_waiting: sequences that wait beside those that run; more are answered with 429.
+        trust_request_chat_template: take chat templates from requests.
+    """
+
+    max_body_bytes: int = 8 << 20
+    body_timeout_s: float = 30.0
+    slow_client_timeout_s: float = 60.0
+    max_n: int = 16
+    max_waiting: int = 512
+    trust_request_chat_template: bool = False
+
+
+class Service:
+    """The server's parts, for its endpoints.
+
+    Args:
+        backend: the engines.
+        names: what clients may call the model; the first is the one that answers carry.
+        limits: what a request may take.
+    """
+
+    def __init__(self, backend: Backend, names: Sequence[str], limits: Limits | None = None) -> None:
+        self.backend = backend
+        self.names = tuple(names)
+        self.limits = Limits() if limits is None else limits
+        self.slow = SlowClients(self.limits.slow_client_timeout_s)
+        self.started_s = time.time()
+        self.n_open = 0  # sequences that have been asked for and have not ended
+        self.is_draining = False
+
+    async def read(self, http: HttpRequest, kind: type[T]) -> T:
+        """A request's body as `kind`.
+
+        Raises:
+            ApiError: too large, too slow, or not of this type.
+        """
+        limits = self.limits
+        body = await read_body(http.scope, http.receive, limits.max_body_bytes, limits.body_timeout_s)
+        return decode(kind, body)
+
+    def check_model(self, name: str | None) -> str:
+        """The name that the answer carries.
+
+        Raises:
+            ApiError: no such model is served.
+        """
+        if name is None:
+            return self.names[0]
+        if name not in self.names:
+            raise ApiError(
+                404,
+                f"the model {name[:200]!r} does not exist here; this server has {', '.join(self.names)}",
+                param="model",
+                code="model_not_found",
+            )
+        return name
+
+    def check_n(self, n: int | None) -> None:
+        """Raises ApiError where a prompt asks for more completions than are allowed."""
+        if n is not None and n > self.limits.max_n:
+            raise ApiError(400, f"n is {n}, expected at most {self.limits.max_n}", param="n")
+
+    async def call(self, http: HttpRequest, jobs: Callable[[Call], Sequence[Job]], n_jobs: int) -> Call:
+        """Submit the jobs of a request; returns when all are accepted, and a client that leaves ends them.
+
+        Close the call in the end.
+
+        Raises:
+            PaceError: one was refused.
+            Disconnected: the client has left already.
+        """
+        call = Call(self.backend, n_jobs)
+        call.watch(until_disconnect(http.receive, call.cancel))
+        await call.start(jobs(call))
+        if call.is_cancelled:
+            call.close()
+            raise Disconnected
+        return call
+
+    async def collect(self, call: Call, take: Callable[[Event], None]) -> None:
+        """Give all events of a call to `take`, and close it.
+
+        Raises:
+            ApiError: an engine failed.
+            Disconnected: the client left.
+        """
+        try:
+            async for events in call.events():
+                for event in events:
+                    check_failed(event)
+                    take(event)
+            if call.is_cancelled:
+                raise Disconnected
+        finally:
+            call.close()
+
+
+def check_failed(event: Event) -> None:
+    """Raises ApiError where a job ended for a reason that is the server's."""
+    if isinstance(event, Failed):
+        raise ApiError(503, event.message, code="engine_failed")
+    if isinstance(event, Delta) and event.finish_reason in ("error", "abort"):
+        reason = event.stop_reason or "the request was ended by the server"
+        raise ApiError(500, str(reason), code="generation_failed")
