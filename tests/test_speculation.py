@@ -57,19 +57,21 @@ def plain() -> Iterator[list[Any]]:
             "num_speculative_tokens": 8,
             "past_output_tokens": 10_000,
         },
+        {"model": "demo-draft", "num_speculative_tokens": 8, "adaptive": True},
     ],
 )
 def test_outputs_are_the_same(plain: list[Any], options: dict[str, Any]) -> None:
-    given = {"method": "draft_model"} | options
+    given = {"method": "draft_model", "adaptive": False} | options
     with LLM("demo", max_num_seqs=4, max_model_len=256, speculative=given) as llm:
         assert outputs(llm) == plain
         stats = llm.stats()["speculative"]
-        assert stats["n_accepted_tokens"] > 100 and stats["active"]
-        assert stats["mean_acceptance_length"] > 1.2
+        assert stats["active"]
+        if not given["adaptive"]:  # else wall time decides
+            assert stats["n_accepted_tokens"] > 100 and stats["mean_acceptance_length"] > 1.2
 
 
 def test_a_stream_tells_of_several_tokens_at_once() -> None:
-    given = {"method": "draft_model", "model": "demo", "num_speculative_tokens": 4}
+    given = {"method": "draft_model", "model": "demo", "num_speculative_tokens": 4, "adaptive": False}
     params = SamplingParams(
         max_tokens=21, temperature=0.0, ignore_eos=True, output_kind=RequestOutputKind.DELTA
     )

@@ -26,7 +26,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def load(target: str, **speculative: Any) -> LLM:
-    given = {"method": "pard", "num_speculative_tokens": 4} | speculative
+    given = {"method": "pard", "num_speculative_tokens": 4, "adaptive": False} | speculative
     return LLM(target, max_model_len=96, max_num_seqs=2, threads=1, speculative=given)
 
 
@@ -134,7 +134,8 @@ def test_a_draft_whose_weights_are_missing_leaves_nothing_behind(target: str, tm
 def test_a_window_over_the_drafts_cache(target: str, tmp_path: Path, kind: str) -> None:
     """What lies before the window is released, and the target neither knows nor cares."""
     options: dict[str, Any] = {"max_model_len": 400, "threads": 1, "kv_cache_type": kind, "max_num_seqs": 2}
-    speculative = {"model": draft(tmp_path / "draft"), "num_speculative_tokens": 3, "draft_window": 40}
+    speculative: dict[str, Any] = {"model": draft(tmp_path / "draft"), "draft_window": 40}
+    speculative |= {"num_speculative_tokens": 3, "adaptive": False}
     prompts = [list(range(1, 200)), [5] * 7]
     asked = SamplingParams(max_tokens=90, temperature=0.0, ignore_eos=True, logprobs=1)
     outputs = []
@@ -158,7 +159,7 @@ def test_a_draft_without_a_tokenizer_is_taken(target: str, tmp_path: Path) -> No
 def test_the_target_as_its_own_draft_is_always_right(target: str, tmp_path: Path) -> None:
     own = tmp_path / "own"
     shutil.copytree(target, own)
-    with load(target, method="draft_model", model=str(own), adaptive=False) as llm:
+    with load(target, method="draft_model", model=str(own)) as llm:
         llm.generate(["abc", "what"], SamplingParams(max_tokens=31, temperature=0.0, ignore_eos=True))
         assert llm.stats()["speculative"]["mean_acceptance_length"] == 5.0
 

@@ -23,6 +23,7 @@ from pace.models.decoder import lower
 from pace.models.registry import parse_config
 from pace.models.spec import DecoderSpec, LayerSpec
 from pace.models.weights import Tensors, settle_head
+from pace.speculative.controller import Controller
 from pace.speculative.draft_model import ModelDrafter
 from pace.speculative.drafter import Drafter
 from pace.speculative.hybrid import HybridDrafter
@@ -96,7 +97,8 @@ class Maker:
             logger.warning(
                 "synthetic acceptance: guesses are accepted by chance, and the output is meaningless"
             )
-        return Speculator(self.drafter(target), target.vocab_size, self.max_draft_rows, match)
+        controller = Controller(self.max_tokens) if self.speculative.adaptive else None
+        return Speculator(self.drafter(target), target.vocab_size, self.max_draft_rows, match, controller)
 
 
 class SuffixMaker(Maker):

@@ -11,6 +11,7 @@ from pace.engine.sequence import Sequence, Status
 from pace.errors import one_line
 from pace.log import logger
 from pace.outputs import SpeculativeMetrics
+from pace.speculative.controller import Controller
 from pace.speculative.drafter import Drafter, Proposal
 from pace.speculative.verifier import Match
 
@@ -25,10 +26,16 @@ class Speculator:
         vocab_size: of the target; ids must be below it.
         max_draft_rows: drafted tokens of all sequences that one step may verify.
         match: says whether a guess stands.
+        controller: decides what pays; None: all that can be guessed is verified.
     """
 
     def __init__(
-        self, drafter: Drafter, vocab_size: int, max_draft_rows: int, match: Match | None = None
+        self,
+        drafter: Drafter,
+        vocab_size: int,
+        max_draft_rows: int,
+        match: Match | None = None,
+        controller: Controller | None = None,
     ) -> None:
         self.max_draft_rows = max_draft_rows
         self.max_tokens = drafter.max_tokens
@@ -36,6 +43,7 @@ class Speculator:
         self._drafter: Drafter | None = drafter
         self._method = drafter.name
         self._vocab_size = vocab_size
+        self._controller = controller
         self._match = Match() if match is None else match
         self.accepts = self._match.accepts
         self._known: set[Sequence] = set()  # what the drafter may hold something for
@@ -48,13 +56,12 @@ class Speculator:
         if drafter is None:
             return
         start = time.perf_counter()
-        wanted = {seq: self._wanted(seq) for seq in running if self._may_speculate(seq)}
+        wanted = self._wanted(running)
         if wanted:
             self._known.update(wanted)
             try:
                 proposals = drafter.propose(wanted)
-                for seq, proposal in proposals.items():
-                    seq.draft(self._checked(proposal, wanted[seq]))
+                self._take(proposals, wanted, running, time.perf_counter() - start)
             except FATAL:
                 raise
             except BaseException as error:
@@ -69,6 +76,8 @@ class Speculator:
         if seq.speculative is None:
             seq.speculative = SpeculativeMetrics()
         seq.speculative.add(n_draft, n_accepted, n_tokens)
+        if self._controller is not None:
+            self._controller.verified(seq, n_draft, n_accepted)
         if self._drafter is not None:
             try:
                 self._drafter.observe(seq, n_accepted)
@@ -82,10 +91,14 @@ class Speculator:
         self._distrusted.add(seq)
 
     def after_step(self, running: Seq[Sequence], n_rows: int, n_prompt: int, seconds: float) -> None:
-        """Let go of those that don't run any more."""
+        """Learn what the step cost, and let go of those that don't run any more."""
+        if self._controller is not None and n_rows and not n_prompt:
+            self._controller.stepped(n_rows, seconds)
         gone = [seq for seq in self._known if seq.status is not Status.RUNNING]
         for seq in gone:
             self._known.discard(seq)
+            if self._controller is not None:
+                self._controller.end(seq)
             if seq.status is Status.FINISHED:
                 self._distrusted.discard(seq)
             if self._drafter is not None:
@@ -122,18 +135,56 @@ class Speculator:
             "drafted_at": list(metrics.drafted_at),
             "accepted_at": list(metrics.accepted_at),
             "draft_s": self._draft_s,
+            "pays": self._controller is None or self._controller.is_open,
+            "n_probes": 0 if self._controller is None else self._controller.n_probes,
         } | ({} if drafter is None else drafter.stats())
 
     def _may_speculate(self, seq: Sequence) -> bool:
         return seq.params.speculative not in ("off", 0) and seq not in self._distrusted
 
-    def _wanted(self, seq: Sequence) -> int:
-        """Tokens to guess for a sequence: none while it reads, and none that its output has no room for."""
-        if seq.n_tokens - seq.n_computed > 1:
-            return 0
+    def _wanted(self, running: Seq[Sequence]) -> dict[Sequence, int]:
+        """Tokens to guess for each sequence: none while it reads, and none that its output has no room for.
+
+        While speculation does not pay, the drafter is not asked to read prompts either.
+        """
+        candidates = [seq for seq in running if self._may_speculate(seq)]
+        decoding = [seq for seq in candidates if seq.n_tokens - seq.n_computed == 1]
+        chosen = set(decoding)
+        if self._controller is not None:
+            auto = [seq for seq in decoding if isinstance(seq.params.speculative, str)]
+            n_rows = sum(seq.n_tokens - seq.n_computed == 1 for seq in running)
+            chosen = chosen.difference(auto).union(self._controller.wanted(auto, n_rows))
+            if not chosen and not self._controller.is_open:
+                return {}
+        return {seq: self._most(seq) if seq in chosen else 0 for seq in candidates}
+
+    def _most(self, seq: Sequence) -> int:
         asked = seq.params.speculative
         most = self.max_tokens if isinstance(asked, str) else asked
         return max(0, min(most, seq.max_tokens - seq.n_tokens - 1))
+
+    def _take(
+        self,
+        proposals: dict[Sequence, Proposal],
+        wanted: dict[Sequence, int],
+        running: Seq[Sequence],
+        seconds: float,
+    ) -> None:
+        """Write what pays of the proposals behind the tokens of their sequences."""
+        drafts = {seq: self._checked(proposal, wanted[seq]) for seq, proposal in proposals.items()}
+        if self._controller is not None:
+            if drafts:
+                self._controller.drafted(len(drafts), seconds)
+            auto = {
+                seq: Proposal(draft, proposals[seq].confidences)
+                for seq, draft in drafts.items()
+                if isinstance(seq.params.speculative, str)
+            }
+            n_rows = sum(seq.n_tokens - seq.n_computed == 1 for seq in running)
+            for seq, n in self._controller.cut(auto, n_rows).items():
+                drafts[seq] = drafts[seq][:n]
+        for seq, draft in drafts.items():
+            seq.draft(draft)
 
     def _checked(self, proposal: Proposal, wanted: int) -> list[int]:
         """What of a proposal can be verified."""

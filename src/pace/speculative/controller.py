@@ -1,0 +1,275 @@
+"""How many tokens to guess, and how many of the guesses to verify: what pays, by what steps cost and guesses were worth.
+
+A round of n decoding sequences that verifies m guesses takes T_draft + T_target(n + m) and brings n tokens and one more for
+each guess that stands. A plain step takes T_target(n) and brings n. Both rates are known from the steps that run; the
+controller takes the better one. The draft's pass costs nearly the same for any number of guesses, so all are made and the
+target verifies the best ones: guesses are sorted by the probability that they stand, and cut where one more row costs more
+than it brings.
+
+It is asked about wall time only: whatever it decides, outputs are the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pace.engine.sequence import Sequence
+from pace.speculative.drafter import Proposal
+
+__all__ = ["Controller", "StepCost"]
+
+F64Array = npt.NDArray[np.float64]
+
+WEIGHT = 0.15
+"""Of the newest time in an average."""
+
+FREE_ROWS, ROW_SHARE = 16, 0.02
+"""What is believed of a target before it has run: so many rows wait for its weights alone, each costing this much of the
+first one's time; beyond, a step takes as long as it has rows."""
+
+MARGIN = 1.03
+"""By which speculation must be better than plain steps. They are measured in different minutes of the same machine."""
+
+CHEAP = 0.02
+"""Of a plain step: a drafter that takes less is always asked; only what to verify is a question then."""
+
+FIRST_PROBE, PROBE_EVERY, PROBE_ROUNDS, PROBE_SHARE = 8, 256, 4, 0.01
+"""While speculation does not pay, it is tried again after so many steps, in so many rounds of one sequence; less often
+where that would take more than this share of the time."""
+
+FIRST_PLAIN, PLAIN_EVERY = 2, 64
+"""Steps that run plainly before anything is guessed, and one of so many rounds, to know what a plain step costs now: memory
+that gives 60 GB/s in one minute gives 35 in another."""
+
+FIRST_REACH, FEW_ROUNDS = 0.7, 3
+"""Probability that a guess stands when those before it do, until there have been some; and of how many rounds it counts."""
+
+
+class StepCost:
+    """Seconds of a step by its rows, learnt from steps: what was believed before, times what was measured near it."""
+
+    def __init__(self) -> None:
+        self._ratios: dict[int, float] = {}  # by rows: seconds / believed
+        self._counts: dict[int, int] = {}
+        self._rows: F64Array = np.zeros(0)  # logarithms, ascending
+        self._values: F64Array = np.zeros(0)
+
+    def observe(self, n_rows: int, seconds: float) -> None:
+        """A step of n_rows took so long."""
+        key = n_rows if n_rows <= 2 * FREE_ROWS else n_rows // 8 * 8
+        ratio = seconds / float(_believed(np.array([n_rows]))[0])
+        count = self._counts[key] = self._counts.get(key, 0) + 1
+        weight = max(WEIGHT, 1 / max(1, count - 1))  # the first of its kind finds nothing in the caches
+        old = self._ratios.get(key, ratio)
+        self._ratios[key] = old + weight * (ratio - old)
+        rows = sorted(self._ratios)
+        self._rows = np.log(np.array(rows, dtype=np.float64))
+        self._values = np.array([self._ratios[row] for row in rows])
+
+    def seconds(self, n_rows: npt.NDArray[Any]) -> F64Array:
+        """Estimates for steps of so many rows each, f64 [n]."""
+        seconds: F64Array = _believed(n_rows) * np.interp(np.log(n_rows), self._rows, self._values)
+        return seconds
+
+
+def _believed(n_rows: npt.NDArray[Any]) -> F64Array:
+    free = 1 + ROW_SHARE * (np.minimum(n_rows, FREE_ROWS) - 1)
+    cost: F64Array = free * np.maximum(1.0, n_rows / FREE_ROWS)
+    return cost
+
+
+class _Reach:
+    """Probability that the first j + 1 guesses stand, j = 0 .. K - 1: a moving average over rounds."""
+
+    __slots__ = ("n_rounds", "values")
+
+    def __init__(self, values: npt.NDArray[np.floating], n_rounds: int) -> None:
+        self.values: F64Array = np.array(values, dtype=np.float64)
+        self.n_rounds = n_rounds
+
+    def add(self, n_draft: int, n_accepted: int) -> None:
+        """A round: what lies behind a wrong guess does not stand; what lies behind right ones was not tried."""
+        self.n_rounds += 1
+        end = n_draft if n_accepted == n_draft else len(self.values)
+        stands = np.arange(end) < n_accepted
+        weight = max(0.05, 1.0 / (self.n_rounds + 1))
+        self.values[:end] += weight * (stands - self.values[:end])
+
+    def expect(self, first: int, chances: F64Array) -> None:
+        """Guesses from `first` on were not worth verifying: what is known of them is how probable they were."""
+        weight = max(0.05, 1.0 / (self.n_rounds + 2))
+        self.values[first : len(chances)] += weight * (chances[first:] - self.values[first : len(chances)])
+
+
+class Controller:
+    """Decides for the sequences that leave it to the engine (`speculative: auto`).
+
+    Args:
+        max_tokens: K, guesses of one sequence at most.
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self.n_probes = 0
+        self.is_open = True  # whether speculation paid when it was last asked
+        self._target = StepCost()
+        self._n_plain = self._n_open = 0  # steps seen; rounds since the last plain one
+        self._draft_s: dict[int, float] = {}  # seconds of a pass, by the bit length of its sequences
+        self._all = _Reach(FIRST_REACH ** np.arange(1, max_tokens + 1), FEW_ROUNDS)
+        self._own: dict[Sequence, _Reach] = {}
+        self._trust = np.full(
+            11, -1.0
+        )  # share of guesses that stood, by tenths of their confidence; -1: none yet
+        self._last: dict[Sequence, Seq[float] | None] = {}  # confidences of what is being verified
+        # What a sequence's round verifies where confidences cut it, and what of that stands; none yet.
+        self._cut: tuple[float, float] | None = None
+        self._left = 0  # rounds of the probe that runs
+        self._idle = PROBE_EVERY - FIRST_PROBE  # steps since speculation stopped
+        self._interval = PROBE_EVERY
+        self._probe_s = self._plain_s = 0.0  # that the probe has cost; of a plain step
+
+    def wanted(self, seqs: Seq[Sequence], n_rows: int) -> list[Sequence]:
+        """Which of the sequences should get guesses now: all, none, or one for a probe.
+
+        Args:
+            seqs: those that decode and leave it to the engine.
+            n_rows: sequences that decode in all.
+        """
+        if not seqs or self._n_plain < FIRST_PLAIN:
+            return []
+        rounds = np.arange(self.max_tokens + 1)
+        seconds = self._target.seconds(n_rows + rounds * len(seqs))
+        self._plain_s = float(seconds[0])
+        draft_s = self._draft_seconds(len(seqs))
+        if draft_s < CHEAP * seconds[0]:
+            self.is_open = True
+            return list(seqs)
+        stand = np.sum([self._reach(seq).values for seq in seqs], axis=0)
+        rate = float(((n_rows + np.cumsum(stand)) / (draft_s + seconds[1:])).max())
+        if self._cut is not None:
+            n_cut, n_stand = (len(seqs) * each for each in self._cut)
+            cut_s = float(self._target.seconds(np.array([n_rows + n_cut]))[0])
+            rate = max(rate, (n_rows + n_stand) / (draft_s + cut_s))
+        self.is_open = rate > MARGIN * n_rows / self._plain_s
+        if self.is_open:
+            self._idle, self._left = 0, 0
+            self._n_open += 1
+            return list(seqs) if self._n_open % PLAIN_EVERY else []
+        return self._probed(seqs)
+
+    def cut(self, proposals: Mapping[Sequence, Proposal], n_rows: int) -> dict[Sequence, int]:
+        """How many guesses of each proposal to verify.
+
+        Args:
+            n_rows: sequences that decode in all.
+        """
+        full = {seq: len(proposal.token_ids) for seq, proposal in proposals.items()}
+        self._last = {seq: proposal.confidences for seq, proposal in proposals.items()}
+        is_sure = all(proposal.confidences is not None for proposal in proposals.values())
+        if self._n_plain < FIRST_PLAIN or not (self.is_open or is_sure):
+            return full  # a probe, which is to learn
+        owners = [seq for seq, n in full.items() for _ in range(n)]
+        if not owners:
+            return full
+        chances = {seq: self._chances(seq, proposals[seq]) for seq, n in full.items() if n}
+        stand = np.concatenate(list(chances.values()))
+        order = np.argsort(
+            -stand, kind="stable"
+        )  # of one sequence none stands more probably than the one before
+        seconds = self._target.seconds(n_rows + np.arange(len(order) + 1))
+        brought = n_rows + np.concatenate([[0.0], np.cumsum(stand[order])])
+        best = int((brought / (self._draft_seconds(len(full)) + seconds)).argmax())
+        counts = dict.fromkeys(full, 0)
+        if is_sure:
+            new = best / len(full), float(brought[best] - n_rows) / len(full)
+            old = self._cut or new
+            self._cut = (old[0] + 0.1 * (new[0] - old[0]), old[1] + 0.1 * (new[1] - old[1]))
+        for i in order[:best].tolist():
+            counts[owners[i]] += 1
+        for seq, chance in chances.items():
+            self._reach(seq).expect(counts[seq], chance)
+            self._all.expect(counts[seq], chance)
+        return counts
+
+    def drafted(self, n_seqs: int, seconds: float) -> None:
+        """A pass of the draft for n_seqs sequences took so long."""
+        key = n_seqs.bit_length()
+        old = self._draft_s.get(key)
+        self._draft_s[key] = seconds if old is None else old + WEIGHT * (seconds - old)
+        if self._left:
+            self._probe_s += seconds
+
+    def stepped(self, n_rows: int, seconds: float) -> None:
+        """The target ran a step of n_rows without prompts."""
+        self._n_plain += 1
+        self._target.observe(n_rows, seconds)
+        if self._left:
+            self._probe_s += max(0.0, seconds - self._plain_s)
+
+    def verified(self, seq: Sequence, n_draft: int, n_accepted: int) -> None:
+        """Learn from a round."""
+        self._all.add(n_draft, n_accepted)
+        self._reach(seq).add(n_draft, n_accepted)
+        confidences = self._last.pop(seq, None)
+        if confidences is not None:
+            for i, confidence in enumerate(confidences[: min(n_draft, n_accepted + 1)]):
+                key, stood = _tenth(confidence), float(i < n_accepted)
+                old = self._trust[key]
+                self._trust[key] = old + 0.02 * (stood - old) if old >= 0 else 0.5 * (confidence + stood)
+
+    def end(self, seq: Sequence) -> None:
+        """The sequence does not run any more."""
+        self._own.pop(seq, None)
+        self._last.pop(seq, None)
+
+    def _reach(self, seq: Sequence) -> _Reach:
+        """What is known of a sequence: of all others, to begin with."""
+        own = self._own.get(seq)
+        if own is None:
+            own = self._own[seq] = _Reach(self._all.values, FEW_ROUNDS)
+        return own
+
+    def _chances(self, seq: Sequence, proposal: Proposal) -> F64Array:
+        """Probability that each guess stands, with those before it."""
+        n = len(proposal.token_ids)
+        if proposal.confidences is None:
+            return np.minimum.accumulate(self._reach(seq).values[:n])
+        trust = [
+            self._trust[_tenth(confidence)] if self._trust[_tenth(confidence)] >= 0 else confidence
+            for confidence in proposal.confidences[:n]
+        ]
+        chances: F64Array = np.cumprod(np.array(trust))
+        return chances
+
+    def _draft_seconds(self, n_seqs: int) -> float:
+        """Seconds of a pass for about so many sequences; 0 until one was seen."""
+        if not self._draft_s:
+            return 0.0
+        size = n_seqs.bit_length()
+        return self._draft_s[min(self._draft_s, key=lambda seen: (abs(seen - size), seen))]
+
+    def _probed(self, seqs: Seq[Sequence]) -> list[Sequence]:
+        """While speculation loses: now and then the sequence that costs the least to read."""
+        if self._left:
+            self._left -= 1
+            if not self._left:
+                self._interval = max(PROBE_EVERY, math.ceil(self._probe_s / (PROBE_SHARE * self._plain_s)))
+                self._probe_s = 0.0
+        else:
+            self._idle += 1
+            if self._idle >= self._interval:
+                self._idle, self._left = 0, PROBE_ROUNDS
+                self.n_probes += 1
+                for reach in (self._all, *self._own.values()):  # what was long ago shall not outweigh it
+                    reach.n_rounds = min(reach.n_rounds, FEW_ROUNDS)
+        return [min(seqs, key=lambda seq: seq.n_tokens)] if self._left else []
+
+
+def _tenth(confidence: float) -> int:
+    return min(10, max(0, int(confidence * 10)))

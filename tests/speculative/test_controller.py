@@ -1,0 +1,172 @@
+"""What pays: simulated targets and drafts whose costs and worth are known, beside decoding plainly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from pace.engine.sequence import Sequence
+from pace.params import SamplingParams
+from pace.speculative.controller import PROBE_EVERY, Controller, StepCost
+from pace.speculative.drafter import Proposal
+
+K = 8
+
+
+def sequences(n: int) -> list[Sequence]:
+    prompt = np.ones(10, np.int32)
+    return [Sequence(str(i), prompt, SamplingParams(), max_output=1 << 20) for i in range(n)]
+
+
+def weights_bound(n_rows: int) -> float:
+    """Seconds of a step that waits for weights up to 16 rows, then for arithmetic."""
+    return 0.05 * (1 + 0.01 * n_rows) * max(1.0, n_rows / 16)
+
+
+def linear(n_rows: int) -> float:
+    """A target whose rows are never free."""
+    return 0.03 + 0.02 * n_rows
+
+
+def simulate(
+    rate: float,
+    *,
+    n_seqs: int = 1,
+    n_steps: int = 1200,
+    draft_s: float = 0.008,
+    target: Callable[[int], float] = weights_bound,
+    confident: bool = False,
+    controller: Controller | None = None,
+    noise: float = 0.1,
+) -> tuple[float, float]:
+    """Speed beside plain decoding, and tokens per sequence and step, of drafts that stand with probability `rate`."""
+    rng = np.random.default_rng(3)
+    controller = Controller(K) if controller is None else controller
+    seqs = sequences(n_seqs)
+    seconds = n_tokens = 0.0
+    for _ in range(n_steps):
+        chosen = controller.wanted(seqs, n_seqs)
+        counts = dict.fromkeys(seqs, 0)
+        stands = {seq: int((rng.random(K) < rate).cumprod().sum()) for seq in chosen}
+        if chosen:
+            controller.drafted(len(chosen), draft_s)
+            seconds += draft_s
+            proposals = {
+                seq: Proposal(
+                    [1] * K,
+                    [0.95 if i < stands[seq] else 0.05 for i in range(K)] if confident else None,
+                )
+                for seq in chosen
+            }
+            counts |= controller.cut(proposals, n_seqs)
+        n_rows = n_seqs + sum(counts.values())
+        step_s = target(n_rows)
+        seconds += step_s
+        controller.stepped(n_rows, step_s * (1 + noise * rng.standard_normal() / 3))
+        for seq, n in counts.items():
+            n_tokens += 1
+            if n:
+                accepted = min(n, stands[seq])
+                n_tokens += accepted
+                controller.verified(seq, n, accepted)
+    plain_s = n_tokens / n_seqs * target(n_seqs)
+    return plain_s / seconds, n_tokens / n_seqs / n_steps
+
+
+@pytest.mark.parametrize("target", [weights_bound, linear])
+@pytest.mark.parametrize("rate", [0.0, 0.6])
+def test_never_slower_than_plain_decoding(target: Callable[[int], float], rate: float) -> None:
+    for n_seqs, draft_s, confident in ((1, 0.008, False), (4, 0.04, True), (32, 0.008, True)):
+        speed, _ = simulate(
+            rate, n_seqs=n_seqs, draft_s=draft_s, target=target, n_steps=700, confident=confident
+        )
+        assert speed >= 0.97
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_seqs", [1, 4, 16, 32])
+@pytest.mark.parametrize("draft_s", [0.008, 0.04])
+@pytest.mark.parametrize("target", [weights_bound, linear])
+@pytest.mark.parametrize("rate", [0.0, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("confident", [False, True])
+def test_never_slower_than_plain_decoding_long(
+    n_seqs: int, draft_s: float, target: Callable[[int], float], rate: float, confident: bool
+) -> None:
+    speed, _ = simulate(
+        rate, n_seqs=n_seqs, draft_s=draft_s, target=target, n_steps=3000, confident=confident
+    )
+    assert speed >= 0.985
+
+
+def test_good_drafts_pay_what_they_can() -> None:
+    """Near the ideal: tokens of a round times the plain step, over the round."""
+    rate = 0.9
+    tokens = (1 - rate ** (K + 1)) / (1 - rate)
+    ideal = tokens * weights_bound(1) / (weights_bound(1 + K) + 0.008)
+    speed, mean = simulate(rate)
+    assert ideal > 3.8 and speed > 0.95 * ideal and mean > 0.95 * tokens
+
+
+def test_confidence_saves_rows_where_rows_cost() -> None:
+    blind, _ = simulate(0.6, target=linear)
+    confident, _ = simulate(0.6, target=linear, confident=True)
+    assert confident > 1.1 * blind
+
+
+def test_a_free_drafter_is_always_asked() -> None:
+    """The suffix drafter costs microseconds, and speaks only where it knows something."""
+    controller = Controller(K)
+    simulate(0.0, draft_s=1e-5, controller=controller)
+    assert controller.is_open and controller.n_probes == 0
+    (seq,) = sequences(1)
+    assert controller.wanted([seq], 1) == [seq]
+    assert controller.cut({seq: Proposal([1] * K)}, 1) == {seq: 0}
+
+
+def test_it_comes_back_when_drafts_become_good() -> None:
+    controller = Controller(K)
+    simulate(0.0, controller=controller, n_steps=600)
+    assert not controller.is_open
+    simulate(0.9, controller=controller, n_steps=4 * PROBE_EVERY)
+    assert controller.is_open
+
+
+def test_it_goes_when_drafts_become_bad() -> None:
+    controller = Controller(K)
+    simulate(0.9, controller=controller, n_steps=300)
+    assert controller.is_open
+    simulate(0.0, controller=controller, n_steps=100)
+    assert not controller.is_open
+
+
+def test_costs_between_what_was_measured() -> None:
+    cost = StepCost()
+    for _ in range(30):
+        cost.observe(1, 0.1)
+        cost.observe(16, 0.15)
+    one, eight, sixteen, many = cost.seconds(np.array([1, 8, 16, 160])).tolist()
+    assert one == pytest.approx(0.1) and sixteen == pytest.approx(0.15)
+    assert 0.1 < eight < 0.16
+    assert many == pytest.approx(1.5)
+
+
+def test_a_cold_first_step_is_forgotten() -> None:
+    cost = StepCost()
+    cost.observe(1, 5.0)
+    for _ in range(3):
+        cost.observe(1, 0.1)
+    assert cost.seconds(np.array([1]))[0] < 0.11
+
+
+def test_nothing_stays_of_a_sequence_that_ended() -> None:
+    controller = Controller(K)
+    seqs = sequences(3)
+    for _ in range(3):
+        controller.stepped(3, 0.1)
+    controller.wanted(seqs, 3)
+    controller.cut({seq: Proposal([1, 2], [0.5, 0.5]) for seq in seqs}, 3)
+    for seq in seqs:
+        controller.end(seq)
+    assert not controller._own and not controller._last
