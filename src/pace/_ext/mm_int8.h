@@ -27,8 +27,10 @@
 static const _Alignas(64) uint8_t mi_values[64] = {MI_VALUES, MI_VALUES, MI_VALUES, MI_VALUES};
 
 #ifdef __AVX512F__
-#define MI_ROWS_2 6   // 2 vectors: 12 integer and 12 f32 accumulators, 2 codes and 4 values, the table and a broadcast
-#define MI_ROWS_1 13  // one vector: 13 + 13, 1, 2, 1, 1
+// 12 integer and 12 f32 accumulators, 4 values, the table and a broadcast. (13 rows of one vector: 7 cycles a row and 8
+// k of 32 columns instead of 5.1, where its dot products take 4 and its products and sums in f32 one.)
+#define MI_ROWS 6
+#define MI_VECTORS 2
 typedef __m512i vi;
 INLINE vi vi_load(const void *p) { return _mm512_loadu_si512(p); }
 INLINE vi vi_set(int32_t x) { return _mm512_set1_epi32(x); }
@@ -58,8 +60,8 @@ INLINE vi mi_dot(vi acc, vi u0, vi q0, vi u1, vi q1) {
 #endif
 }
 #else
-#define MI_ROWS_2 0
-#define MI_ROWS_1 3  // 8 columns: 3 + 3, scales, table, mask, ones, 2 values, 2 broadcasts
+#define MI_ROWS 3  // 8 columns: 3 + 3, scales, table, mask, ones, 2 values, 2 broadcasts
+#define MI_VECTORS 1
 typedef __m256i vi;
 INLINE vi vi_load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
 INLINE vi vi_set(int32_t x) { return _mm256_set1_epi32(x); }
@@ -76,33 +78,34 @@ INLINE vi mi_dot(vi acc, vi u0, vi q0, vi u1, vi q1) {
 }
 #endif
 
-#define MI_AHEAD 4096  // bytes of the panel's stream that the first rows bring to L2 ahead of themselves
+#define MI_AHEAD 4096  // bytes of the panel's stream that the first rows bring to L1 ahead of themselves
 
 typedef struct {
     const int8_t *a;   // rows of an int8 slot [mr][lda]
     const uint8_t *b;  // a panel of MXFP4
-    float *c;          // [mr][ldc], nv * VL columns
+    float *c;          // [mr][ldc], MI_VECTORS * VL columns
     long lda, ldc, k;
     int vector;  // the first of the panel's vectors of VL columns
 } mi_args;
 
-// mr, nv (vectors of VL columns) and fetch are compile-time constants in every call.
-INLINE void mi_tile(const int mr, const int nv, const int fetch, const mi_args *g) {
+// mr and fetch are compile-time constants in every call.
+INLINE void mi_tile(const int mr, const int fetch, const mi_args *g) {
+    enum { nv = MI_VECTORS };
     const vi table = vi_load(mi_values);
-    vf sum[13][2];
-#pragma GCC unroll 13
+    vf sum[MI_ROWS][nv];
+#pragma GCC unroll 6
     for (int r = 0; r < mr; r++)
 #pragma GCC unroll 2
         for (int j = 0; j < nv; j++) sum[r][j] = v_zero();
-    const int8_t *a[5];
-#pragma GCC unroll 5
-    for (int i = 0; i < 5; i++) a[i] = g->a + (3 * i < mr ? 3 * i : 0) * g->lda;
+    const int8_t *a[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) a[i] = g->a + (3 * i < mr ? 3 * i : 0) * g->lda;
     const long lda = g->lda, groups = g->k / PACE_MX_GROUP, at_scales = g->k, at_sums = g->k + 4 * groups;
     const uint8_t *scales = g->b + g->vector * VL, *codes = g->b + 2 * PACE_NR + g->vector * VL * 4;
     for (long i = 0; i < groups; i++) {
-        vi acc[13][2];
+        vi acc[MI_ROWS][nv];
         const long beside = i * 4 - i * PACE_MX_GROUP;  // a has moved on; scales and sums are 4 bytes a group
-#pragma GCC unroll 13
+#pragma GCC unroll 6
         for (int r = 0; r < mr; r++) {
             int32_t zero;
             memcpy(&zero, a[r / 3] + (r % 3) * lda + at_sums + beside, 4);
@@ -111,7 +114,7 @@ INLINE void mi_tile(const int mr, const int nv, const int fetch, const mi_args *
         }
 #pragma GCC unroll 4
         for (int q = 0; q < 4; q++) {
-            vi low[2], high[2];
+            vi low[nv], high[nv];
 #pragma GCC unroll 2
             for (int j = 0; j < nv; j++) {
                 const vi x = vi_load(codes + q * 128 + j * VL * 4);
@@ -119,10 +122,10 @@ INLINE void mi_tile(const int mr, const int nv, const int fetch, const mi_args *
                 high[j] = mi_lookup(vi_high(x), table);
             }
             if (fetch) {
-                FETCH((uintptr_t)codes + (uintptr_t)(q * 128) + MI_AHEAD, _MM_HINT_T1);
-                FETCH((uintptr_t)codes + (uintptr_t)(q * 128) + MI_AHEAD + 64, _MM_HINT_T1);
+                FETCH((uintptr_t)codes + (uintptr_t)(q * 128) + MI_AHEAD, _MM_HINT_T0);
+                FETCH((uintptr_t)codes + (uintptr_t)(q * 128) + MI_AHEAD + 64, _MM_HINT_T0);
             }
-#pragma GCC unroll 13
+#pragma GCC unroll 6
             for (int r = 0; r < mr; r++) {
                 int32_t x[2];
                 memcpy(x, a[r / 3] + (r % 3) * lda + 8 * q, 8);
@@ -130,11 +133,11 @@ INLINE void mi_tile(const int mr, const int nv, const int fetch, const mi_args *
                 for (int j = 0; j < nv; j++) acc[r][j] = mi_dot(acc[r][j], low[j], vi_set(x[0]), high[j], vi_set(x[1]));
             }
         }
-        if (fetch) FETCH((uintptr_t)scales + MI_AHEAD, _MM_HINT_T1);
-        vf weight[2];
+        if (fetch) FETCH((uintptr_t)scales + MI_AHEAD, _MM_HINT_T0);
+        vf weight[nv];
 #pragma GCC unroll 2
         for (int j = 0; j < nv; j++) weight[j] = mi_scales(scales + j * VL);
-#pragma GCC unroll 13
+#pragma GCC unroll 6
         for (int r = 0; r < mr; r++) {
             float row;
             memcpy(&row, a[r / 3] + (r % 3) * lda + at_scales + beside, 4);
@@ -148,55 +151,30 @@ INLINE void mi_tile(const int mr, const int nv, const int fetch, const mi_args *
             scales += PACE_MX_BLOCK - 2 * PACE_NR;
             codes += 2 * PACE_NR;
         }
-#pragma GCC unroll 5
-        for (int r = 0; r < 5; r++) a[r] += PACE_MX_GROUP;
+#pragma GCC unroll 2
+        for (int r = 0; r < 2; r++) a[r] += PACE_MX_GROUP;
     }
-#pragma GCC unroll 13
+#pragma GCC unroll 6
     for (int r = 0; r < mr; r++)
 #pragma GCC unroll 2
         for (int j = 0; j < nv; j++) v_store(g->c + r * g->ldc + j * VL, sum[r][j]);
 }
 
-// One tile; mr <= MI_ROWS_<nv>.
-static void mi(int mr, int nv, int fetch, const mi_args *g) {
-#define MI_CASE(NV, MR)               \
-    case NV * 16 + MR:                \
-        if (MR > MI_ROWS_##NV) break; \
-        if (fetch)                    \
-            mi_tile(MR, NV, 1, g);    \
-        else                          \
-            mi_tile(MR, NV, 0, g);    \
-        return;
-#define MI_3(NV) MI_CASE(NV, 1) MI_CASE(NV, 2) MI_CASE(NV, 3)
-#define MI_6(NV) MI_3(NV) MI_CASE(NV, 4) MI_CASE(NV, 5) MI_CASE(NV, 6)
-#define MI_13(NV)  \
-    MI_6(NV)       \
-    MI_CASE(NV, 7) \
-    MI_CASE(NV, 8) MI_CASE(NV, 9) MI_CASE(NV, 10) MI_CASE(NV, 11) MI_CASE(NV, 12) MI_CASE(NV, 13)
-    switch (nv * 16 + mr) {
-#ifdef __AVX512F__
-        MI_13(1) MI_6(2)
-#else
-        MI_3(1)
-#endif
+// mr <= MI_ROWS rows of an int8 slot times panel b, to c [mr][PACE_NR]; fetch: it comes from memory.
+static void mi_rows(int mr, int fetch, const int8_t *a, long lda, const uint8_t *b, long k, float *c) {
+#define MI_CASE(MR)              \
+    case MR:                     \
+        if (MR > MI_ROWS) break; \
+        if (fetch && v == 0)     \
+            mi_tile(MR, 1, &g);  \
+        else                     \
+            mi_tile(MR, 0, &g);  \
+        break;
+    for (int v = 0; v < PACE_NR / VL; v += MI_VECTORS) {
+        const mi_args g = {a, b, c + v * VL, lda, PACE_NR, k, v};
+        switch (mr) { MI_CASE(1) MI_CASE(2) MI_CASE(3) MI_CASE(4) MI_CASE(5) MI_CASE(6) }
     }
-#undef MI_3
-#undef MI_6
-#undef MI_13
 #undef MI_CASE
-}
-
-// Rows of an int8 slot times panel b, to c [rows][PACE_NR]: in equal tiles.
-static void mi_panel(const int8_t *a, long lda, long rows, const uint8_t *b, long k, float *c) {
-    const int nv = rows <= MI_ROWS_2 ? 2 : 1;
-    const long most = nv == 2 ? MI_ROWS_2 : MI_ROWS_1, tiles = (rows + most - 1) / most;
-    for (long t = 0, done = 0, mr; t < tiles; t++, done += mr) {
-        mr = (rows - done) / (tiles - t);
-        for (int v = 0; v < PACE_NR / VL; v += nv) {
-            const mi_args g = {a + done * lda, b, c + done * PACE_NR + v * VL, lda, PACE_NR, k, v};
-            mi((int)mr, nv, t == 0 && v == 0, &g);
-        }
-    }
 }
 
 #endif

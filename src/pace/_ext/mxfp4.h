@@ -1,34 +1,43 @@
 // mxfp4.h - panels of MXFP4 (kernels.h has their bytes): packing, and weights as bf16, which is exact: a code has two
 // significant bits, its scale is a power of two.
 //
-// A product on bf16 rows is, bit for bit, the product with the dequantised matrix in bf16 panels. On AVX-512 a few rows
-// expand in registers (mx_rows); else a chunk of a panel goes to scratch, where the register tile of any tier reads it.
+// A product on bf16 rows is, bit for bit, the product with the dequantised matrix in bf16 panels. AVX-512 expands in
+// registers (mx_rows); on avx2 and amx a chunk of a panel goes to scratch, where their register tile reads it.
 //
 // A word of a panel holds four codes of one column and one parity of k. A table of 16 words gives a code's bf16 times
-// 2^125; subtracting (252 - e) << 7 from its bits multiplies it by 2^(e - 252). Zero is the word 0x8000, the least of
-// all: the subtraction saturates there, at -0, which adds nothing to a sum. So a pair of k costs a shift, a lookup and
-// a subtraction per 16 columns.
+// 2^125; subtracting (252 - e) << 7 from its bits multiplies it by 2^(e - 252). Zero must stay zero, in one of two
+// ways:
+//   saturating  zero is the word 0x8000, the least there is: a saturating subtraction leaves it, and -0 adds nothing to
+//   a
+//               sum. A pair of k costs a shift, a lookup and a subtraction per 16 columns; but on Zen 4 the subtraction
+//               takes a slot of the dot products.
+//   minimum     zero is the word 0, and no other word is less than what is subtracted: the unsigned minimum of both. An
+//               instruction more, both of which run anywhere.
+// One thread of a Zen 4, cycles per 8 k and 32 columns from L2 at 1, 2, 3, 4, 8, 12 rows: saturating 19 26 32 40 74
+// 105, minimum 24 30 34 39 64 96 (8, 16 .. 96 of them are dot products).
 #ifndef PACE_MXFP4_H
 #define PACE_MXFP4_H
 
 #include "mm.h"
 
-#define MX_CHUNK 512  // k expanded at a time: 32 KB a panel
+#define MX_CHUNK 256  // k expanded at a time: 16 KB of L1 (32 KB: 9 instead of 22 GB/s of codes on one thread)
 
 INLINE const uint8_t *mx_block(const pace_matrix *w, long p, long k) {  // k: a multiple of 64
     return (const uint8_t *)w->data + p * pace_panel_bytes(w) + k / 64 * PACE_MX_BLOCK;
 }
 
 // Words of the table: 0 .5 1 1.5 2 3 4 6 times 2^125, then their negatives.
-#define MX_WORDS 0x8000, 0x7d80, 0x7e00, 0x7e40, 0x7e80, 0x7ec0, 0x7f00, 0x7f40
-#define MX_NEGATIVE 0x8000, 0xfd80, 0xfe00, 0xfe40, 0xfe80, 0xfec0, 0xff00, 0xff40
+#define MX_WORDS(zero) zero, 0x7d80, 0x7e00, 0x7e40, 0x7e80, 0x7ec0, 0x7f00, 0x7f40
+#define MX_NEGATIVE(zero) zero, 0xfd80, 0xfe00, 0xfe40, 0xfe80, 0xfec0, 0xff00, 0xff40
 
 #ifdef __AVX512F__
 
 typedef __m512i mx_table;
-INLINE mx_table mx_words(void) {  // vpermw reads five bits of a word: the fifth is the next code's
-    static const _Alignas(64) uint16_t words[32] = {MX_WORDS, MX_NEGATIVE, MX_WORDS, MX_NEGATIVE};
-    return _mm512_load_si512(words);
+INLINE mx_table mx_words(const int minimum) {  // vpermw reads five bits of a word: the fifth is the next code's
+    static const _Alignas(64)
+        uint16_t words[2][32] = {{MX_WORDS(0x8000), MX_NEGATIVE(0x8000), MX_WORDS(0x8000), MX_NEGATIVE(0x8000)},
+                                 {MX_WORDS(0), MX_NEGATIVE(0), MX_WORDS(0), MX_NEGATIVE(0)}};
+    return _mm512_load_si512(words[minimum]);
 }
 // (252 - e) << 7 in both words of 16 columns.
 INLINE __m512i mx_shift(const uint8_t *scales) {
@@ -37,9 +46,10 @@ INLINE __m512i mx_shift(const uint8_t *scales) {
     return _mm512_or_si512(d, _mm512_slli_epi32(d, 16));
 }
 // Pair i of the four that x holds.
-INLINE __m512i mx_pair(__m512i x, const int i, mx_table table, __m512i shift) {
+INLINE __m512i mx_pair(__m512i x, const int i, mx_table table, __m512i shift, const int minimum) {
     if (i) x = _mm512_srli_epi16(x, (unsigned)(4 * i));
-    return _mm512_subs_epi16(_mm512_permutexvar_epi16(x, table), shift);
+    const __m512i w = _mm512_permutexvar_epi16(x, table);
+    return minimum ? _mm512_sub_epi16(w, _mm512_min_epu16(w, shift)) : _mm512_subs_epi16(w, shift);
 }
 
 // 8 k of 32 columns to pairs [4][32][2].
@@ -48,7 +58,7 @@ INLINE void mx_expand_8(bf16 *dst, const uint8_t *codes, mx_table table, const _
     for (int half = 0; half < 2; half++) {
         const __m512i x = _mm512_loadu_si512(codes + half * 64);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) _mm512_storeu_si512(dst + i * 64 + half * 32, mx_pair(x, i, table, shift[half]));
+        for (int i = 0; i < 4; i++) _mm512_storeu_si512(dst + i * 64 + half * 32, mx_pair(x, i, table, shift[half], 0));
     }
 }
 INLINE void mx_shifts(__m512i shift[2], const uint8_t *scales) {
@@ -62,8 +72,8 @@ typedef __m512i mx_shift_of_panel[2];
 typedef struct {
     __m256i high, low;  // bytes of the words
 } mx_table;
-INLINE mx_table mx_words(void) {
-    static const uint16_t words[16] = {MX_WORDS, MX_NEGATIVE};
+INLINE mx_table mx_words(const int minimum) {
+    const uint16_t zero = minimum ? 0 : 0x8000, words[16] = {MX_WORDS(zero), MX_NEGATIVE(zero)};
     uint8_t high[16], low[16];
     for (int i = 0; i < 16; i++) {
         high[i] = (uint8_t)(words[i] >> 8);
@@ -103,7 +113,7 @@ INLINE void mx_expand_8(bf16 *dst, const uint8_t *codes, mx_table table, const _
 // brought to L2 meanwhile.
 static const bf16 *mx_expand(bf16 *dst, const pace_matrix *w, long p, long k0, long kc) {
     const uint8_t *block = mx_block(w, p, k0);
-    const mx_table table = mx_words();
+    const mx_table table = mx_words(0);
     for (long k = 0; k < kc; k += 32) {
         const uint8_t *at = block + k / 64 * PACE_MX_BLOCK, *codes = at + 64 + k % 64 * 16;
         for (uintptr_t i = 0; i < 9; i++) FETCH((uintptr_t)codes + MX_CHUNK / 64 * PACE_MX_BLOCK + 64 * i, _MM_HINT_T1);
@@ -114,16 +124,19 @@ static const bf16 *mx_expand(bf16 *dst, const pace_matrix *w, long p, long k0, l
     return dst;
 }
 
-// ---- a few rows, expanded in registers --------------------------------------------------------------------
+// ---- expanded in registers --------------------------------------------------------------------------------
 
 #if defined(__AVX512F__) && !defined(PACE_AMX)
 #define MX_ROWS (MM_SPLIT == 1 ? 12 : 8)  // accumulators of 2 vectors; the table, shifts, codes and a broadcast take 8
-#define MX_AHEAD 4096                     // bytes, as GEMM_AHEAD
+// Bytes ahead of a stream, to L1: with the L2 as the goal the tile waits for every line again (one thread, panels in
+// memory, 2 rows: 10 instead of 18 GB/s).
+#define MX_AHEAD 4096
 
-// Panels b, b + bps, ...: nv / 2 of them. mr and nv are compile-time constants.
-INLINE void mx_tile(const int mr, const int nv, const bf16 *a, long lda, const uint8_t *b, long bps, long k, float *c,
-                    long ldc) {
-    const mx_table table = mx_words();
+// Panels b, b + bps, ...: nv / 2 of them. mr, nv and fetch are compile-time constants.
+INLINE void mx_tile(const int mr, const int nv, const int fetch, const bf16 *a, long lda, const uint8_t *b, long bps,
+                    long k, float *c, long ldc) {
+    const int minimum = mr >= 4;
+    const mx_table table = mx_words(minimum);
     __m512 acc[12][4];
 #pragma GCC unroll 12
     for (int r = 0; r < mr; r++)
@@ -134,19 +147,22 @@ INLINE void mx_tile(const int mr, const int nv, const bf16 *a, long lda, const u
         __m512i shift[4];
 #pragma GCC unroll 4
         for (int j = 0; j < nv; j++) shift[j] = mx_shift(scales + (j / 2) * bps + (j % 2) * 16);
+#pragma GCC unroll 2
+        for (int j = 0; fetch && j < nv; j += 2)
+            FETCH((uintptr_t)scales + (uintptr_t)(j / 2 * bps) + MX_AHEAD, _MM_HINT_T0);
         for (int q = 0; q < 4; q++) {
             __m512i x[4];
 #pragma GCC unroll 4
             for (int j = 0; j < nv; j++) {
                 const uint8_t *at = codes + (j / 2) * bps + (j % 2) * 64;
                 x[j] = _mm512_loadu_si512(at);
-                FETCH((uintptr_t)at + MX_AHEAD, _MM_HINT_T1);
+                if (fetch) FETCH((uintptr_t)at + MX_AHEAD, _MM_HINT_T0);
             }
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) {
                 __m512i w[4][MM_SPLIT];
 #pragma GCC unroll 4
-                for (int j = 0; j < nv; j++) mm_split(w[j], mx_pair(x[j], i, table, shift[j]));
+                for (int j = 0; j < nv; j++) mm_split(w[j], mx_pair(x[j], i, table, shift[j], minimum));
 #pragma GCC unroll 12
                 for (int r = 0; r < mr; r++) {
                     int32_t y;
@@ -170,22 +186,34 @@ INLINE void mx_tile(const int mr, const int nv, const bf16 *a, long lda, const u
         for (int j = 0; j < nv; j++) _mm512_storeu_ps(c + r * ldc + j * 16, acc[r][j]);
 }
 
-// mr <= MX_ROWS rows times `panels` (1 or 2, one row only) panels from b on.
-static void mx_rows(int mr, int panels, const bf16 *a, long lda, const uint8_t *b, long bps, long k, float *c,
-                    long ldc) {
-#define MX_CASE(MR)                                \
-    case MR:                                       \
-        if (MR > MX_ROWS) break;                   \
-        mx_tile(MR, 2, a, lda, b, bps, k, c, ldc); \
+// mr <= MX_ROWS rows times `panels` (1 or 2, one row only) panels from b on; fetch: they come from memory.
+static void mx_rows(int mr, int panels, int fetch, const bf16 *a, long lda, const uint8_t *b, long bps, long k,
+                    float *c, long ldc) {
+#define MX_CASE(MR)                                       \
+    case MR:                                              \
+        if (MR > MX_ROWS) break;                          \
+        if (fetch)                                        \
+            mx_tile(MR, 2, 1, a, lda, b, bps, k, c, ldc); \
+        else                                              \
+            mx_tile(MR, 2, 0, a, lda, b, bps, k, c, ldc); \
         return;
     if (mr == 1 && panels == 2) {
-        mx_tile(1, 4, a, lda, b, bps, k, c, ldc);
+        mx_tile(1, 4, 1, a, lda, b, bps, k, c, ldc);
         return;
     }
     switch (mr) {
         MX_CASE(1)
         MX_CASE(2)
-        MX_CASE(3) MX_CASE(4) MX_CASE(5) MX_CASE(6) MX_CASE(7) MX_CASE(8) MX_CASE(9) MX_CASE(10) MX_CASE(11) MX_CASE(12)
+        MX_CASE(3)
+        MX_CASE(4)
+        MX_CASE(5)
+        MX_CASE(6)
+        MX_CASE(7)
+        MX_CASE(8)
+        MX_CASE(9)
+        MX_CASE(10)
+        MX_CASE(11)
+        MX_CASE(12)
     }
 #undef MX_CASE
 }
