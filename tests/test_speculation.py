@@ -28,7 +28,7 @@ ASKED: list[dict[str, Any]] = [
 
 def outputs(llm: LLM) -> list[Any]:
     """All that callers see of outputs, but times and what speculation did."""
-    params = [SamplingParams(**{"max_tokens": 40} | asked) for asked in ASKED]
+    params = [SamplingParams(**{"max_tokens": 30} | asked) for asked in ASKED]
     found = []
     for one in params:
         for output in llm.generate(PROMPTS, one):
@@ -47,9 +47,11 @@ def plain() -> Iterator[list[Any]]:
 @pytest.mark.parametrize(
     "options",
     [
-        {"model": "demo-draft", "num_speculative_tokens": 5},
-        {"model": "demo", "num_speculative_tokens": 3},
-        {"model": "demo-draft", "num_speculative_tokens": 16, "draft_window": 32},
+        {"model": "demo-draft", "num_speculative_tokens": 3},
+        pytest.param({"model": "demo", "num_speculative_tokens": 3}, marks=pytest.mark.slow),
+        pytest.param(
+            {"model": "demo-draft", "num_speculative_tokens": 16, "draft_window": 32}, marks=pytest.mark.slow
+        ),
         {"method": "suffix", "num_speculative_tokens": 12, "past_output_tokens": 10_000},
         {
             "method": "hybrid",
@@ -57,7 +59,9 @@ def plain() -> Iterator[list[Any]]:
             "num_speculative_tokens": 8,
             "past_output_tokens": 10_000,
         },
-        {"model": "demo-draft", "num_speculative_tokens": 8, "adaptive": True},
+        pytest.param(
+            {"model": "demo-draft", "num_speculative_tokens": 8, "adaptive": True}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_outputs_are_the_same(plain: list[Any], options: dict[str, Any]) -> None:
@@ -67,7 +71,7 @@ def test_outputs_are_the_same(plain: list[Any], options: dict[str, Any]) -> None
         stats = llm.stats()["speculative"]
         assert stats["active"]
         if not given["adaptive"]:  # else wall time decides
-            assert stats["n_accepted_tokens"] > 100 and stats["mean_acceptance_length"] > 1.2
+            assert stats["n_accepted_tokens"] > 70 and stats["mean_acceptance_length"] > 1.2
 
 
 def test_a_stream_tells_of_several_tokens_at_once() -> None:

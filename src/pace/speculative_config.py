@@ -32,8 +32,8 @@ class SpeculativeConfig:
         num_speculative_tokens: most tokens of a draft, K, 0 .. 32; 0: nothing is guessed.
         max_model_len: longest sequence for which the draft is asked, in tokens; None: as far as it and the target go.
         draft_window: tokens that the draft sees at most, so that it stays cheap in a long context; None: all.
-        draft_vocab: a JSON file with the list of the token ids that the draft may guess, so that its LM head has fewer
-            rows; None: all.
+        draft_vocab: a JSON file {"token_ids": [...]} with the tokens that the draft may guess, so that its LM head has
+            fewer rows; None: all.
         past_output_tokens: of "suffix" and "hybrid": guess also from this many tokens of earlier outputs, 0 for none; each
             costs about 90 bytes, 250 at most. Requests with a cache salt take no part.
         adaptive: verify only as many tokens as pay, none where none do; False: always all of them.

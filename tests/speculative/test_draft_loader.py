@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 from tiny_checkpoint import write_checkpoint
 
 from pace import LLM, SamplingParams
@@ -162,6 +163,60 @@ def test_the_target_as_its_own_draft_is_always_right(target: str, tmp_path: Path
     with load(target, method="draft_model", model=str(own)) as llm:
         llm.generate(["abc", "what"], SamplingParams(max_tokens=31, temperature=0.0, ignore_eos=True))
         assert llm.stats()["speculative"]["mean_acceptance_length"] == 5.0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("method", ["pard", "draft_model"])
+def test_a_trimmed_vocabulary_guesses_the_best_of_its_tokens(
+    target: str, tmp_path: Path, method: str, tied: bool
+) -> None:
+    """As a target that may only say these tokens would: its own draft is right, then."""
+    ids = list(range(3, 250, 4))
+    path = tmp_path / "ids.json"
+    path.write_text(json.dumps({"token_ids": ids[::-1]}))
+    own = untied(tmp_path / "own") if not tied else target
+    model = Path(shutil.copytree(own, tmp_path / "draft"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"pard_token": 261}))
+    asked = SamplingParams(max_tokens=31, temperature=0.0, ignore_eos=True, allowed_token_ids=ids)
+    with load(own, method=method, model=str(model), draft_vocab=str(path)) as llm:
+        outputs = llm.generate(["abc", "what"], asked)
+        rates = llm.stats()["speculative"]["acceptance_rates"]
+        assert rates[0] == 1.0 and (method == "pard" or set(rates) == {1.0})
+    with LLM(own, max_model_len=96, threads=1) as plain:
+        assert [o.outputs for o in plain.generate(["abc", "what"], asked)] == [o.outputs for o in outputs]
+
+
+def untied(directory: Path) -> str:
+    """The tiny model with a head of its own, of the same numbers."""
+    write_checkpoint(directory)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"][::-1].copy()
+    save_file(tensors, directory / "model.safetensors")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    return str(directory)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "has no list of token_ids"),
+        ('{"token_ids": [1, 5000]}', "has 5000, expected token ids below 272"),
+        ('{"token_ids": [true]}', "has True, expected token ids"),
+        ('{"token_ids": [261]}', "has no token that can be guessed"),
+        ("[1]", "expected a JSON object"),
+        (None, "is no file"),
+    ],
+)
+def test_a_trimmed_vocabulary_that_is_none_is_refused(
+    target: str, tmp_path: Path, text: str | None, message: str
+) -> None:
+    path = tmp_path / "ids.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(PaceError, match=message):
+        load(target, model=draft(tmp_path / "draft"), draft_vocab=str(path))
 
 
 def test_synthetic_acceptance_says_so(target: str, tmp_path: Path) -> None:

@@ -115,7 +115,8 @@ def load(
             guesses = None
             if speculation is not None:
                 guesses = speculation.make(Target(spec.vocab_size, memory, tokenizer, team, show_progress))
-            sink = load_packed(plan, tensors, team, show_progress)
+            sink = PackedSink(team)
+            load_packed(plan, tensors, sink, show_progress)
             engine, executor = build_engine(config, plan, sink, team, memory, defaults, tokenizer, guesses)
         except BaseException:
             team.close()
@@ -213,17 +214,13 @@ def _check_len(max_model_len: int | None, max_len: int) -> int | None:
     return max_model_len
 
 
-def load_packed(
-    plan: Plan, tensors: Tensors | None, team: ops.Team, show_progress: bool | None
-) -> PackedSink:
-    """The packed weights; without tensors, invented ones."""
-    sink = PackedSink(team)
+def load_packed(plan: Plan, tensors: Tensors | None, sink: PackedSink, show_progress: bool | None) -> None:
+    """Fill the sink with a plan's weights; without tensors, invented ones."""
     with _progress_bar(show_progress) as progress:
         if tensors is None:
             invent_weights(plan, sink)
         else:
             load_weights(plan, tensors, sink, progress)
-    return sink
 
 
 @contextmanager

@@ -16,10 +16,13 @@ from pace.engine.build import make_cache, shares_prefixes
 from pace.engine.kv_memory import plan_groups
 from pace.engine.loader import Loaded, load_packed, read_config
 from pace.engine.memory import packed_bytes, slot_bytes
+from pace.engine.packing import PackedSink
+from pace.engine.sampler import NO_IDS
 from pace.engine.speculation import Speculation, Target
 from pace.errors import CheckpointError, ConfigError, show
 from pace.log import logger
 from pace.models.decoder import lower
+from pace.models.plan import I32Array, Plan
 from pace.models.registry import parse_config
 from pace.models.spec import DecoderSpec, LayerSpec
 from pace.models.weights import Tensors, settle_head
@@ -31,6 +34,7 @@ from pace.speculative.pard import PardDrafter
 from pace.speculative.reader import DraftReader
 from pace.speculative.speculator import Speculator
 from pace.speculative.suffix import SuffixDrafter
+from pace.speculative.trim import TrimmingSink, read_ids, trimmed
 from pace.speculative.verifier import Match, SyntheticMatch
 from pace.speculative.vocabulary import check_same_tokens
 from pace.speculative_config import SpeculativeConfig
@@ -169,32 +173,26 @@ class DraftMaker(Maker):
             min(self.spec.vocab_size, target.vocab_size),
             trusted=config.trust_tokenizer,
         )
-        with ExitStack() as files:
-            tensors, spec = None, self.spec
-            if not self._random_weights:
-                checkpoint = files.enter_context(Checkpoint(self.directory))
-                tensors = Tensors(checkpoint, self.weight_map, len(spec.layers))
-                spec = settle_head(spec, tensors)
-            # Masks lie behind the last token.
-            max_len = min(
-                self.speculative.max_model_len or spec.max_len, memory.max_model_len + self.max_tokens
-            )
-            plan = lower(spec, max_len)
-            kv = plan_groups(
-                plan,
-                max_len,
-                config.max_num_batched_tokens,
-                config.kv_cache_type,
-                config.kv_cache_dtype,
-                config.block_size,
-                int(ops.cpu_info()["l2_bytes"]),
-            )
-            n_seqs = memory.kv_bytes / memory.kv.bytes_for(memory.max_model_len)  # of full length
-            kv = kv.divided(int(n_seqs * kv.bytes_for(max_len)), max_len, config.max_num_seqs)
-            sink = load_packed(plan, tensors, target.team, target.show_progress)
-        never = set() if self.mask_id is None else {self.mask_id}
-        if target.tokenizer is not None:
-            never |= {token for token in target.tokenizer.unused_ids.tolist() if token < spec.vocab_size}
+        max_len = min(
+            self.speculative.max_model_len or self.spec.max_len,
+            memory.max_model_len + self.max_tokens,  # masks lie behind the last token
+        )
+        never = self._never(target)
+        ids = None
+        if self.speculative.draft_vocab is not None:
+            ids = read_ids(self.speculative.draft_vocab, self.spec.vocab_size, never)
+        plan, sink = self._load(target, max_len, ids)
+        kv = plan_groups(
+            plan,
+            max_len,
+            config.max_num_batched_tokens,
+            config.kv_cache_type,
+            config.kv_cache_dtype,
+            config.block_size,
+            int(ops.cpu_info()["l2_bytes"]),
+        )
+        n_seqs = memory.kv_bytes / memory.kv.bytes_for(memory.max_model_len)  # of full length
+        kv = kv.divided(int(n_seqs * kv.bytes_for(max_len)), max_len, config.max_num_seqs)
         pools, tables = make_cache(config, kv, max_len)
         executor = ops.Plan(
             target.team,
@@ -213,14 +211,35 @@ class DraftMaker(Maker):
             executor,
             tables,
             ops.SAMPLE_DTYPE,
-            vocab_size=spec.vocab_size,
+            vocab_size=plan.vocab_size,
             max_tokens=config.max_num_batched_tokens,
             max_seqs=config.max_num_seqs,
             max_logit_rows=self.n_logit_rows,
             max_len=max_len,
-            never=np.array(sorted(never), np.int32),
+            ids=ids,
+            never=never if ids is None else NO_IDS,
             prefix_caching=shares_prefixes(config),
         )
+
+    def _load(self, target: Target, max_len: int, ids: I32Array | None) -> tuple[Plan, PackedSink]:
+        """The draft's plan, with logits for `ids` only where they are given, and its weights."""
+        with ExitStack() as files:
+            tensors, spec = None, self.spec
+            if not self._random_weights:
+                checkpoint = files.enter_context(Checkpoint(self.directory))
+                tensors = Tensors(checkpoint, self.weight_map, len(spec.layers))
+                spec = settle_head(spec, tensors)
+            plan = lower(spec, max_len)
+            sink = PackedSink(target.team) if ids is None else TrimmingSink(target.team, plan, ids)
+            load_packed(plan, tensors, sink, target.show_progress)
+        return (plan if ids is None else trimmed(plan, len(ids))), sink
+
+    def _never(self, target: Target) -> I32Array:
+        """Tokens that are never guessed, i32 [n]: the mask, and ids that the target has no token for."""
+        never = set() if self.mask_id is None else {self.mask_id}
+        if target.tokenizer is not None:
+            never |= {token for token in target.tokenizer.unused_ids.tolist() if token < self.spec.vocab_size}
+        return np.array(sorted(never), np.int32)
 
 
 class HybridMaker(DraftMaker):
