@@ -141,8 +141,8 @@ CROWDS = st.fixed_dictionaries(
 
 
 def talkative(max_tokens: int) -> SuffixDrafter:
-    """It takes one token for a context, and knows what others were answered: random weights repeat little."""
-    return SuffixDrafter(max_tokens, min_match=1, past_tokens=500)
+    """It guesses on whatever that is worth, and knows what others were answered: random weights repeat little."""
+    return SuffixDrafter(max_tokens, least=0.0, past_tokens=500)
 
 
 class Lab:
@@ -210,7 +210,7 @@ class Lab:
                 else PardDrafter(reader, MASK, n)
             )
             if guesses["method"] == "hybrid":
-                drafter = HybridDrafter(drafter, talkative(n), override=3)
+                drafter = HybridDrafter(drafter, talkative(n))
         return Engine(
             Runner(executor, tables.groups, max_tokens, max_num_seqs, n_logit_rows),
             Sampler(

@@ -178,16 +178,16 @@ class EngineMachine(RuleBasedStateMachine):
         self.count = 0
 
     def make_drafter(self, method: str | None, **guesses: Any) -> Drafter | None:
-        """One that is right as often as it is told, one that looks at the text (and says much: one token is a context),
-        or both."""
+        """One that is right as often as it is told, one that looks at the text (and guesses on whatever it is worth), or
+        both."""
         self.guesser: Guesser | None = None
         self.suffix: SuffixDrafter | None = None
         if method in ("guesser", "hybrid"):
             self.guesser = Guesser(self.follow, **guesses)
         if method in ("suffix", "hybrid"):
-            self.suffix = SuffixDrafter(guesses["max_tokens"], min_match=1, past_tokens=200)
+            self.suffix = SuffixDrafter(guesses["max_tokens"], least=0.0, past_tokens=200)
         if self.guesser is not None and self.suffix is not None:
-            return HybridDrafter(self.guesser, self.suffix, override=3)
+            return HybridDrafter(self.guesser, self.suffix)
         return self.guesser or self.suffix
 
     def follow(self, seq: Sequence, history: list[int]) -> int:

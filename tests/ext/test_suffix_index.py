@@ -39,7 +39,10 @@ class Oracle:
                 n_followed = followed
         return found
 
-    def follow(self, context: Text, min_match: int, max_tokens: int) -> tuple[list[int], list[float]]:
+    def follow(
+        self, context: Text, min_match: int, max_tokens: int, least: float
+    ) -> tuple[list[int], list[float]]:
+        all_right = 1.0
         tokens: list[int] = []
         confidences: list[float] = []
         while len(tokens) < max_tokens:
@@ -51,8 +54,12 @@ class Oracle:
             token, count = followers.most_common(1)[0]
             if token == SUFFIX_BREAK:
                 break
+            confidence = count / (followers.total() + 1 / len(context))
+            all_right *= confidence
+            if all_right < least:
+                break
             tokens.append(token)
-            confidences.append(count / (followers.total() + 1 / len(context)))
+            confidences.append(confidence)
             context = (*context, token)[-SUFFIX_ORDER:]
         return tokens, confidences
 
@@ -64,19 +71,26 @@ def ids(text: Text) -> ops.SuffixIndex:
 
 
 def check(
-    text: Text, index: ops.SuffixIndex, min_match: int, max_tokens: int, context: Text | None = None
+    text: Text,
+    index: ops.SuffixIndex,
+    min_match: int,
+    max_tokens: int,
+    context: Text | None = None,
+    least: float = 0.0,
 ) -> None:
     oracle = Oracle(text)
     given_ids = None if context is None else np.array(context, np.int32)
-    got = index.propose(max_tokens, min_match=min_match, context=given_ids)
+    got = index.propose(max_tokens, min_match=min_match, least=least, context=given_ids)
     behind = text if context is None else context
-    best = [oracle.follow(known, min_match, max_tokens) for known in oracle.contexts(behind, min_match)]
+    best = [
+        oracle.follow(known, min_match, max_tokens, least) for known in oracle.contexts(behind, min_match)
+    ]
     expected = [sum(itertools.accumulate(confidences, float.__mul__)) for _, confidences in best]
     if not any(expected):
         assert got == ([], [], 0.0, 0)
         return
     assert got.expected == pytest.approx(max(expected), rel=1e-4)
-    tokens, confidences = oracle.follow(behind[-got.match :], min_match, max_tokens)
+    tokens, confidences = oracle.follow(behind[-got.match :], min_match, max_tokens, least)
     assert got.token_ids == tokens
     assert got.confidences == pytest.approx(confidences, rel=1e-5)
 
@@ -89,14 +103,17 @@ texts = st.integers(1, 4).flatmap(lambda size: st.lists(st.integers(0, size - 1)
     min_match=st.integers(1, 3),
     max_tokens=st.integers(0, 8),
     cuts=st.lists(st.integers(1, 9), min_size=1),
+    least=st.sampled_from([0.0, 0.0, 0.21, 0.43]),
 )
-def test_it_counts_as_brute_force_does(text: Text, min_match: int, max_tokens: int, cuts: list[int]) -> None:
+def test_it_counts_as_brute_force_does(
+    text: Text, min_match: int, max_tokens: int, cuts: list[int], least: float
+) -> None:
     """After every part of the text, however it was cut."""
     index, at = ops.SuffixIndex(), 0
     for cut in itertools.cycle(cuts):
         index.add(np.array(text[at : at + cut], np.int32))
         at = min(at + cut, len(text))
-        check(text[:at], index, min_match, max_tokens)
+        check(text[:at], index, min_match, max_tokens, least=least)
         if at == len(text):
             break
     assert len(index) == len(text)

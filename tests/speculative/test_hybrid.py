@@ -18,7 +18,7 @@ class Model(Drafter):
     """Guesses 40, 41, ... unless told to be silent; remembers what it was told."""
 
     name = "pard"
-    max_tokens = 4
+    max_tokens = 4  # of which 1.33 are thought to be right
 
     def __init__(self) -> None:
         self.heard: list[Any] = []
@@ -47,17 +47,21 @@ def sequence(*tokens: int) -> Sequence:
     return seq
 
 
-LONG = (*range(10), 30, *range(6))
-SHORT = (*range(10), 30, *range(3))
+LONG = (*range(10), 30, *range(6))  # 6 tokens of context promise 2.5 right ones of 3
+SHORT = (*range(10), 30, *range(2))  # 2 promise 1.5, of which 0.8 are thought to be kept
 NONE = (*range(10), 30)
+
+
+def propose(drafter: HybridDrafter, *seqs: Sequence, n: int = 3) -> list[list[int]]:
+    found = drafter.propose(dict.fromkeys(seqs, n))
+    return [found[seq].token_ids if seq in found else [] for seq in seqs]
 
 
 def test_a_long_match_overrides_the_model() -> None:
     model = Model()
-    drafter = HybridDrafter(model, SuffixDrafter(4), override=5)
+    drafter = HybridDrafter(model, SuffixDrafter(4))
     long, short, none = seqs = [sequence(*tokens) for tokens in (LONG, SHORT, NONE)]
-    found = drafter.propose(dict.fromkeys(seqs, 3))
-    assert [found[seq].token_ids for seq in seqs] == [[6, 7, 8], [40, 41, 42], [40, 41, 42]]
+    assert propose(drafter, *seqs) == [[6, 7, 8], [40, 41, 42], [40, 41, 42]]
     assert model.heard == [[0, 3, 3]], "who has a long match costs the model nothing"
     drafter.observe(long, 2)
     drafter.observe(short, 1)
@@ -69,17 +73,44 @@ def test_a_long_match_overrides_the_model() -> None:
     assert model.heard[2:] == ["ended", "closed"]
 
 
+def test_how_long_a_match_must_be_depends_on_how_good_the_model_is() -> None:
+    """For this sequence: others begin with what is usual."""
+    drafter = HybridDrafter(Model(), SuffixDrafter(4))
+    short, long = sequence(*SHORT), sequence(*LONG)
+    assert propose(drafter, short) == [[40, 41, 42]]
+    for _ in range(4):
+        drafter.observe(short, 0)
+    assert propose(drafter, short) == [[2, 3, 4]], "it is never right"
+    drafter.observe(short, 2)
+    for _ in range(20):
+        one = sequence(*NONE)
+        propose(drafter, one)
+        drafter.observe(one, 3)
+        drafter.end(one)
+    assert propose(drafter, long) == [[40, 41, 42]], "it is always right"
+    assert propose(drafter, short) == [[2, 3, 4]], "but not for everybody"
+
+
+def test_promises_that_are_not_kept_are_believed_no_more() -> None:
+    drafter = HybridDrafter(Model(), SuffixDrafter(4))
+    seq = sequence(*LONG)
+    guesses = []
+    for _ in range(12):
+        guesses.append(propose(drafter, seq)[0][0])
+        drafter.observe(seq, 1 if guesses[-1] == 40 else 0)
+    assert guesses[0] == 6 and guesses[-1] == 40
+
+
 def test_a_short_match_is_better_than_no_guess() -> None:
     model = Model()
     model.silent = True
-    drafter = HybridDrafter(model, SuffixDrafter(4), override=5)
+    drafter = HybridDrafter(model, SuffixDrafter(4))
     seqs = [sequence(*tokens) for tokens in (LONG, SHORT, NONE)]
-    found = drafter.propose(dict.fromkeys(seqs, 2))
-    assert {i: found[seq].token_ids for i, seq in enumerate(seqs) if seq in found} == {0: [6, 7], 1: [3, 4]}
+    assert propose(drafter, *seqs) == [[6, 7, 8], [2, 3, 4], []]
     drafter.observe(seqs[1], 1)
-    assert model.heard == [[0, 2, 2]]
+    assert model.heard == [[0, 3, 3]]
 
 
 def test_who_wants_nothing_gets_nothing() -> None:
-    drafter = HybridDrafter(Model(), SuffixDrafter(4), override=5)
+    drafter = HybridDrafter(Model(), SuffixDrafter(4))
     assert drafter.propose({sequence(*LONG): 0, sequence(*NONE): 0}) == {}

@@ -42,9 +42,9 @@ def test_it_goes_on_as_the_prompt_did() -> None:
     seq = sequence([*CODE, 1, 2])
     assert guess(drafter, seq) == []
     say(seq, 5)
-    assert guess(drafter, seq) == [], "one token is no context"
+    assert guess(drafter, seq, 8) == [6, 7, 8, 9], "further tokens would be right with 1/6"
     say(seq, 6)
-    assert guess(drafter, seq) == [7, 8, 9, 10]
+    assert guess(drafter, seq, 8) == [7, 8, 9, 10, 11, 12, 1, 2][:8]
     assert guess(drafter, seq, 2) == [7, 8]
     say(seq, 7, 8, 9)
     proposal = drafter.propose({seq: 3})[seq]
@@ -134,10 +134,10 @@ def test_past_outputs_are_bounded_and_the_newest_half_stays(lengths: list[int], 
     for at in range(max(0, len(kept) - capacity // 2), len(kept) - 1):
         token, following = kept[at : at + 2]
         if token >= 0:
-            known = past.propose(np.array([token], np.int32), 1, 1).token_ids
+            known = past.propose(np.array([token], np.int32), 1).token_ids
             assert known == ([] if following < 0 else [following])
     gone = [token for token in kept[: -past.n_tokens] if token >= 0]
-    assert not any(past.propose(np.array([token], np.int32), 1, 1).token_ids for token in gone)
+    assert not any(past.propose(np.array([token], np.int32), 1).token_ids for token in gone)
 
 
 def test_its_memory_follows_what_runs() -> None:
@@ -192,7 +192,7 @@ def test_whatever_happens_proposals_are_those_of_the_text(steps: list[Any], past
                 if not past:
                     index = SuffixIndex()
                     index.add(one.tokens[: one.n_tokens])
-                    assert proposal.token_ids == index.propose(wanted[one], min_match=2).token_ids
+                    assert proposal.token_ids == index.propose(wanted[one], least=suffix.LEAST).token_ids
         for seq in running:
             drafter.end(seq)
         assert not drafter._texts
@@ -222,7 +222,7 @@ def test_an_engine_says_the_same_in_fewer_steps(temperature: float) -> None:
             assert n_steps < 12 if drafter is not None and turn else n_steps > 25
     assert all(result == results[0] for result in results)
     stats = engine.stats()["speculative"]
-    assert stats["method"] == "suffix" and stats["mean_acceptance_length"] > 6 and stats["past_tokens"] > 0
+    assert stats["method"] == "suffix" and stats["mean_acceptance_length"] > 3 and stats["past_tokens"] > 0
 
 
 @pytest.mark.parametrize(

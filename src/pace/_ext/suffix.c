@@ -201,7 +201,7 @@ long pace_suffix_tokens(const pace_suffix *a) { return a->n_tokens; }
 // One token after the other behind `depth` tokens of s's context; a context that ends the text goes on as its longest
 // suffix that was followed by something, so what repeats is guessed on beyond its end.
 static pace_suffix_guess follow(const pace_suffix *a, int32_t s, int32_t depth, int min_match, long max_tokens,
-                                int32_t *tokens, float *confidence) {
+                                float least, int32_t *tokens, float *confidence) {
     pace_suffix_guess guess = {.match = depth};
     float all = 1;
     while (guess.n < max_tokens) {
@@ -214,6 +214,7 @@ static pace_suffix_guess follow(const pace_suffix *a, int32_t s, int32_t depth, 
         if (e->token == PACE_SUFFIX_BREAK) break;
         const float share = (float)e->count / ((float)a->states[s].followed + 1 / (float)depth);
         all *= share;
+        if (all < least) break;
         guess.expected += all;
         tokens[guess.n] = e->token;
         confidence[guess.n++] = share;
@@ -241,15 +242,15 @@ static int32_t locate(const pace_suffix *a, const int32_t *context, long n, int3
 }
 
 pace_suffix_guess pace_suffix_propose(const pace_suffix *a, const int32_t *context, long n_context, int min_match,
-                                      long max_tokens, int32_t *tokens, float *confidence) {
+                                      long max_tokens, float least, int32_t *tokens, float *confidence) {
     int32_t s = a->here, depth = a->depth;
     pace_suffix_guess best = {0};
     if (context) s = locate(a, context, n_context, &depth);
     int32_t at = NONE, at_depth = 0;
     for (; s != NONE && depth >= min_match; s = a->states[s].link, depth = s == NONE ? 0 : a->states[s].length) {
         if (a->states[s].best == NONE) continue;
-        const pace_suffix_guess guess = follow(a, s, depth, min_match, max_tokens, tokens, confidence);
+        const pace_suffix_guess guess = follow(a, s, depth, min_match, max_tokens, least, tokens, confidence);
         if (guess.expected > best.expected) best = guess, at = s, at_depth = depth;
     }
-    return at == NONE ? best : follow(a, at, at_depth, min_match, max_tokens, tokens, confidence);
+    return at == NONE ? best : follow(a, at, at_depth, min_match, max_tokens, least, tokens, confidence);
 }

@@ -41,8 +41,9 @@ int pace_suffix_add(pace_suffix *a, const int32_t *tokens, long n);
 //
 // Of the contexts of at least min_match (>= 1) tokens, the one whose guess has the largest `expected`. Each token is
 // the most frequent one behind what precedes it, the latest among equals; confidence[i] is its share of all that
-// followed, where a context of L tokens counts as if it had also been followed 1 / L times by something else.
+// followed, where a context of L tokens counts as if it had also been followed 1 / L times by something else. The guess
+// ends before a token that is right, with all before it, with a probability below `least`.
 pace_suffix_guess pace_suffix_propose(const pace_suffix *a, const int32_t *context, long n_context, int min_match,
-                                      long max_tokens, int32_t *tokens, float *confidence);
+                                      long max_tokens, float least, int32_t *tokens, float *confidence);
 
 #endif

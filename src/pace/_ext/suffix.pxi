@@ -14,7 +14,7 @@ cdef extern from "suffix.h" nogil:
     long pace_suffix_tokens(const pace_suffix *a)
     int pace_suffix_add(pace_suffix *a, const int32_t *tokens, long n)
     pace_suffix_guess pace_suffix_propose(const pace_suffix *a, const int32_t *context, long n_context, int min_match,
-                                          long max_tokens, int32_t *tokens, float *confidence)
+                                          long max_tokens, float least, int32_t *tokens, float *confidence)
 
 
 SUFFIX_ORDER, SUFFIX_BREAK = PACE_SUFFIX_ORDER, PACE_SUFFIX_BREAK
@@ -62,7 +62,7 @@ cdef class Suffixes:
             raise ValueError(f"{tokens.shape[0]} tokens on {pace_suffix_tokens(self.a)}: a suffix automaton holds "
                              f"{PACE_SUFFIX_MAX_TOKENS}")
 
-    def propose(self, context, int min_match, long max_tokens):
+    def propose(self, context, int min_match, long max_tokens, float least):
         cdef int32_t[MOST_GUESSED] tokens
         cdef float[MOST_GUESSED] confidence
         cdef const int32_t[::1] behind
@@ -77,5 +77,6 @@ cdef class Suffixes:
             if n == 0:
                 return [], [], 0.0, 0
             start = &behind[0]
-        guess = pace_suffix_propose(self.whole(), start, n, min_match, max_tokens, tokens, confidence)
+        guess = pace_suffix_propose(self.whole(), start, n, min_match, max_tokens, least, tokens,
+                                    confidence)
         return ([tokens[i] for i in range(guess.n)], [confidence[i] for i in range(guess.n)], guess.expected, guess.match)

@@ -53,12 +53,15 @@ class SuffixIndex:
         """
         self._suffixes.add(tokens)
 
-    def propose(self, max_tokens: int, *, min_match: int = 1, context: I32 | None = None) -> SuffixGuess:
+    def propose(
+        self, max_tokens: int, *, min_match: int = 1, least: float = 0.0, context: I32 | None = None
+    ) -> SuffixGuess:
         """Guess what follows.
 
         Args:
             max_tokens: how many tokens at most, 0 .. 256.
             min_match: length of the shortest context that counts, >= 1.
+            least: the guess ends before a token that is right, with all before it, with a probability below this.
             context: i32 [n], what the guess shall follow; None: the text. Of a long one the last SUFFIX_ORDER matter.
         """
-        return SuffixGuess(*self._suffixes.propose(context, min_match, max_tokens))
+        return SuffixGuess(*self._suffixes.propose(context, min_match, max_tokens, least))

@@ -1,4 +1,4 @@
-"""Two drafters in one: a long repetition is guessed from the text, everything else by the draft model."""
+"""Two drafters in one: what repeats is guessed from the text, everything else by the draft model."""
 
 from __future__ import annotations
 
@@ -9,14 +9,56 @@ from pace.engine.sequence import Sequence
 from pace.speculative.drafter import Drafter, Proposal
 from pace.speculative.suffix import SuffixDrafter
 
-__all__ = ["OVERRIDE", "HybridDrafter"]
+__all__ = ["HybridDrafter"]
 
-OVERRIDE = 8
-"""Tokens of a context from which on its guess is taken without asking the draft model."""
+MEMORY = 0.9
+"""What earlier rounds count after each further one: about the last ten matter."""
+
+
+class Record:
+    """How many tokens a drafter gets right, by something.
+
+    Args:
+        rate: what is thought before anything is known; it counts as two rounds.
+    """
+
+    __slots__ = ("of", "right")
+
+    def __init__(self, rate: float) -> None:
+        self.right, self.of = 2.0 * rate, 2.0
+
+    def add(self, right: float, of: float) -> None:
+        """A round."""
+        self.right = MEMORY * self.right + right
+        self.of = MEMORY * self.of + of
+
+    @property
+    def rate(self) -> float:
+        """Of late."""
+        return self.right / self.of
+
+
+class Choice:
+    """Of one sequence: what is known of both drafters, and whose guess is being verified.
+
+    Args:
+        model: right tokens of a guess of the model.
+        trust: right tokens of the text's guesses, by those that they promise.
+    """
+
+    __slots__ = ("by_model", "model", "promised", "trust")
+
+    def __init__(self, model: float, trust: float) -> None:
+        self.model = Record(model)
+        self.trust = Record(trust)
+        self.by_model = False
+        self.promised = 0.0  # right tokens, by the text's guess
 
 
 class HybridDrafter(Drafter):
-    """Takes the guess of `suffix` where its context is long, and that of `model` elsewhere, or where `model` has none.
+    """Takes the guess of `suffix` where it promises as many right tokens as the model's have had of late, and that of
+    `model` elsewhere. What the text promises is corrected by what it has kept. So a long match overrides the model, and how
+    long it must be depends on how good the model is for this sequence.
 
     A sequence whose guess comes from the text wants nothing of the model in that step, which then reads what was said in
     the meantime together with its next guess.
@@ -24,46 +66,64 @@ class HybridDrafter(Drafter):
     Args:
         model: a drafter with a model.
         suffix: a drafter without one.
-        override: tokens of a context from which on its guess needs no model.
     """
 
     name = "hybrid"
 
-    def __init__(self, model: Drafter, suffix: SuffixDrafter, override: int = OVERRIDE) -> None:
+    def __init__(self, model: Drafter, suffix: SuffixDrafter) -> None:
         self.max_tokens = model.max_tokens
         self._model = model
         self._suffix = suffix
-        self._override = override
-        self._by_model: set[Sequence] = set()  # whose last proposal was the model's
+        self._choices: dict[Sequence, Choice] = {}
+        # Of all sequences, where one begins. At first a third of a model's guess is thought right, and 0.8 of a promise.
+        self._usual = Choice(model.max_tokens / 3, 0.8)
         self._n_proposals = {"suffix": 0, model.name: 0}
 
     def propose(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, Proposal]:
         """As `Drafter.propose`."""
         guesses = self._suffix.guesses(wanted)
-        sure = {seq for seq, guess in guesses.items() if guess.match >= self._override}
-        proposals = self._model.propose({seq: 0 if seq in sure else n for seq, n in wanted.items()})
-        self._by_model = {
-            seq for seq, proposal in proposals.items() if proposal.token_ids and seq not in sure
-        }
+        asked = dict(wanted)
         for seq, guess in guesses.items():
-            if seq not in self._by_model:
-                proposals[seq] = Proposal(guess.token_ids, guess.confidences)
-        self._n_proposals[self._model.name] += len(self._by_model)
-        self._n_proposals["suffix"] += len(guesses.keys() - self._by_model)
+            choice = self._choice(seq)
+            choice.by_model, choice.promised = False, guess.expected
+            if guess.expected * choice.trust.rate >= choice.model.rate:
+                asked[seq] = 0
+        proposals = {seq: Proposal(guess.token_ids, guess.confidences) for seq, guess in guesses.items()}
+        n_by_model = 0
+        for seq, proposal in self._model.propose(asked).items():
+            if asked[seq] and proposal.token_ids:
+                proposals[seq] = proposal
+                self._choice(seq).by_model = True
+                n_by_model += 1
+        self._n_proposals[self._model.name] += n_by_model
+        self._n_proposals["suffix"] += len(proposals) - n_by_model
         return proposals
+
+    def _choice(self, seq: Sequence) -> Choice:
+        choice = self._choices.get(seq)
+        if choice is None:
+            choice = self._choices[seq] = Choice(self._usual.model.rate, self._usual.trust.rate)
+        return choice
 
     def observe(self, seq: Sequence, n_accepted: int) -> None:
         """As `Drafter.observe`: who made the proposal is told."""
-        (self._model if seq in self._by_model else self._suffix).observe(seq, n_accepted)
+        choice = self._choice(seq)
+        for one in (choice, self._usual):
+            if choice.by_model:
+                one.model.add(n_accepted, 1)
+            else:
+                one.trust.add(n_accepted, choice.promised)
+        (self._model if choice.by_model else self._suffix).observe(seq, n_accepted)
 
     def end(self, seq: Sequence) -> None:
         """As `Drafter.end`."""
-        self._by_model.discard(seq)
+        self._choices.pop(seq, None)
         self._model.end(seq)
         self._suffix.end(seq)
 
     def close(self) -> None:
         """As `Drafter.close`."""
+        self._choices.clear()
         self._suffix.close()
         self._model.close()
 

@@ -16,10 +16,12 @@ from pace.models.plan import I32Array
 from pace.ops import SUFFIX_BREAK, SUFFIX_ORDER, SuffixGuess, SuffixIndex
 from pace.speculative.drafter import Drafter, Proposal
 
-__all__ = ["MIN_MATCH", "PastOutputs", "SuffixDrafter"]
+__all__ = ["LEAST", "PastOutputs", "SuffixDrafter"]
 
-MIN_MATCH = 2
-"""Tokens of the shortest context. One alone is followed by anything."""
+LEAST = 0.2
+"""Guesses end before a token that is right less often, together with those before it. With this limit a context of a single
+token pays, without it two are needed: on HumanEval, GSM8K and MATH-500 SmolLM2 then says 1.76 to 1.99 tokens a step, for
+2.5 to 3.2 drafted rows, instead of 1.63 to 1.81 for 1.8 to 2.9. Tokens are right about as often as confidences say."""
 
 READ_TOKENS = 8192
 """Read of all sequences in one step at most, about 3 ms, so that a long prompt doesn't hold the others up. There is time:
@@ -49,11 +51,10 @@ class PastOutputs:
         self._new.add(output)
         self._new.add(_BREAK)
 
-    def propose(self, context: I32Array, max_tokens: int, min_match: int) -> SuffixGuess:
+    def propose(self, context: I32Array, max_tokens: int, least: float = LEAST) -> SuffixGuess:
         """Guess what follows `context`, i32 [n]."""
         new, old = (
-            index.propose(max_tokens, min_match=min_match, context=context)
-            for index in (self._new, self._old)
+            index.propose(max_tokens, least=least, context=context) for index in (self._new, self._old)
         )
         return max(new, old, key=_expected)
 
@@ -80,16 +81,16 @@ class SuffixDrafter(Drafter):
 
     Args:
         max_tokens: K.
-        min_match: tokens of the shortest context that a guess follows.
+        least: guesses end before a token that is right, together with those before it, with a probability below this.
         past_tokens: capacity of the cache of past outputs; 0: none. Sequences with a cache salt neither read nor fill it:
             what one user was answered would come a little faster for another.
     """
 
     name = "suffix"
 
-    def __init__(self, max_tokens: int, *, min_match: int = MIN_MATCH, past_tokens: int = 0) -> None:
+    def __init__(self, max_tokens: int, *, least: float = LEAST, past_tokens: int = 0) -> None:
         self.max_tokens = max_tokens
-        self._min_match = min_match
+        self._least = least
         self._texts: dict[Sequence, SuffixIndex] = {}
         self._past = PastOutputs(past_tokens) if past_tokens else None
 
@@ -118,11 +119,11 @@ class SuffixDrafter(Drafter):
         return found
 
     def _guess(self, seq: Sequence, text: SuffixIndex, n: int) -> SuffixGuess:
-        guess = text.propose(n, min_match=self._min_match)
+        guess = text.propose(n, least=self._least)
         if self._past is None or seq.cache_salt is not None:
             return guess
         context = seq.tokens[max(0, seq.n_tokens - SUFFIX_ORDER) : seq.n_tokens]
-        return max(guess, self._past.propose(context, n, self._min_match), key=_expected)
+        return max(guess, self._past.propose(context, n, self._least), key=_expected)
 
     def end(self, seq: Sequence) -> None:
         """As `Drafter.end`; an output that is whole joins the past ones."""
