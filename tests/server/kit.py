@@ -98,7 +98,7 @@ class ScriptedBackend(Backend):
         self._script = script
         self.jobs: list[Job] = []
         self.aborted: list[int] = []
-        self.info = Info(1, "scripted", 512, {"max_num_seqs": 32}, {})
+        self.info: Info | None = Info(1, "scripted", 512, {"max_num_seqs": 32}, {})
         self.state = Health(True, True)
 
     def submit(self, job: Job, call: Call) -> None:

@@ -29,17 +29,49 @@ def add(commands: Any) -> None:
     )
     group.add_argument(
         "--shutdown-timeout",
-        type=float,
+        type=_seconds,
         default=30.0,
         metavar="S",
         help="how long streams may go on after SIGTERM (default: 30)",
     )
+    group = parser.add_argument_group("engines")
+    group.add_argument(
+        "--data-parallel",
+        type=_engines,
+        default=None,
+        metavar="N",
+        help="engines, each a process with its own copy of the model; auto: one per NUMA node (default: auto)",
+    )
+    group.add_argument(
+        "--on-engine-death",
+        choices=("restart", "exit"),
+        default="restart",
+        help="what to do when an engine's process ends or hangs (default: restart)",
+    )
+    group.add_argument(
+        "--stall-timeout",
+        type=_seconds,
+        default=300.0,
+        metavar="S",
+        help="an engine that makes no step for so long, though it should, is taken for dead (default: 300)",
+    )
     group = parser.add_argument_group("limits")
+    group.add_argument(
+        "--max-num-waiting",
+        type=_count,
+        default=512,
+        metavar="N",
+        help="sequences that may wait beside those that run; more are answered with 429 (default: 512)",
+    )
     group.add_argument(
         "--max-body-bytes", type=options.positive, default=8 << 20, metavar="N", help="of a request"
     )
     group.add_argument(
-        "--slow-client-timeout", type=float, default=60.0, metavar="S", help="ends streams that nobody takes"
+        "--slow-client-timeout",
+        type=_seconds,
+        default=60.0,
+        metavar="S",
+        help="a stream whose client takes nothing for so long is ended (default: 60)",
     )
     group.add_argument(
         "--max-n", type=options.positive, default=16, metavar="N", help="completions of a prompt"
@@ -70,10 +102,14 @@ def run(args: argparse.Namespace) -> int:
             ssl_keyfile=args.ssl_keyfile,
             root_path=args.root_path,
             shutdown_timeout_s=args.shutdown_timeout,
+            data_parallel=args.data_parallel,
+            restarts=args.on_engine_death == "restart",
+            stall_timeout_s=args.stall_timeout,
             limits=Limits(
                 max_body_bytes=args.max_body_bytes,
                 slow_client_timeout_s=args.slow_client_timeout,
                 max_n=args.max_n,
+                max_waiting=args.max_num_waiting,
                 trust_request_chat_template=args.trust_request_chat_template,
             ),
         )
@@ -84,3 +120,21 @@ def _port(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) < 1 << 16):
         raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535")
     return int(text)
+
+
+def _engines(text: str) -> int | None:
+    return None if text == "auto" else options.positive(text)
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else options.positive(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+    return value

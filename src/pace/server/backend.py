@@ -182,7 +182,8 @@ def _join(old: Delta, new: Delta) -> None:
 class Backend(ABC):
     """Engines that take jobs; belongs to one event loop."""
 
-    info: Info
+    info: Info | None = None
+    """What an engine says of itself; None while none is ready."""
 
     def __init__(self) -> None:
         self.ids = itertools.count(1)

@@ -117,7 +117,7 @@ def completion_params(request: CompletionRequest) -> tuple[dict[str, Any], bool]
             param="add_special_tokens",
             code="unsupported_parameter",
         )
-    return values, wants_output
+    return checked(values), wants_output
 
 
 def prompts_of(request: CompletionRequest) -> list[str | list[int]]:
@@ -151,6 +151,16 @@ def prompts_of(request: CompletionRequest) -> list[str | list[int]]:
     return prompts
 
 
+def checked(values: dict[str, Any]) -> dict[str, Any]:
+    """Sampling parameters that are valid by themselves; what depends on the model, its engine checks.
+
+    Raises:
+        RequestError: a value is out of range.
+    """
+    SamplingParams(**values)
+    return values
+
+
 def chat_params(request: ChatRequest) -> dict[str, Any]:
     """Sampling parameters of a chat; without a limit its answer may fill the context."""
     values = _sampling(request)
@@ -166,7 +176,7 @@ def chat_params(request: ChatRequest) -> dict[str, Any]:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     if request.logprobs:
         values["logprobs"] = request.top_logprobs or 0
-    return values
+    return checked(values)
 
 
 def chat_of(request: ChatRequest, *, trust_template: bool) -> Chat:

@@ -13,14 +13,15 @@ from pathlib import Path
 import uvicorn
 import uvloop
 
+from pace import ops
 from pace.config import EngineConfig
 from pace.console import err
-from pace.errors import ConfigError
+from pace.errors import ConfigError, PaceError
 from pace.server.app import make_app
 from pace.server.guard import HEAD_TIMEOUT_S, guarded
-from pace.server.local import LocalBackend
+from pace.server.placement import place
+from pace.server.router import Router
 from pace.server.service import Limits, Service
-from pace.server.station import Station
 
 __all__ = ["ServeOptions", "serve"]
 
@@ -42,6 +43,9 @@ class ServeOptions:
         limits: what a request may take.
         head_timeout_s: until the head of a request has come.
         shutdown_timeout_s: how long streams may go on after SIGTERM.
+        data_parallel: engines; None: one per NUMA node.
+        restarts: start an engine that died again; False: end the server.
+        stall_timeout_s: an engine that makes no step for so long, though it should, is taken for dead.
     """
 
     config: EngineConfig
@@ -55,6 +59,9 @@ class ServeOptions:
     limits: Limits = field(default_factory=Limits)
     head_timeout_s: float = HEAD_TIMEOUT_S
     shutdown_timeout_s: float = 30.0
+    data_parallel: int | None = None
+    restarts: bool = True
+    stall_timeout_s: float = 300.0
 
 
 class _Server(uvicorn.Server):
@@ -116,35 +123,62 @@ class _Run:
         self._listener = listener
         self._stop = asyncio.Event()
         self._n_signals = 0
+        self._error: PaceError | None = None  # why the server can't go on
 
     async def run(self) -> int:
-        """Serve until a signal; returns the exit code."""
-        from pace.engine.loader import load
+        """Serve until a signal; returns the exit code.
 
+        Raises:
+            PaceError: the model can't be loaded, or no engine lives any more.
+        """
         options = self._options
+        config = options.config
         loop = asyncio.get_running_loop()
-        loaded = await loop.run_in_executor(None, load, options.config)
-        backend = LocalBackend(Station.from_loaded(options.config, loaded))
-        service = Service(backend, options.names, options.limits)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
+        n_threads = config.n_threads or ops.default_threads()[0]
+        backend = Router(
+            config,
+            place(options.data_parallel, config.cpus, n_threads),
+            max_waiting=options.limits.max_waiting,
+            restarts=options.restarts,
+            on_fatal=self._on_fatal,
+            stall_timeout_s=options.stall_timeout_s,
+        )
+        service = Service(backend, options.names, options.limits)
         server = _Server(self._uvicorn(service))
         serving = asyncio.ensure_future(server.serve(sockets=[self._listener]))
         ticking = asyncio.ensure_future(_tick(service))
-        err(f"[pace serves {', '.join(options.names)} at {self._address()}]")
+        loading = asyncio.ensure_future(self._load(backend))
         try:
             stopping = asyncio.ensure_future(self._stop.wait())
             await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
             service.is_draining = True
-            await self._drain(service)
+            if self._error is None:
+                await self._drain(service)
             backend.fail_all("the server is shutting down")
             server.should_exit = True
             server.force_exit = self._n_signals > 1
             await asyncio.wait({serving}, timeout=ABORT_S + 1.0)
         finally:
+            loading.cancel()
             ticking.cancel()
             await backend.close()
+        if self._error is not None:
+            raise self._error
         return 0 if self._n_signals <= 1 else 1
+
+    async def _load(self, backend: Router) -> None:
+        try:
+            await backend.start()
+        except PaceError as error:
+            self._on_fatal(error)
+        else:
+            err(f"[pace serves {', '.join(self._options.names)} at {self._address()}]")
+
+    def _on_fatal(self, error: PaceError) -> None:
+        self._error = self._error or error
+        self._stop.set()
 
     def _on_signal(self) -> None:
         self._n_signals += 1

@@ -14,7 +14,7 @@ import pace
 from pace.server.backend import Backend, Call
 from pace.server.http import Disconnected, SlowClients, decode, read_body, until_disconnect
 from pace.server.protocol.errors import ApiError
-from pace.server.wire import Delta, Event, Failed, Job
+from pace.server.wire import Delta, Event, Failed, Info, Job
 
 __all__ = ["FINGERPRINT", "Endpoint", "Limits", "Service", "check_failed"]
 
@@ -62,6 +62,17 @@ class Service:
         self.started_s = time.time()
         self.n_open = 0  # sequences that have been asked for and have not ended
         self.is_draining = False
+
+    @property
+    def info(self) -> Info:
+        """What the engines say of themselves.
+
+        Raises:
+            ApiError: none is ready yet.
+        """
+        if self.backend.info is None:
+            raise ApiError(503, self.backend.health().reason, code="not_ready")
+        return self.backend.info
 
     async def read(self, http: HttpRequest, kind: type[T]) -> T:
         """A request's body as `kind`.

@@ -102,13 +102,20 @@ class Detokenize(Message, tag=4):
 
 
 class Configure(Message, tag=5):
-    """The first message to a child: what to load, as the fields of `EngineConfig`, and CPUs that it may use."""
+    """The first message to a child: what to load.
+
+    Attributes:
+        config: the fields of `EngineConfig`.
+        cpus: that it may use; []: any.
+        talks: it tells the terminal how loading goes; one of several engines does.
+    """
 
     config: dict[str, Any]
     cpus: list[int]
+    talks: bool
 
 
-Order: TypeAlias = "Job | Abort | Tokenize | Detokenize | Configure"
+Order: TypeAlias = Job | Abort | Tokenize | Detokenize | Configure
 
 
 # ---- engine -> front-end ----------------------------------------------------------------------------------
@@ -214,7 +221,7 @@ class Beat(Message, tag=18):
     stats: dict[str, Any]
 
 
-Event: TypeAlias = "Accepted | Refused | Delta | Scores | Done | Failed | Answer | Info | Beat"
+Event: TypeAlias = Accepted | Refused | Delta | Scores | Done | Failed | Answer | Info | Beat
 
 _encoder = msgspec.msgpack.Encoder()
 

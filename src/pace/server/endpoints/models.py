@@ -15,7 +15,7 @@ __all__ = ["health", "live", "model", "models", "ready", "version"]
 
 
 def _cards(service: Service) -> list[ModelCard]:
-    info = service.backend.info
+    info = service.info
     return [ModelCard(name, int(service.started_s), info.max_model_len, info.model) for name in service.names]
 
 
