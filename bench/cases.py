@@ -149,9 +149,10 @@ def report(
     name: str,
     n_bytes: float,
     n_flops: float = 0.0,
+    kind: str = "bf16",
 ) -> None:
     """Rates of the benchmark's median and their shares of the roofs measured now; also kept in
-    `extra_info`.
+    `extra_info`. `kind`: of the dot products, as `ops.roof_dot` takes it.
     """
     if not benchmark.enabled:
         return
@@ -160,7 +161,7 @@ def report(
     info = {"GB/s": n_bytes / seconds / 1e9, "share of read roof": n_bytes / seconds / read_roof}
     text = f"{info['GB/s']:8.2f} GB/s = {info['share of read roof']:6.1%} of {read_roof / 1e9:.1f}"
     if n_flops:
-        dot_roof = ops.roof_dot(team, "bf16", isa)
+        dot_roof = ops.roof_dot(team, kind, isa)
         info |= {"GFLOP/s": n_flops / seconds / 1e9, "share of dot roof": n_flops / seconds / dot_roof}
         text += (
             f"   {info['GFLOP/s']:8.1f} GFLOP/s = {info['share of dot roof']:6.1%} of {dot_roof / 1e9:.0f}"

@@ -40,6 +40,9 @@
 #endif
 #define GEMM_GROUP 8
 #define GEMM_MC 256
+#define GEMM_MX_BYTES \
+    (384 << 10)  // of rows: with 8 panels of K = 2880, 392 KB, they fill three quarters of a Zen 4's L2
+#define GEMM_MX_SHARERS 8
 #define GEMM_C (GEMM_GROUP * GEMM_MC * PACE_NR)
 #define GEMM_SCRATCH (GEMM_C * sizeof(float) + GEMM_GROUP * MX_CHUNK * PACE_NR * sizeof(bf16))
 
@@ -150,34 +153,35 @@ static void gemm_skinny(const gemm_job *j, long p0, long p1, mm_args a) {
     }
 }
 
-// MXFP4 without blocking: a panel of K = 2880 is 48 KB and is read from L2 for every tile of rows, rows from L2 or L3
-// for every panel. A tile of 12 bf16 rows takes 1.3 and 2 bytes a cycle of them, one of 6 int8 rows 4.3 and 1.6.
-#if MX_ROWS
-// One row reads two panels side by side, because two sums would wait for each other.
-static void gemm_mx_rows(const gemm_job *j, long p0, long p1) {
-    const long rows = j->rows, tiles = (rows + MX_ROWS - 1) / MX_ROWS;
-    for (long p = p0, np; p < p1; p += np) {
-        np = rows == 1 && p + 1 < p1 ? 2 : 1;
-        const long ldc = np * PACE_NR;
-        for (long t = 0, done = 0, mr; t < tiles; t++, done += mr) {
-            mr = (rows - done) / (tiles - t);
-            mx_rows((int)mr, (int)np, t == 0, gemm_row(j, done, 0), j->src->ld, mx_block(j->w, p, 0),
-                    pace_panel_bytes(j->w), j->w->k, j->c, ldc);
-            for (long i = 0; i < np; i++) j->done(j->op, p + i, j->m0 + done, mr, j->c + i * PACE_NR, ldc);
+// Tiles on the bytes of MXFP4: blocks of rows that stay in L2 beside the panels. Several tiles fetch the next panel
+// together; a lone one reads ahead of itself, and one row reads two panels side by side, because two sums would wait
+// for each other.
+static void gemm_mx(const gemm_job *j, long p0, long p1) {
+    const int int8 = j->src->int8;
+    const long most = int8 ? MI_ROWS : MX_ROWS, panel = pace_panel_bytes(j->w), groups = j->w->k / PACE_MX_GROUP;
+    const long row = j->src->ld * (int8 ? 1 : (long)sizeof(bf16));
+    const long fit = GEMM_MX_BYTES / row / most * most, block = fit < most ? most : fit;
+    for (long m = 0, rows; m < j->rows; m += rows) {
+        rows = j->rows - m < block ? j->rows - m : block;
+        const long tiles = (rows + most - 1) / most, sharers = tiles < GEMM_MX_SHARERS ? tiles : GEMM_MX_SHARERS;
+        for (long p = p0, np; p < p1; p += np) {
+            np = !int8 && rows == 1 && p + 1 < p1 ? 2 : 1;
+            mx_args t = {.b = mx_block(j->w, p, 0), .c = j->c, .lda = j->src->ld, .bps = panel, .ldc = np * PACE_NR};
+            t.k = j->w->k;
+            t.share_step = (panel / sharers + groups - 1) / groups;
+            for (long i = 0, done = 0, mr; i < tiles; i++, done += mr) {
+                const int fetch = tiles == 1 ? MX_AHEAD : i < sharers && m == 0 ? MX_SHARE : MX_NONE;
+                mr = (rows - done) / (tiles - i);
+                t.a = (const char *)j->src->data + (j->m0 + m + done) * row;
+                t.share = (uintptr_t)(t.b + panel) + (uintptr_t)(i * groups * t.share_step);
+                if (int8)
+                    mi_rows((int)mr, fetch, &t);
+                else
+                    mx_rows((int)mr, (int)np, fetch, &t);
+                for (long n = 0; n < np; n++) j->done(j->op, p + n, j->m0 + m + done, mr, j->c + n * PACE_NR, t.ldc);
+            }
         }
     }
-}
-#endif
-
-static void gemm_int8(const gemm_job *j, long p0, long p1) {
-    const long rows = j->rows, tiles = (rows + MI_ROWS - 1) / MI_ROWS, lda = j->src->ld;
-    const int8_t *a = (const int8_t *)j->src->data + j->m0 * lda;
-    for (long p = p0; p < p1; p++)
-        for (long t = 0, done = 0, mr; t < tiles; t++, done += mr) {
-            mr = (rows - done) / (tiles - t);
-            mi_rows((int)mr, t == 0, a + done * lda, lda, mx_block(j->w, p, 0), j->w->k, j->c);
-            j->done(j->op, p, j->m0 + done, mr, j->c, PACE_NR);
-        }
 }
 
 static void gemm_few(const gemm_job *j, long p0, long p1, mm_args a) {
@@ -262,16 +266,10 @@ static void gemm_panels(const pace_matrix *w, const pace_slot *src, long p0, lon
                        .ldc = PACE_NR,
                        .kp = w->k_pad / 2,
                        .prefetch_step = 128};
-    if (src->int8) {
-        gemm_int8(&j, p0, p1);
+    if (src->int8 || (w->layout == PACE_MXFP4 && MX_ROWS)) {
+        gemm_mx(&j, p0, p1);
         return;
     }
-#if MX_ROWS
-    if (w->layout == PACE_MXFP4) {
-        gemm_mx_rows(&j, p0, p1);
-        return;
-    }
-#endif
     if (w->layout == PACE_PANELS && j.rows <= GEMM_SKINNY_ROWS)
         gemm_skinny(&j, p0, p1, a);
     else if (j.rows <= GEMM_FEW)

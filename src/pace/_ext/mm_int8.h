@@ -78,18 +78,8 @@ INLINE vi mi_dot(vi acc, vi u0, vi q0, vi u1, vi q1) {
 }
 #endif
 
-#define MI_AHEAD 4096  // bytes of the panel's stream that the first rows bring to L1 ahead of themselves
-
-typedef struct {
-    const int8_t *a;   // rows of an int8 slot [mr][lda]
-    const uint8_t *b;  // a panel of MXFP4
-    float *c;          // [mr][ldc], MI_VECTORS * VL columns
-    long lda, ldc, k;
-    int vector;  // the first of the panel's vectors of VL columns
-} mi_args;
-
-// mr and fetch are compile-time constants in every call.
-INLINE void mi_tile(const int mr, const int fetch, const mi_args *g) {
+// Columns from `vector` * VL on; mr and fetch are compile-time constants in every call.
+INLINE void mi_tile(const int mr, const int fetch, const mx_args *t, int vector) {
     enum { nv = MI_VECTORS };
     const vi table = vi_load(mi_values);
     vf sum[MI_ROWS][nv];
@@ -99,10 +89,13 @@ INLINE void mi_tile(const int mr, const int fetch, const mi_args *g) {
         for (int j = 0; j < nv; j++) sum[r][j] = v_zero();
     const int8_t *a[2];
 #pragma GCC unroll 2
-    for (int i = 0; i < 2; i++) a[i] = g->a + (3 * i < mr ? 3 * i : 0) * g->lda;
-    const long lda = g->lda, groups = g->k / PACE_MX_GROUP, at_scales = g->k, at_sums = g->k + 4 * groups;
-    const uint8_t *scales = g->b + g->vector * VL, *codes = g->b + 2 * PACE_NR + g->vector * VL * 4;
+    for (int i = 0; i < 2; i++) a[i] = (const int8_t *)t->a + (3 * i < mr ? 3 * i : 0) * t->lda;
+    const long lda = t->lda, groups = t->k / PACE_MX_GROUP, at_scales = t->k, at_sums = t->k + 4 * groups;
+    const uint8_t *scales = t->b + vector * VL, *codes = t->b + 2 * PACE_NR + vector * VL * 4;
+    uintptr_t share = t->share;
     for (long i = 0; i < groups; i++) {
+        if (fetch == MX_SHARE) mx_fetch_share(&share, t->share_step);
+        if (fetch == MX_AHEAD) FETCH((uintptr_t)scales + MX_BYTES_AHEAD, _MM_HINT_T0);
         vi acc[MI_ROWS][nv];
         const long beside = i * 4 - i * PACE_MX_GROUP;  // a has moved on; scales and sums are 4 bytes a group
 #pragma GCC unroll 6
@@ -121,9 +114,9 @@ INLINE void mi_tile(const int mr, const int fetch, const mi_args *g) {
                 low[j] = mi_lookup(x, table);
                 high[j] = mi_lookup(vi_high(x), table);
             }
-            if (fetch) {
-                FETCH((uintptr_t)codes + (uintptr_t)(q * 128) + MI_AHEAD, _MM_HINT_T0);
-                FETCH((uintptr_t)codes + (uintptr_t)(q * 128) + MI_AHEAD + 64, _MM_HINT_T0);
+            if (fetch == MX_AHEAD) {
+                FETCH((uintptr_t)codes + (uintptr_t)(q * 128) + MX_BYTES_AHEAD, _MM_HINT_T0);
+                FETCH((uintptr_t)codes + (uintptr_t)(q * 128) + MX_BYTES_AHEAD + 64, _MM_HINT_T0);
             }
 #pragma GCC unroll 6
             for (int r = 0; r < mr; r++) {
@@ -133,7 +126,6 @@ INLINE void mi_tile(const int mr, const int fetch, const mi_args *g) {
                 for (int j = 0; j < nv; j++) acc[r][j] = mi_dot(acc[r][j], low[j], vi_set(x[0]), high[j], vi_set(x[1]));
             }
         }
-        if (fetch) FETCH((uintptr_t)scales + MI_AHEAD, _MM_HINT_T0);
         vf weight[nv];
 #pragma GCC unroll 2
         for (int j = 0; j < nv; j++) weight[j] = mi_scales(scales + j * VL);
@@ -157,21 +149,22 @@ INLINE void mi_tile(const int mr, const int fetch, const mi_args *g) {
 #pragma GCC unroll 6
     for (int r = 0; r < mr; r++)
 #pragma GCC unroll 2
-        for (int j = 0; j < nv; j++) v_store(g->c + r * g->ldc + j * VL, sum[r][j]);
+        for (int j = 0; j < nv; j++) v_store(t->c + r * t->ldc + (vector + j) * VL, sum[r][j]);
 }
 
-// mr <= MI_ROWS rows of an int8 slot times panel b, to c [mr][PACE_NR]; fetch: it comes from memory.
-static void mi_rows(int mr, int fetch, const int8_t *a, long lda, const uint8_t *b, long k, float *c) {
-#define MI_CASE(MR)              \
-    case MR:                     \
-        if (MR > MI_ROWS) break; \
-        if (fetch && v == 0)     \
-            mi_tile(MR, 1, &g);  \
-        else                     \
-            mi_tile(MR, 0, &g);  \
+// mr <= MI_ROWS rows of an int8 slot times a panel.
+static void mi_rows(int mr, int fetch, const mx_args *t) {
+#define MI_CASE(MR)                           \
+    case MR:                                  \
+        if (MR > MI_ROWS) break;              \
+        if (fetch == MX_AHEAD && v == 0)      \
+            mi_tile(MR, MX_AHEAD, t, v);      \
+        else if (fetch == MX_SHARE && v == 0) \
+            mi_tile(MR, MX_SHARE, t, v);      \
+        else                                  \
+            mi_tile(MR, MX_NONE, t, v);       \
         break;
     for (int v = 0; v < PACE_NR / VL; v += MI_VECTORS) {
-        const mi_args g = {a, b, c + v * VL, lda, PACE_NR, k, v};
         switch (mr) { MI_CASE(1) MI_CASE(2) MI_CASE(3) MI_CASE(4) MI_CASE(5) MI_CASE(6) }
     }
 #undef MI_CASE

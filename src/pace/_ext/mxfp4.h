@@ -124,17 +124,37 @@ static const bf16 *mx_expand(bf16 *dst, const pace_matrix *w, long p, long k0, l
     return dst;
 }
 
-// ---- expanded in registers --------------------------------------------------------------------------------
+// ---- register tiles on a panel's own bytes: bf16 rows here, int8 rows in mm_int8.h --------------------------
+
+// A tile's panel comes from memory (a lone tile), or it was brought to L2 while the last one was worked on, each of
+// that one's tiles having fetched a share.
+enum mx_fetch { MX_NONE, MX_AHEAD, MX_SHARE };
+typedef struct {
+    const void *a;     // rows [mr][lda]
+    const uint8_t *b;  // panels, bps bytes apart
+    float *c;          // [mr][ldc]
+    long lda, bps, ldc, k;
+    uintptr_t share;  // MX_SHARE: what to fetch, share_step bytes per group of k
+    long share_step;
+} mx_args;
+
+// Bytes ahead, to L1: with the L2 as the goal a lone tile waits for every line again (one thread, panels in memory,
+// bf16, 2 rows: 10 instead of 18 GB/s).
+#define MX_BYTES_AHEAD 4096
+
+// Most bytes of a share per group: half a group of a panel.
+#define MX_SHARE_LINES 5
+INLINE void mx_fetch_share(uintptr_t *at, long step) {
+#pragma GCC unroll 5
+    for (uintptr_t i = 0; i < MX_SHARE_LINES; i++) FETCH(*at + 64 * i, _MM_HINT_T1);
+    *at += (uintptr_t)step;
+}
 
 #if defined(__AVX512F__) && !defined(PACE_AMX)
 #define MX_ROWS (MM_SPLIT == 1 ? 12 : 8)  // accumulators of 2 vectors; the table, shifts, codes and a broadcast take 8
-// Bytes ahead of a stream, to L1: with the L2 as the goal the tile waits for every line again (one thread, panels in
-// memory, 2 rows: 10 instead of 18 GB/s).
-#define MX_AHEAD 4096
 
-// Panels b, b + bps, ...: nv / 2 of them. mr, nv and fetch are compile-time constants.
-INLINE void mx_tile(const int mr, const int nv, const int fetch, const bf16 *a, long lda, const uint8_t *b, long bps,
-                    long k, float *c, long ldc) {
+// nv / 2 panels; mr, nv and fetch are compile-time constants.
+INLINE void mx_tile(const int mr, const int nv, const int fetch, const mx_args *t) {
     const int minimum = mr >= 4;
     const mx_table table = mx_words(minimum);
     __m512 acc[12][4];
@@ -142,21 +162,25 @@ INLINE void mx_tile(const int mr, const int nv, const int fetch, const bf16 *a, 
     for (int r = 0; r < mr; r++)
 #pragma GCC unroll 4
         for (int j = 0; j < nv; j++) acc[r][j] = _mm512_setzero_ps();
-    const uint8_t *codes = b + 64, *scales = b;
-    for (long g = 0; g < k / 32; g++) {
+    const uint8_t *codes = t->b + 64, *scales = t->b;
+    const bf16 *a = t->a;
+    const long lda = t->lda, bps = t->bps, step = t->share_step;
+    uintptr_t share = t->share;
+    for (long g = 0; g < t->k / PACE_MX_GROUP; g++) {
         __m512i shift[4];
 #pragma GCC unroll 4
         for (int j = 0; j < nv; j++) shift[j] = mx_shift(scales + (j / 2) * bps + (j % 2) * 16);
+        if (fetch == MX_SHARE) mx_fetch_share(&share, step);
 #pragma GCC unroll 2
-        for (int j = 0; fetch && j < nv; j += 2)
-            FETCH((uintptr_t)scales + (uintptr_t)(j / 2 * bps) + MX_AHEAD, _MM_HINT_T0);
+        for (int j = 0; fetch == MX_AHEAD && j < nv; j += 2)
+            FETCH((uintptr_t)scales + (uintptr_t)(j / 2 * bps) + MX_BYTES_AHEAD, _MM_HINT_T0);
         for (int q = 0; q < 4; q++) {
             __m512i x[4];
 #pragma GCC unroll 4
             for (int j = 0; j < nv; j++) {
                 const uint8_t *at = codes + (j / 2) * bps + (j % 2) * 64;
                 x[j] = _mm512_loadu_si512(at);
-                if (fetch) FETCH((uintptr_t)at + MX_AHEAD, _MM_HINT_T0);
+                if (fetch == MX_AHEAD) FETCH((uintptr_t)at + MX_BYTES_AHEAD, _MM_HINT_T0);
             }
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) {
@@ -183,22 +207,23 @@ INLINE void mx_tile(const int mr, const int nv, const int fetch, const bf16 *a, 
 #pragma GCC unroll 12
     for (int r = 0; r < mr; r++)
 #pragma GCC unroll 4
-        for (int j = 0; j < nv; j++) _mm512_storeu_ps(c + r * ldc + j * 16, acc[r][j]);
+        for (int j = 0; j < nv; j++) _mm512_storeu_ps(t->c + r * t->ldc + j * 16, acc[r][j]);
 }
 
-// mr <= MX_ROWS rows times `panels` (1 or 2, one row only) panels from b on; fetch: they come from memory.
-static void mx_rows(int mr, int panels, int fetch, const bf16 *a, long lda, const uint8_t *b, long bps, long k,
-                    float *c, long ldc) {
-#define MX_CASE(MR)                                       \
-    case MR:                                              \
-        if (MR > MX_ROWS) break;                          \
-        if (fetch)                                        \
-            mx_tile(MR, 2, 1, a, lda, b, bps, k, c, ldc); \
-        else                                              \
-            mx_tile(MR, 2, 0, a, lda, b, bps, k, c, ldc); \
+// mr <= MX_ROWS rows times a panel; one row takes two panels as well.
+static void mx_rows(int mr, int panels, int fetch, const mx_args *t) {
+#define MX_CASE(MR)                      \
+    case MR:                             \
+        if (MR > MX_ROWS) break;         \
+        if (fetch == MX_AHEAD)           \
+            mx_tile(MR, 2, MX_AHEAD, t); \
+        else if (fetch == MX_SHARE)      \
+            mx_tile(MR, 2, MX_SHARE, t); \
+        else                             \
+            mx_tile(MR, 2, MX_NONE, t);  \
         return;
-    if (mr == 1 && panels == 2) {
-        mx_tile(1, 4, 1, a, lda, b, bps, k, c, ldc);
+    if (panels == 2) {
+        mx_tile(1, 4, MX_AHEAD, t);
         return;
     }
     switch (mr) {
@@ -219,6 +244,7 @@ static void mx_rows(int mr, int panels, int fetch, const bf16 *a, long lda, cons
 }
 #else
 #define MX_ROWS 0
+INLINE void mx_rows(int mr, int panels, int fetch, const mx_args *t) { (void)mr, (void)panels, (void)fetch, (void)t; }
 #endif
 
 // ---- packing ----------------------------------------------------------------------------------------------
