@@ -22,9 +22,9 @@
 #define GEMM_KC 512  // 32 columns x 512 k of B = 32 KB, and 32 rows of A the same: both near L1
 #define GEMM_FEW 64
 #define GEMM_FEW_KC k
-#define GEMM_SPREAD(tiles) 1  // how many tiles share the fetching of the next chunk: a step of 32 k is long enough
-#define GEMM_FETCH_ROWS 1     // 32 rows on 32 pages: more streams than the hardware follows
-#define GEMM_AHEAD 4096       // bytes ahead of a single tile's stream; on amx 2 to 16 KB made no difference
+#define GEMM_SPREAD(tiles) 1   // how many tiles share the fetching of the next chunk: a step of 32 k is long enough
+#define GEMM_FETCH_ROWS 1      // 32 rows on 32 pages: more streams than the hardware follows
+#define GEMM_AHEAD(rows) 4096  // bytes ahead of a single tile's stream; on amx 2 to 16 KB made no difference
 #else
 #define GEMM_TILE_ROWS (MM_ROWS_2 > 4 ? MM_ROWS_2 : 12)
 #define GEMM_KC 2048  // a panel chunk is 128 KB: L2; smaller chunks only add C traffic (vdpbf16ps is the limit)
@@ -36,7 +36,11 @@
 // side by side as on avx2 / 2 KB ahead / 4 KB ahead: 1 row 45 / 40 / 40 ms, 2 rows 48 / 39 / 39, 8 rows 58 / 85 / 58
 // (2 KB at 8 rows: the loads catch up with their own prefetch). 3 to 6 rows fetch to L1: 4 rows 52 (L2) / 46 ms (L1); 1
 // and 2 rows are faster with L2 (40 / 42), and so are 8 (58 / 61).
-#define GEMM_AHEAD 4096
+// The distance is a time: 13 rows spend 13 cycles on a pair of k that one row has done in one. 13 rows of the same
+// shape, 4 / 8 / 12 / 16 KB ahead, share of their roofline: on Zen 4 with memory at 28 GB/s 0.89 / 0.96 / 0.95 / 0.98
+// (8 rows 0.93 / 1.02 / 0.96 / 0.97, 14 rows 0.86 / 0.89 / 0.88 / 0.93); on Zen 5 at 77 GB/s 0.72 at 4 KB and 0.87
+// at 16.
+#define GEMM_AHEAD(rows) ((rows) <= 6 ? 4096u : (rows) <= 10 ? 8192u : 16384u)
 #endif
 #define GEMM_GROUP 8
 #define GEMM_MC 256
@@ -204,7 +208,7 @@ static void gemm_few(const gemm_job *j, long p0, long p1, mm_args a) {
                 // One tile reads a little ahead of itself. Several share the fetching of what follows: the next
                 // chunk of this panel or the first of the next, which mostly is this worker's too.
                 a.prefetch = expands      ? 0
-                             : tiles == 1 ? (uintptr_t)a.b + GEMM_AHEAD
+                             : tiles == 1 ? (uintptr_t)a.b + GEMM_AHEAD(mr)
                              : t < GEMM_SPREAD(tiles)
                                  ? (uintptr_t)(a.b + kc * PACE_NR) + (uintptr_t)(t * a.kp * a.prefetch_step)
                                  : 0;
