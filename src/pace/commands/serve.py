@@ -20,6 +20,28 @@ def add(commands: Any) -> None:
     group.add_argument("--uds", metavar="PATH", help="listen at a unix socket instead")
     group.add_argument("--ssl-certfile", metavar="FILE", help="serve TLS with this certificate")
     group.add_argument("--ssl-keyfile", metavar="FILE", help="its key")
+    group.add_argument("--ssl-ca-certs", metavar="FILE", help="ask clients for certificates signed by these")
+    group.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="a key that clients must send; may be repeated; other users of this machine can see it",
+    )
+    group.add_argument("--api-key-file", metavar="FILE", help="such keys, one a line")
+    group.add_argument(
+        "--allowed-origins",
+        nargs="+",
+        default=[],
+        metavar="ORIGIN",
+        help="web pages that may ask from browsers",
+    )
+    group.add_argument(
+        "--access-log",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write a line of JSON for each request to stderr, without its text (default: on)",
+    )
     group.add_argument("--root-path", default="", metavar="PATH", help="prefix that a proxy in front adds")
     group.add_argument(
         "--served-model-name",
@@ -64,6 +86,9 @@ def add(commands: Any) -> None:
         help="sequences that may wait beside those that run; more are answered with 429 (default: 512)",
     )
     group.add_argument(
+        "--max-open-per-key", type=options.positive, metavar="N", help="requests that a key may have open"
+    )
+    group.add_argument(
         "--max-body-bytes", type=options.positive, default=8 << 20, metavar="N", help="of a request"
     )
     group.add_argument(
@@ -89,8 +114,10 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f'the server needs {error.name}; install it with: pip install "pace[serve]"'
         ) from None
+    from pace.server.keys import read_keys
     from pace.server.service import Limits
 
+    keys = [*args.api_key, *([] if args.api_key_file is None else read_keys(args.api_key_file))]
     return serve(
         ServeOptions(
             config=options.engine_config(args),
@@ -100,6 +127,11 @@ def run(args: argparse.Namespace) -> int:
             uds=args.uds,
             ssl_certfile=args.ssl_certfile,
             ssl_keyfile=args.ssl_keyfile,
+            ssl_ca_certs=args.ssl_ca_certs,
+            api_keys=tuple(keys),
+            max_open_per_key=args.max_open_per_key,
+            origins=tuple(args.allowed_origins),
+            access_log=args.access_log,
             root_path=args.root_path,
             shutdown_timeout_s=args.shutdown_timeout,
             data_parallel=args.data_parallel,

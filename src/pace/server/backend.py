@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,8 +59,11 @@ class Call:
     so that memory is bounded by the outputs.
     """
 
-    def __init__(self, backend: Backend, n_jobs: int) -> None:
+    def __init__(
+        self, backend: Backend, n_jobs: int, listen: Callable[[Event], None] = lambda event: None
+    ) -> None:
         self._backend = backend
+        self._listen = listen
         self._unread: list[Event] = []
         self._last: dict[tuple[int, int], Delta] = {}  # unread, by job and completion
         self._reader: asyncio.Future[None] | None = None
@@ -77,6 +80,7 @@ class Call:
 
     def put(self, event: Event) -> None:
         """Add an event of one of the jobs."""
+        self._listen(event)
         if isinstance(event, Delta):
             key = (event.id, event.index)
             old = self._last.get(key)
@@ -184,6 +188,9 @@ class Backend(ABC):
 
     info: Info | None = None
     """What an engine says of itself; None while none is ready."""
+
+    n_restarts = 0
+    """Engines that died and were started again."""
 
     def __init__(self) -> None:
         self.ids = itertools.count(1)

@@ -1,32 +1,44 @@
-"""What every request passes before its endpoint: a request id, and an answer for every error."""
+"""What every request passes before its endpoint: its id, its key, limits; and an answer and a log line for everything."""
 
 from __future__ import annotations
 
+import json
 import re
+import time
 import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pace.console import err
 from pace.errors import PaceError, one_line
 from pace.log import logger
-from pace.server.http import Disconnected, error_response
+from pace.server.http import error_response
 from pace.server.protocol.errors import ApiError, api_error
 from pace.server.service import Service
 
-__all__ = ["Gate"]
+__all__ = ["CLIENT_CLOSED", "OPEN_PATHS", "Gate", "answer_to"]
 
-OPEN_PATHS = ("/health", "/ping")
-"""Paths below these say how the server is, to everybody and until the end."""
+OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping"})
+"""These say how the server is, to everybody and until the end; exactly these."""
+
+CLIENT_CLOSED = 499  # what nginx logs where the client has left
 
 _ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
 class Gate:
-    """Wraps the app; plain ASGI, because a layer that copies every chunk costs more than everything else."""
+    """Wraps the app; plain ASGI, because a layer that copies every chunk costs more than everything else.
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
+    Args:
+        app: what is behind.
+        service: whose keys, limits and counters.
+        access_log: write a line of JSON for each request to stderr; never what it says.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service, *, access_log: bool = False) -> None:
         self._app = app
         self._service = service
+        self._access_log = access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on."""
@@ -34,28 +46,61 @@ class Gate:
             await self._app(scope, receive, send)
             return
         number = scope["pace.id"] = _request_id(scope)
-        has_started = False
+        # The one of the request line, whatever the Host header says.
+        path = str(scope["path"]).removeprefix(scope.get("root_path", ""))
+        begin_s = time.monotonic()
+        status = 0
+        n_bytes = 0
 
         async def send_with_id(message: Message) -> None:
-            nonlocal has_started
+            nonlocal status, n_bytes
             if message["type"] == "http.response.start":
-                has_started = True
+                status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", number.encode())]
+            else:
+                n_bytes += len(message.get("body", b""))
             await send(message)
 
         try:
-            if self._service.is_draining and not _path(scope).startswith(OPEN_PATHS):
-                raise ApiError(503, "the server is shutting down", code="shutting_down")
-            await self._app(scope, receive, send_with_id)
-        except Disconnected:
-            pass
+            await self._admit(path, scope, receive, send_with_id)
         except Exception as error:
-            answer = _answer_to(error, number)
-            if not has_started:
+            answer = answer_to(error, number)
+            if not status:
                 await error_response(answer)(scope, receive, send_with_id)
+        route = scope.get("pace.route", "other")
+        self._service.metrics.responses[route, status] += 1
+        if self._access_log and path not in OPEN_PATHS:
+            line = {
+                "id": number,
+                "method": scope["method"],
+                "path": path[:200],
+                "status": status,
+                "seconds": round(time.monotonic() - begin_s, 4),
+                "bytes": n_bytes,
+                "client": (scope.get("client") or ("",))[0],
+            }
+            err(json.dumps(line))
+
+    async def _admit(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        service = self._service
+        if path in OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        key = service.keys.check(scope["headers"])
+        if scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        if service.is_draining:
+            raise ApiError(503, "the server is shutting down", code="shutting_down")
+        service.keys.open(key)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            service.keys.close(key)
 
 
-def _answer_to(error: Exception, number: str) -> ApiError:
+def answer_to(error: Exception, number: str) -> ApiError:
+    """The answer that an error becomes; one that nobody expected is logged under the request's id."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, PaceError):
@@ -73,8 +118,3 @@ def _request_id(scope: Scope) -> str:
         if name == b"x-request-id" and _ID.fullmatch(value):
             return str(value.decode())
     return uuid.uuid4().hex
-
-
-def _path(scope: Scope) -> str:
-    """The path that is routed; the one of the request line, whatever the Host header says."""
-    return str(scope["path"]).removeprefix(scope.get("root_path", ""))

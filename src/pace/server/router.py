@@ -103,7 +103,6 @@ class Router(Backend):
         self._deaths: list[float] = []
         self._closing = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self.n_restarts = 0
 
     # ---- engines --------------------------------------------------------------------------------------------
 

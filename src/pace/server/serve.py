@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from pace.console import err
 from pace.errors import ConfigError, PaceError
 from pace.server.app import make_app
 from pace.server.guard import HEAD_TIMEOUT_S, guarded
+from pace.server.keys import Keys
 from pace.server.placement import place
 from pace.server.router import Router
 from pace.server.service import Limits, Service
@@ -39,6 +41,9 @@ class ServeOptions:
         host, port: where to listen; port 0: any that is free.
         uds: a unix socket in their place.
         ssl_certfile, ssl_keyfile: for TLS.
+        ssl_ca_certs: clients must bring a certificate that one of these has signed.
+        api_keys, max_open_per_key: see `Keys`.
+        origins, access_log: see `make_app`.
         root_path: a prefix that a proxy in front removes.
         limits: what a request may take.
         head_timeout_s: until the head of a request has come.
@@ -55,6 +60,11 @@ class ServeOptions:
     uds: str | None = None
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
+    ssl_ca_certs: str | None = None
+    api_keys: tuple[str, ...] = ()
+    max_open_per_key: int | None = None
+    origins: tuple[str, ...] = ()
+    access_log: bool = True
     root_path: str = ""
     limits: Limits = field(default_factory=Limits)
     head_timeout_s: float = HEAD_TIMEOUT_S
@@ -81,6 +91,10 @@ def serve(options: ServeOptions) -> int:
         PaceError: the model can't be loaded.
     """
     listener = _listen(options)
+    if options.uds is None and not options.api_keys and options.host not in ("127.0.0.1", "::1", "localhost"):
+        err(
+            f"pace: warning: {options.host} can be reached from outside and no --api-key is set: everybody may ask"
+        )
     loop = uvloop.new_event_loop()
     try:
         asyncio.set_event_loop(loop)
@@ -145,7 +159,8 @@ class _Run:
             on_fatal=self._on_fatal,
             stall_timeout_s=options.stall_timeout_s,
         )
-        service = Service(backend, options.names, options.limits)
+        keys = Keys(options.api_keys, options.max_open_per_key)
+        service = Service(backend, options.names, options.limits, keys)
         server = _Server(self._uvicorn(service))
         serving = asyncio.ensure_future(server.serve(sockets=[self._listener]))
         ticking = asyncio.ensure_future(_tick(service))
@@ -194,7 +209,7 @@ class _Run:
     def _uvicorn(self, service: Service) -> uvicorn.Config:
         options = self._options
         return uvicorn.Config(
-            make_app(service),
+            make_app(service, access_log=options.access_log, origins=options.origins),
             http=guarded(options.head_timeout_s),
             ws="none",
             lifespan="off",
@@ -206,6 +221,8 @@ class _Run:
             root_path=options.root_path,
             ssl_certfile=options.ssl_certfile,
             ssl_keyfile=options.ssl_keyfile,
+            ssl_ca_certs=options.ssl_ca_certs,
+            ssl_cert_reqs=ssl.CERT_NONE if options.ssl_ca_certs is None else ssl.CERT_REQUIRED,
             timeout_graceful_shutdown=1,
         )
 

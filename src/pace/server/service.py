@@ -13,6 +13,8 @@ from starlette.responses import Response
 import pace
 from pace.server.backend import Backend, Call
 from pace.server.http import Disconnected, SlowClients, decode, read_body, until_disconnect
+from pace.server.keys import Keys
+from pace.server.metrics import Meter, Metrics
 from pace.server.protocol.errors import ApiError
 from pace.server.wire import Delta, Event, Failed, Info, Job
 
@@ -52,15 +54,23 @@ class Service:
         backend: the engines.
         names: what clients may call the model; the first is the one that answers carry.
         limits: what a request may take.
+        keys: who may ask; None: everybody.
     """
 
-    def __init__(self, backend: Backend, names: Sequence[str], limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        names: Sequence[str],
+        limits: Limits | None = None,
+        keys: Keys | None = None,
+    ) -> None:
         self.backend = backend
         self.names = tuple(names)
         self.limits = Limits() if limits is None else limits
         self.slow = SlowClients(self.limits.slow_client_timeout_s)
         self.started_s = time.time()
-        self.n_open = 0  # sequences that have been asked for and have not ended
+        self.keys = Keys() if keys is None else keys
+        self.metrics = Metrics(self)
         self.is_draining = False
 
     @property
@@ -115,7 +125,7 @@ class Service:
             PaceError: one was refused.
             Disconnected: the client has left already.
         """
-        call = Call(self.backend, n_jobs)
+        call = Call(self.backend, n_jobs, Meter(self.metrics))
         call.watch(until_disconnect(http.receive, call.cancel))
         await call.start(jobs(call))
         if call.is_cancelled:
