@@ -66,8 +66,8 @@ class Guesser(Drafter):
             history.append(token)
         return guesses
 
-    def observe(self, seq: Sequence, n_accepted: int) -> None:
-        assert seq in self.held and 0 <= n_accepted <= self.max_tokens
+    def observe(self, seq: Sequence, n_verified: int, n_accepted: int) -> None:
+        assert seq in self.held and 0 <= n_accepted <= n_verified <= self.max_tokens
 
     def end(self, seq: Sequence) -> None:
         self.held.discard(seq)

@@ -9,6 +9,7 @@ import numpy as np
 
 from pace.engine.sequence import Sequence
 from pace.params import SamplingParams
+from pace.speculative.controller import Controller
 from pace.speculative.drafter import Drafter, Proposal
 from pace.speculative.hybrid import HybridDrafter
 from pace.speculative.suffix import SuffixDrafter
@@ -28,8 +29,8 @@ class Model(Drafter):
         self.heard.append(list(wanted.values()))
         return {} if self.silent else {s: Proposal(list(range(40, 40 + n))) for s, n in wanted.items() if n}
 
-    def observe(self, seq: Sequence, n_accepted: int) -> None:
-        self.heard.append(("observed", n_accepted))
+    def observe(self, seq: Sequence, n_verified: int, n_accepted: int) -> None:
+        self.heard.append(("observed", n_verified, n_accepted))
 
     def end(self, seq: Sequence) -> None:
         self.heard.append("ended")
@@ -63,9 +64,9 @@ def test_a_long_match_overrides_the_model() -> None:
     long, short, none = seqs = [sequence(*tokens) for tokens in (LONG, SHORT, NONE)]
     assert propose(drafter, *seqs) == [[6, 7, 8], [40, 41, 42], [40, 41, 42]]
     assert model.heard == [[0, 3, 3]], "who has a long match costs the model nothing"
-    drafter.observe(long, 2)
-    drafter.observe(short, 1)
-    assert model.heard[1:] == [("observed", 1)]
+    drafter.observe(long, 3, 2)
+    drafter.observe(short, 2, 1)
+    assert model.heard[1:] == [("observed", 2, 1)]
     assert drafter.stats()["n_proposals"] == {"suffix": 1, "pard": 2}
     assert drafter.stats()["draft_rows"] == 7 and drafter.stats()["suffix_bytes"] > 0
     drafter.end(none)
@@ -79,13 +80,13 @@ def test_how_long_a_match_must_be_depends_on_how_good_the_model_is() -> None:
     short, long = sequence(*SHORT), sequence(*LONG)
     assert propose(drafter, short) == [[40, 41, 42]]
     for _ in range(4):
-        drafter.observe(short, 0)
+        drafter.observe(short, 3, 0)
     assert propose(drafter, short) == [[2, 3, 4]], "it is never right"
-    drafter.observe(short, 2)
+    drafter.observe(short, 3, 2)
     for _ in range(20):
         one = sequence(*NONE)
         propose(drafter, one)
-        drafter.observe(one, 3)
+        drafter.observe(one, 3, 3)
         drafter.end(one)
     assert propose(drafter, long) == [[40, 41, 42]], "it is always right"
     assert propose(drafter, short) == [[2, 3, 4]], "but not for everybody"
@@ -97,7 +98,7 @@ def test_promises_that_are_not_kept_are_believed_no_more() -> None:
     guesses = []
     for _ in range(12):
         guesses.append(propose(drafter, seq)[0][0])
-        drafter.observe(seq, 1 if guesses[-1] == 40 else 0)
+        drafter.observe(seq, 3, 1 if guesses[-1] == 40 else 0)
     assert guesses[0] == 6 and guesses[-1] == 40
 
 
@@ -107,10 +108,38 @@ def test_a_short_match_is_better_than_no_guess() -> None:
     drafter = HybridDrafter(model, SuffixDrafter(4))
     seqs = [sequence(*tokens) for tokens in (LONG, SHORT, NONE)]
     assert propose(drafter, *seqs) == [[6, 7, 8], [2, 3, 4], []]
-    drafter.observe(seqs[1], 1)
+    drafter.observe(seqs[1], 3, 1)
     assert model.heard == [[0, 3, 3]]
 
 
 def test_who_wants_nothing_gets_nothing() -> None:
     drafter = HybridDrafter(Model(), SuffixDrafter(4))
     assert drafter.propose({sequence(*LONG): 0, sequence(*NONE): 0}) == {}
+
+
+def test_where_the_model_does_not_pay_the_text_guesses_alone() -> None:
+    """The engine's controller is not told of the model's time, and so goes on asking."""
+    outer, model = Controller(4), Model()
+    gate = outer.beside()
+    drafter = HybridDrafter(model, SuffixDrafter(4), gate)
+    seqs = [sequence(*tokens) for tokens in (LONG, SHORT, NONE)]
+    assert propose(drafter, *seqs) == [[6, 7, 8], [2, 3, 4], []], (
+        "first it must be known what plain steps cost"
+    )
+    for _ in range(9):
+        outer.stepped(3, 0.001)
+    assert propose(drafter, *seqs) == [[6, 7, 8], [40, 41, 42], [40, 41, 42]]
+    assert drafter.decided_s > 0
+    for _ in range(9):
+        gate.drafted(3, 0.05)
+    asked = list(model.heard)
+    assert propose(drafter, *seqs) == [[6, 7, 8], [2, 3, 4], []]
+    assert drafter.decided_s == 0 and model.heard == asked
+    assert drafter.stats()["model_pays"] is False
+
+
+def test_a_prompt_is_read_beside_the_target_while_the_model_pays() -> None:
+    model = Model()
+    drafter = HybridDrafter(model, SuffixDrafter(4), Controller(4))
+    assert drafter.propose({sequence(*NONE): 0}) == {}
+    assert model.heard == [[0]]

@@ -59,9 +59,11 @@ class StepCost:
         self._counts: dict[int, int] = {}
         self._rows: F64Array = np.zeros(0)  # logarithms, ascending
         self._values: F64Array = np.zeros(0)
+        self.n_steps = 0
 
     def observe(self, n_rows: int, seconds: float) -> None:
         """A step of n_rows took so long."""
+        self.n_steps += 1
         key = n_rows if n_rows <= 2 * FREE_ROWS else n_rows // 8 * 8
         ratio = seconds / float(_believed(np.array([n_rows]))[0])
         count = self._counts[key] = self._counts.get(key, 0) + 1
@@ -112,14 +114,15 @@ class Controller:
 
     Args:
         max_tokens: K, guesses of one sequence at most.
+        target: what steps cost, where another controller of the same target learns it.
     """
 
-    def __init__(self, max_tokens: int) -> None:
+    def __init__(self, max_tokens: int, target: StepCost | None = None) -> None:
         self.max_tokens = max_tokens
         self.n_probes = 0
         self.is_open = True  # whether speculation paid when it was last asked
-        self._target = StepCost()
-        self._n_plain = self._n_open = 0  # steps seen; rounds since the last plain one
+        self._target = StepCost() if target is None else target
+        self._n_open = 0  # rounds since the last plain step
         self._draft_s: dict[int, float] = {}  # seconds of a pass, by the bit length of its sequences
         self._all = _Reach(FIRST_REACH ** np.arange(1, max_tokens + 1), FEW_ROUNDS)
         self._own: dict[Sequence, _Reach] = {}
@@ -134,6 +137,10 @@ class Controller:
         self._interval = PROBE_EVERY
         self._probe_s = self._plain_s = 0.0  # that the probe has cost; of a plain step
 
+    def beside(self) -> Controller:
+        """One for another drafter of the same target, which learns what steps cost from this one."""
+        return Controller(self.max_tokens, self._target)
+
     def wanted(self, seqs: Seq[Sequence], n_rows: int) -> list[Sequence]:
         """Which of the sequences should get guesses now: all, none, or one for a probe.
 
@@ -141,7 +148,7 @@ class Controller:
             seqs: those that decode and leave it to the engine.
             n_rows: sequences that decode in all.
         """
-        if not seqs or self._n_plain < FIRST_PLAIN:
+        if not seqs or self._target.n_steps < FIRST_PLAIN:
             return []
         rounds = np.arange(self.max_tokens + 1)
         seconds = self._target.seconds(n_rows + rounds * len(seqs))
@@ -172,7 +179,7 @@ class Controller:
         full = {seq: len(proposal.token_ids) for seq, proposal in proposals.items()}
         self._last = {seq: proposal.confidences for seq, proposal in proposals.items()}
         is_sure = all(proposal.confidences is not None for proposal in proposals.values())
-        if self._n_plain < FIRST_PLAIN or not (self.is_open or is_sure):
+        if self._target.n_steps < FIRST_PLAIN or not (self.is_open or is_sure):
             return full  # a probe, which is to learn
         owners = [seq for seq, n in full.items() for _ in range(n)]
         if not owners:
@@ -207,7 +214,6 @@ class Controller:
 
     def stepped(self, n_rows: int, seconds: float) -> None:
         """The target ran a step of n_rows without prompts."""
-        self._n_plain += 1
         self._target.observe(n_rows, seconds)
         if self._left:
             self._probe_s += max(0.0, seconds - self._plain_s)

@@ -59,7 +59,7 @@ class ModelDrafter(Drafter):
                 self._fed[part.reading.seq] = part.reading, i
         return {reading.seq: Proposal(*guess) for reading, guess in guesses.items()}
 
-    def observe(self, seq: Sequence, n_accepted: int) -> None:
+    def observe(self, seq: Sequence, n_verified: int, n_accepted: int) -> None:
         """The guesses that were right need not be read again; see `Drafter.observe`."""
         if seq in self._fed:
             reading, n_fed = self._fed.pop(seq)

@@ -51,10 +51,13 @@ class Drafter(ABC):
     Attributes:
         name: of the method, in statistics: "pard", "suffix" ...
         max_tokens: most that `propose` is ever asked for, the K of `num_speculative_tokens`.
+        decided_s: of the last `propose`, seconds that the drafter itself has decided to be worth it; the controller judges
+            what is left.
     """
 
     name: str
     max_tokens: int
+    decided_s: float = 0.0
 
     @abstractmethod
     def propose(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, Proposal]:
@@ -70,11 +73,11 @@ class Drafter(ABC):
             Proposals of those that it has a guess for; without one, or with an empty one, a sequence decodes plainly.
         """
 
-    def observe(self, seq: Sequence, n_accepted: int) -> None:
-        """Of its last proposal, cut to what was verified, the first `n_accepted` tokens were right; they and the target's
-        own next one are in `seq.tokens` now. Called after each step that verified one, before the next `propose`.
+    def observe(self, seq: Sequence, n_verified: int, n_accepted: int) -> None:  # noqa: B027
+        """Of its last proposal the first `n_verified` tokens were verified, and of these the first `n_accepted` were right;
+        they and the target's own next one are in `seq.tokens` now. Called after each step in which a proposal was verified,
+        before the next `propose`.
         """
-        return
 
     def end(self, seq: Sequence) -> None:
         """The sequence does not run any more: it has finished, or was preempted and will appear anew. Its tokens are what

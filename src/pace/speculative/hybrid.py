@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 from pace.engine.sequence import Sequence
+from pace.speculative.controller import Controller
 from pace.speculative.drafter import Drafter, Proposal
 from pace.speculative.suffix import SuffixDrafter
 
@@ -46,13 +50,13 @@ class Choice:
         trust: right tokens of the text's guesses, by those that they promise.
     """
 
-    __slots__ = ("by_model", "model", "promised", "trust")
+    __slots__ = ("by_model", "confidences", "model", "trust")
 
     def __init__(self, model: float, trust: float) -> None:
         self.model = Record(model)
         self.trust = Record(trust)
         self.by_model = False
-        self.promised = 0.0  # right tokens, by the text's guess
+        self.confidences: list[float] = []  # of the text's guess
 
 
 class HybridDrafter(Drafter):
@@ -61,17 +65,20 @@ class HybridDrafter(Drafter):
     long it must be depends on how good the model is for this sequence.
 
     A sequence whose guess comes from the text wants nothing of the model in that step, which then reads what was said in
-    the meantime together with its next guess.
+    the meantime together with its next guess. Whether the model's passes pay is decided here, by itself: where they don't,
+    the text still guesses, which costs nothing.
 
     Args:
         model: a drafter with a model.
         suffix: a drafter without one.
+        gate: decides whom the model is asked for, of those that leave it to the engine; None: for all that want guesses.
     """
 
     name = "hybrid"
 
-    def __init__(self, model: Drafter, suffix: SuffixDrafter) -> None:
+    def __init__(self, model: Drafter, suffix: SuffixDrafter, gate: Controller | None = None) -> None:
         self.max_tokens = model.max_tokens
+        self._gate = gate
         self._model = model
         self._suffix = suffix
         self._choices: dict[Sequence, Choice] = {}
@@ -85,18 +92,41 @@ class HybridDrafter(Drafter):
         asked = dict(wanted)
         for seq, guess in guesses.items():
             choice = self._choice(seq)
-            choice.by_model, choice.promised = False, guess.expected
+            choice.by_model, choice.confidences = False, guess.confidences
             if guess.expected * choice.trust.rate >= choice.model.rate:
                 asked[seq] = 0
-        proposals = {seq: Proposal(guess.token_ids, guess.confidences) for seq, guess in guesses.items()}
-        n_by_model = 0
-        for seq, proposal in self._model.propose(asked).items():
-            if asked[seq] and proposal.token_ids:
-                proposals[seq] = proposal
-                self._choice(seq).by_model = True
-                n_by_model += 1
-        self._n_proposals[self._model.name] += n_by_model
-        self._n_proposals["suffix"] += len(proposals) - n_by_model
+        by_model = self._ask_model(asked)
+        for seq in by_model:
+            self._choice(seq).by_model = True
+        by_text = {
+            seq: Proposal(guess.token_ids, guess.confidences)
+            for seq, guess in guesses.items()
+            if seq not in by_model
+        }
+        self._n_proposals[self._model.name] += len(by_model)
+        self._n_proposals["suffix"] += len(by_text)
+        return by_model | by_text
+
+    def _ask_model(self, asked: dict[Sequence, int]) -> dict[Sequence, Proposal]:
+        """The model's guesses, where they pay."""
+        self.decided_s = 0.0
+        gate = self._gate
+        if gate is not None:
+            auto = [seq for seq, n in asked.items() if n and isinstance(seq.params.speculative, str)]
+            chosen = set(gate.wanted(auto, sum(n > 0 for n in asked.values())))
+            asked = {seq: n if seq in chosen or seq not in auto else 0 for seq, n in asked.items()}
+            if not gate.is_open and not any(asked.values()):
+                return {}  # it reads no prompts either
+        start = time.perf_counter()
+        proposals = {
+            seq: proposal
+            for seq, proposal in self._model.propose(asked).items()
+            if asked[seq] and proposal.token_ids
+        }
+        if gate is not None:
+            self.decided_s = time.perf_counter() - start
+            if proposals:
+                gate.drafted(len(proposals), self.decided_s)
         return proposals
 
     def _choice(self, seq: Sequence) -> Choice:
@@ -105,19 +135,24 @@ class HybridDrafter(Drafter):
             choice = self._choices[seq] = Choice(self._usual.model.rate, self._usual.trust.rate)
         return choice
 
-    def observe(self, seq: Sequence, n_accepted: int) -> None:
+    def observe(self, seq: Sequence, n_verified: int, n_accepted: int) -> None:
         """As `Drafter.observe`: who made the proposal is told."""
         choice = self._choice(seq)
+        promised = sum(accumulate(choice.confidences[:n_verified], mul))
         for one in (choice, self._usual):
             if choice.by_model:
                 one.model.add(n_accepted, 1)
             else:
-                one.trust.add(n_accepted, choice.promised)
-        (self._model if choice.by_model else self._suffix).observe(seq, n_accepted)
+                one.trust.add(n_accepted, promised)
+        if choice.by_model and self._gate is not None:
+            self._gate.verified(seq, n_verified, n_accepted)
+        (self._model if choice.by_model else self._suffix).observe(seq, n_verified, n_accepted)
 
     def end(self, seq: Sequence) -> None:
         """As `Drafter.end`."""
         self._choices.pop(seq, None)
+        if self._gate is not None:
+            self._gate.end(seq)
         self._model.end(seq)
         self._suffix.end(seq)
 
@@ -128,5 +163,9 @@ class HybridDrafter(Drafter):
         self._model.close()
 
     def stats(self) -> dict[str, Any]:
-        """What both say; n_proposals: how many came from whom."""
-        return self._model.stats() | self._suffix.stats() | {"n_proposals": dict(self._n_proposals)}
+        """What both say; n_proposals: how many came from whom; model_pays: whether the model is asked."""
+        own = {
+            "n_proposals": dict(self._n_proposals),
+            "model_pays": self._gate is None or self._gate.is_open,
+        }
+        return self._model.stats() | self._suffix.stats() | own

@@ -89,8 +89,12 @@ class Maker:
         self.max_tokens = speculative.num_speculative_tokens
         self.max_draft_rows = max(self.max_tokens, min(config.max_num_seqs * self.max_tokens, MAX_DRAFT_ROWS))
 
-    def drafter(self, target: Target) -> Drafter:
-        """Load what guesses for this target."""
+    def drafter(self, target: Target, controller: Controller | None) -> Drafter:
+        """Load what guesses for this target.
+
+        Args:
+            controller: what decides for it, None: nothing does.
+        """
         raise ConfigError(f"speculative: method {self.speculative.method} has no drafter")
 
     def make(self, target: Target) -> Speculation:
@@ -102,13 +106,14 @@ class Maker:
                 "synthetic acceptance: guesses are accepted by chance, and the output is meaningless"
             )
         controller = Controller(self.max_tokens) if self.speculative.adaptive else None
-        return Speculator(self.drafter(target), target.vocab_size, self.max_draft_rows, match, controller)
+        drafter = self.drafter(target, controller)
+        return Speculator(drafter, target.vocab_size, self.max_draft_rows, match, controller)
 
 
 class SuffixMaker(Maker):
     """Makes the drafter that needs no model."""
 
-    def drafter(self, target: Target) -> Drafter:
+    def drafter(self, target: Target, controller: Controller | None) -> Drafter:
         """It is empty at first."""
         return _suffix(self.speculative)
 
@@ -153,7 +158,7 @@ class DraftMaker(Maker):
         self.n_bytes = packed_bytes(plan) + slot_bytes(plan, config.max_num_batched_tokens, self.n_logit_rows)
         self.kv_width = plan.kv_width
 
-    def drafter(self, target: Target) -> Drafter:
+    def drafter(self, target: Target, controller: Controller | None) -> Drafter:
         """Load the draft."""
         reader = self.reader(target)
         if self.mask_id is not None:
@@ -245,9 +250,10 @@ class DraftMaker(Maker):
 class HybridMaker(DraftMaker):
     """Makes the drafter of both: its model guesses in one pass where it was trained to, else token by token."""
 
-    def drafter(self, target: Target) -> Drafter:
+    def drafter(self, target: Target, controller: Controller | None) -> Drafter:
         """Load the draft."""
-        return HybridDrafter(super().drafter(target), _suffix(self.speculative))
+        gate = None if controller is None else controller.beside()
+        return HybridDrafter(super().drafter(target, controller), _suffix(self.speculative), gate)
 
 
 def _has_mask(values: dict[str, Any]) -> bool:

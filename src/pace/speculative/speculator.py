@@ -61,7 +61,7 @@ class Speculator:
             self._known.update(wanted)
             try:
                 proposals = drafter.propose(wanted)
-                self._take(proposals, wanted, running, time.perf_counter() - start)
+                self._take(proposals, wanted, running, time.perf_counter() - start - drafter.decided_s)
             except FATAL:
                 raise
             except BaseException as error:
@@ -80,7 +80,7 @@ class Speculator:
             self._controller.verified(seq, n_draft, n_accepted)
         if self._drafter is not None:
             try:
-                self._drafter.observe(seq, n_accepted)
+                self._drafter.observe(seq, n_draft, n_accepted)
             except FATAL:
                 raise
             except BaseException as error:
