@@ -64,7 +64,7 @@ cdef extern from "pages.h" nogil:
 cdef extern from "kernels.h" nogil:
     ctypedef uint16_t bf16
     int PACE_NR, PACE_LOGIT_BLOCK
-    int PACE_MAX_HEAD_DIM, PACE_MAX_GROUPS, PACE_BF16_ROWS, PACE_PANELS, PACE_MXFP4, PACE_MX_GROUP
+    int PACE_MAX_HEAD_DIM, PACE_MAX_GROUPS, PACE_BF16_ROWS, PACE_PANELS, PACE_MXFP4, PACE_INT8, PACE_MX_GROUP
     ctypedef struct pace_matrix:
         const void *data
         long n, k, k_pad, n_panels

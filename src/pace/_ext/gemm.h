@@ -16,6 +16,7 @@
 #include "mm.h"
 #include "mm_int8.h"
 #include "mxfp4.h"
+#include "q8.h"
 
 #ifdef PACE_AMX
 #define GEMM_TILE_ROWS 32
@@ -139,7 +140,19 @@ INLINE const bf16 *gemm_panel(const gemm_job *j, long p, long k) {
 }
 // k0 .. k0 + kc of panel p in bf16: where it stands, or expanded to `to`.
 INLINE const bf16 *gemm_chunk(const gemm_job *j, long p, long k0, long kc, bf16 *to) {
-    return j->w->layout == PACE_MXFP4 ? mx_expand(to, j->w, p, k0, kc) : gemm_panel(j, p, k0);
+    switch (j->w->layout) {
+        case PACE_MXFP4:
+            return mx_expand(to, j->w, p, k0, kc);
+        case PACE_INT8:
+            return q8_expand(to, j->w, p, k0, kc);
+        default:
+            return gemm_panel(j, p, k0);
+    }
+}
+// Sums of bf16 rows with panel p are complete.
+INLINE void gemm_finish(const gemm_job *j, long p, long m, long rows, float *c) {
+    if (j->w->layout == PACE_INT8) q8_scale(j->w, p, rows, c, PACE_NR);
+    j->done(j->op, p, j->m0 + m, rows, c, PACE_NR);
 }
 
 static void gemm_skinny(const gemm_job *j, long p0, long p1, mm_args a) {
@@ -157,12 +170,12 @@ static void gemm_skinny(const gemm_job *j, long p0, long p1, mm_args a) {
     }
 }
 
-// Tiles on the bytes of MXFP4: blocks of rows that stay in L2 beside the panels. Several tiles fetch the next panel
+// Tiles on a panel's own bytes: blocks of rows that stay in L2 beside the panels. Several tiles fetch the next panel
 // together; a lone one reads ahead of itself, and one row reads two panels side by side, because two sums would wait
 // for each other.
 static void gemm_mx(const gemm_job *j, long p0, long p1) {
     const int int8 = j->src->int8;
-    const long most = int8 ? MI_ROWS : MX_ROWS, panel = pace_panel_bytes(j->w), groups = j->w->k / PACE_MX_GROUP;
+    const long most = int8 ? MI_ROWS : MX_ROWS, panel = pace_panel_bytes(j->w), groups = j->w->k_pad / PACE_MX_GROUP;
     const long row = j->src->ld * (int8 ? 1 : (long)sizeof(bf16));
     const long fit = GEMM_MX_BYTES / row / most * most, block = fit < most ? most : fit;
     for (long m = 0, rows; m < j->rows; m += rows) {
@@ -170,7 +183,11 @@ static void gemm_mx(const gemm_job *j, long p0, long p1) {
         const long tiles = (rows + most - 1) / most, sharers = tiles < GEMM_MX_SHARERS ? tiles : GEMM_MX_SHARERS;
         for (long p = p0, np; p < p1; p += np) {
             np = !int8 && rows == 1 && p + 1 < p1 ? 2 : 1;
-            mx_args t = {.b = mx_block(j->w, p, 0), .c = j->c, .lda = j->src->ld, .bps = panel, .ldc = np * PACE_NR};
+            mx_args t = {.b = (const uint8_t *)j->w->data + p * panel,
+                         .c = j->c,
+                         .lda = j->src->ld,
+                         .bps = panel,
+                         .ldc = np * PACE_NR};
             t.k = j->w->k;
             t.share_step = (panel / sharers + groups - 1) / groups;
             for (long i = 0, done = 0, mr; i < tiles; i++, done += mr) {
@@ -179,7 +196,7 @@ static void gemm_mx(const gemm_job *j, long p0, long p1) {
                 t.a = (const char *)j->src->data + (j->m0 + m + done) * row;
                 t.share = (uintptr_t)(t.b + panel) + (uintptr_t)(i * groups * t.share_step);
                 if (int8)
-                    mi_rows((int)mr, fetch, &t);
+                    mi_rows((int)mr, j->w->layout, fetch, &t);
                 else
                     mx_rows((int)mr, (int)np, fetch, &t);
                 for (long n = 0; n < np; n++) j->done(j->op, p + n, j->m0 + m + done, mr, j->c + n * PACE_NR, t.ldc);
@@ -213,7 +230,7 @@ static void gemm_few(const gemm_job *j, long p0, long p1, mm_args a) {
                                  ? (uintptr_t)(a.b + kc * PACE_NR) + (uintptr_t)(t * a.kp * a.prefetch_step)
                                  : 0;
                 gemm_tile(&state, (int)mr, &a);
-                if (k0 + kc == k) j->done(j->op, p, j->m0 + done, mr, a.c, PACE_NR);
+                if (k0 + kc == k) gemm_finish(j, p, done, mr, a.c);
             }
         }
     }
@@ -249,7 +266,7 @@ static void gemm_blocked(const gemm_job *j, long p0, long p1, mm_args a) {
                         a.kp = kc / 2;
                         a.accumulate = k0 > 0;
                         gemm_tile(&state, (int)mr, &a);
-                        if (k0 + kc == k) j->done(j->op, p, j->m0 + mb + done, mr, a.c, PACE_NR);
+                        if (k0 + kc == k) gemm_finish(j, p, mb + done, mr, a.c);
                     }
                 }
             }

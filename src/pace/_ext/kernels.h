@@ -39,11 +39,15 @@ typedef uint16_t bf16;
 // holds the same side of four pairs (bf16), and the low nibbles of 4 bytes are 4 different k (int8 dot products). Bit 3
 // of a code is its sign, the others choose from 0 .5 1 1.5 2 3 4 6; the weight is that times 2^(e - 127). e is 1 ..
 // 252, 0 where nothing was packed: packing rewrites what has other scales, and makes what is below 2^-126 zero.
+//
+// PACE_INT8: an integer -128 .. 127 per weight and a scale per column. A panel is f32 scales [PACE_NR], then bytes
+// [k_pad / 8][2][PACE_NR][4], integer + 128 each: of 8 k of a column the first 4 bytes have 0 4 1 5, the second 2 6
+// 3 7. k is padded with integers 0.
 #define PACE_NR 32
 #define PACE_KPAD 32
 #define PACE_MX_GROUP 32
 #define PACE_MX_BLOCK 1088
-enum pace_layout { PACE_PANELS, PACE_MXFP4, PACE_BF16_ROWS, PACE_F16_ROWS, PACE_F32_ROWS };
+enum pace_layout { PACE_PANELS, PACE_MXFP4, PACE_INT8, PACE_BF16_ROWS, PACE_F16_ROWS, PACE_F32_ROWS };
 typedef struct {
     const void *data;      // packed panels, or plain rows [n][k] where a checkpoint's file has them; NULL: none
     long n, k;             // rows of the weight (output columns), reduction length
@@ -53,7 +57,20 @@ typedef struct {
 } pace_matrix;
 
 static inline long pace_panel_bytes(const pace_matrix *w) {
-    return w->layout == PACE_MXFP4 ? (w->k + 63) / 64 * PACE_MX_BLOCK : w->k_pad * PACE_NR * (long)sizeof(bf16);
+    switch (w->layout) {
+        case PACE_MXFP4:
+            return (w->k + 63) / 64 * PACE_MX_BLOCK;
+        case PACE_INT8:
+            return (w->k_pad + (long)sizeof(float)) * PACE_NR;
+        default:
+            return w->k_pad * PACE_NR * (long)sizeof(bf16);
+    }
+}
+
+// Integer of one column and k of a panel of PACE_INT8.
+static inline int pace_int8_code(const uint8_t *panel, long column, long k) {
+    const long at = k % 4 / 2 * 4 * PACE_NR + column * 4 + k % 2 * 2 + k % 8 / 4;
+    return panel[PACE_NR * sizeof(float) + (size_t)(k / 8 * 8 * PACE_NR + at)] - 128;
 }
 
 // Code of one column and k (0 .. 63) of a block of PACE_MXFP4.
@@ -178,7 +195,7 @@ typedef struct {
 // dst = scale * act(y) * other[at ..]. gated: dst = act(gate) * up, where columns 0..15 of a panel are gate and 16..31
 // up, so that a panel makes 16 columns of dst and not 32.
 typedef struct {
-    pace_slot src, dst;  // bf16 [m][weight.k], or int8 where the weight is PACE_MXFP4; f32 or bf16, f32 to add
+    pace_slot src, dst;  // bf16 [m][weight.k], or int8 where the weight isn't bf16; f32 or bf16, f32 to add
     pace_slot other;     // f32, mul only
     pace_matrix weight;  // panels
     const float *bias;   // [n_panels * PACE_NR] in packed column order, or NULL
@@ -361,6 +378,9 @@ typedef struct {
     // or the first row with a value that is no finite bf16.
     long (*pack_mxfp4)(uint8_t *dst, const uint8_t *blocks, const uint8_t *scales, long ld_blocks, long ld_scales,
                        long rows, long k, long half);
+    // The same from int8 [rows][ld] with an f32 scale each. Returns -1, or the first row whose scale is not finite.
+    long (*pack_int8)(uint8_t *dst, const int8_t *src, const float *scales, long ld, long rows, long k, long k_pad,
+                      long half);
     void (*unpack_row)(float *dst, const pace_matrix *w, long row);  // packed column `row` as f32 [k]
     void (*rope)(const pace_rope *g, const pace_batch *b, const pace_rows *rows, long kv_head);
     // Rows times the query heads of a kv head: at most PACE_ATTN_ROWS.

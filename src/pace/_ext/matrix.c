@@ -64,6 +64,13 @@ static int pack_rows(pack_job *j, char *rows, long i, long n) {
         j->bad = 16 * i + bad;
         return EDOM;
     }
+    if (j->w.layout == PACE_INT8) {
+        const long bad = j->kernels->pack_int8((uint8_t *)panel, (int8_t *)to[0], (float *)(void *)to[1],
+                                               (long)j->src[0].ld, n, j->w.k, j->w.k_pad, half % 2);
+        if (bad < 0) return 0;
+        j->bad = 16 * i + bad;
+        return EDOM;
+    }
     static const long size[3] = {2, 2, 4};
     j->kernels->pack_half((bf16 *)(void *)panel + half % 2 * 32, rows, j->dtype, (long)j->src[0].ld / size[j->dtype], n,
                           j->w.k, j->w.k_pad);

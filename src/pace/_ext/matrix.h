@@ -26,9 +26,9 @@ enum pace_pack_mode { PACE_PACK_ROWS, PACE_PACK_GATE, PACE_PACK_UP };
 // Source rows go to packed columns of matrix `i` from `at` (a multiple of 16) on; gate and up rows alternate in blocks
 // of
 // 16. For panels of bf16: src[0] has k elements a row of dtype 0 bf16, 1 f16, 2 f32. For MXFP4: blocks and scales (see
-// pack_mxfp4 of pace_kernels). Runs on the team, each worker packs what it will read. 0; EFAULT where the rows are of a
-// file that was truncated meanwhile; EDOM: *bad is a row with a scale that is no number, or a value out of range;
-// ENOMEM, or an error of pace_team_run.
+// pack_mxfp4 of pace_kernels); for int8: integers and an f32 each. Runs on the team, each worker packs what it will
+// read. 0; EFAULT where the rows are of a file that was truncated meanwhile; EDOM: *bad is a row with a scale that is
+// no number, or a value out of range; ENOMEM, or an error of pace_team_run.
 int pace_packed_fill(pace_packed *w, long i, pace_team *team, const pace_kernels *kernels, const pace_source src[2],
                      int dtype, long rows, long at, int mode, long *bad);
 

@@ -35,12 +35,14 @@ cdef class Matrix:
 cdef class Packed(Matrix):
     cdef pace_packed w
 
-    def __cinit__(self, long n, long k, long count, bint mxfp4):
+    def __cinit__(self, long n, long k, long count, int layout):
         if n < 1 or k < 1 or count < 1:
             raise ValueError(f"matrix is [{n}, {k}], both must be positive, and so must their count, {count}")
-        if mxfp4 and k % PACE_MX_GROUP:
+        if layout not in (PACE_PANELS, PACE_MXFP4, PACE_INT8):
+            raise ValueError(f"layout {layout} is none of panels")
+        if layout == PACE_MXFP4 and k % PACE_MX_GROUP:
             raise ValueError(f"MXFP4 matrix is [{n}, {k}], its rows must be whole groups of {PACE_MX_GROUP}")
-        if pace_packed_init(&self.w, PACE_MXFP4 if mxfp4 else PACE_PANELS, n, k, count):
+        if pace_packed_init(&self.w, layout, n, k, count):
             raise MemoryError(f"cannot allocate a packed matrix [{n}, {k}]" + f" {count} times" * (count > 1))
         self.m, self.n, self.k, self.count = self.w.m, n, k, count
 
@@ -68,6 +70,8 @@ cdef class Packed(Matrix):
         cdef int e
         with nogil:
             e = pace_packed_fill(&self.w, i, team.team, current, src, dtype, rows, at, mode, &bad)
+        if e == EDOM and self.m.layout == PACE_INT8:
+            raise Unrepresentable(f"row {bad} has a scale that is no finite number")
         if e == EDOM:
             raise Unrepresentable(f"row {bad} has a scale of 255, which is NaN, or a weight of 2^128 or more")
         check_run(e)
@@ -76,7 +80,7 @@ cdef class Packed(Matrix):
     def pack(self, Team team, const unsigned char[:, ::1] src, int dtype, long at, int mode, long i):
         cdef pace_source sources[2]
         if self.m.layout != PACE_PANELS:
-            raise ValueError("rows of bf16, f16 or f32 for an MXFP4 matrix; expected blocks and scales")
+            raise ValueError("rows of bf16, f16 or f32 for a quantised matrix; expected its codes and scales")
         if dtype not in (0, 1, 2) or src.shape[0] < 1 or src.shape[1] != self.k * (4 if dtype == 2 else 2):
             raise ValueError(f"source rows have {src.shape[1]} bytes, the matrix wants {self.k} elements of type {dtype}")
         memset(sources, 0, sizeof(sources))
@@ -88,7 +92,7 @@ cdef class Packed(Matrix):
         cdef pace_source sources[2]
         cdef long groups = self.k // PACE_MX_GROUP
         if self.m.layout != PACE_MXFP4:
-            raise ValueError("blocks and scales of MXFP4 for a bf16 matrix; expected rows of bf16, f16 or f32")
+            raise ValueError("blocks and scales of MXFP4 for a matrix of another format")
         if blocks.shape[0] != scales.shape[0] or blocks.shape[1] != 16 * groups or scales.shape[1] != groups:
             raise ValueError(f"blocks of {blocks.shape[0]} rows of {blocks.shape[1]} bytes with scales of "
                              f"{scales.shape[0]} rows of {scales.shape[1]}, the matrix wants rows of {16 * groups} and {groups}")
@@ -99,6 +103,17 @@ cdef class Packed(Matrix):
         sources[0].rows, sources[0].bytes, sources[0].ld = &blocks[0, 0], blocks.shape[1], blocks.strides[0]
         sources[1].rows, sources[1].bytes, sources[1].ld = &scales[0, 0], scales.shape[1], scales.strides[0]
         self.fill(team, sources, 0, blocks.shape[0], at, mode, i)
+
+    def pack_int8(self, Team team, const signed char[:, ::1] codes, const float[::1] scales, long at, int mode, long i):
+        cdef pace_source sources[2]
+        if self.m.layout != PACE_INT8:
+            raise ValueError("integers and scales of int8 for a matrix of another format")
+        if codes.shape[0] < 1 or codes.shape[0] != scales.shape[0] or codes.shape[1] != self.k:
+            raise ValueError(f"{codes.shape[0]} rows of {codes.shape[1]} integers with {scales.shape[0]} scales, the matrix "
+                             f"wants rows of {self.k}")
+        sources[0].rows, sources[0].bytes, sources[0].ld = &codes[0, 0], codes.shape[1], codes.shape[1]
+        sources[1].rows, sources[1].bytes, sources[1].ld = &scales[0], 4, 4
+        self.fill(team, sources, 0, codes.shape[0], at, mode, i)
 
     def unpack(self, long i):
         cdef pace_matrix m = pace_matrix_at(&self.m, self.index(i))

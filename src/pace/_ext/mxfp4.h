@@ -144,9 +144,9 @@ typedef struct {
 
 // Most bytes of a share per group: half a group of a panel.
 #define MX_SHARE_LINES 5
-INLINE void mx_fetch_share(uintptr_t *at, long step) {
-#pragma GCC unroll 5
-    for (uintptr_t i = 0; i < MX_SHARE_LINES; i++) FETCH(*at + 64 * i, _MM_HINT_T1);
+INLINE void mx_fetch_share(uintptr_t *at, long step, const uintptr_t lines) {
+#pragma GCC unroll 10
+    for (uintptr_t i = 0; i < lines; i++) FETCH(*at + 64 * i, _MM_HINT_T1);
     *at += (uintptr_t)step;
 }
 
@@ -170,7 +170,7 @@ INLINE void mx_tile(const int mr, const int nv, const int fetch, const mx_args *
         __m512i shift[4];
 #pragma GCC unroll 4
         for (int j = 0; j < nv; j++) shift[j] = mx_shift(scales + (j / 2) * bps + (j % 2) * 16);
-        if (fetch == MX_SHARE) mx_fetch_share(&share, step);
+        if (fetch == MX_SHARE) mx_fetch_share(&share, step, MX_SHARE_LINES);
 #pragma GCC unroll 2
         for (int j = 0; fetch == MX_AHEAD && j < nv; j += 2)
             FETCH((uintptr_t)scales + (uintptr_t)(j / 2 * bps) + MX_BYTES_AHEAD, _MM_HINT_T0);

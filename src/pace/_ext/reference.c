@@ -41,6 +41,13 @@ static double mxfp4_at(const pace_matrix *w, long n, long k) {
     return code & 8 ? -x : x;
 }
 
+static double int8_weight_at(const pace_matrix *w, long n, long k) {
+    const uint8_t *panel = (const uint8_t *)w->data + n / PACE_NR * pace_panel_bytes(w);
+    float scale;
+    memcpy(&scale, panel + n % PACE_NR * 4, 4);
+    return (double)pace_int8_code(panel, n % PACE_NR, k) * (double)scale;
+}
+
 static double weight_at(const pace_matrix *w, long n, long k) {
     const size_t at = (size_t)n * (size_t)w->k + (size_t)k;
     switch (w->layout) {
@@ -52,6 +59,8 @@ static double weight_at(const pace_matrix *w, long n, long k) {
             return (double)((const float *)w->data)[at];
         case PACE_MXFP4:
             return mxfp4_at(w, n, k);
+        case PACE_INT8:
+            return int8_weight_at(w, n, k);
         default:
             return packed_at(w->data, n, k, w->k_pad);
     }

@@ -4,6 +4,7 @@
 #define PACE_ROWWISE_H
 
 #include "mxfp4.h"
+#include "q8.h"
 #include "simd.h"
 
 // ---- packing ----------------------------------------------------------------------------------------------
@@ -68,6 +69,10 @@ static void pack_half(bf16 *dst, const void *src, int dtype, long ld, long rows,
 static void unpack_row(float *dst, const pace_matrix *w, long row) {
     if (w->layout == PACE_MXFP4) {
         mx_unpack_row(dst, w, row);
+        return;
+    }
+    if (w->layout == PACE_INT8) {
+        q8_unpack_row(dst, w, row);
         return;
     }
     const bf16 *s = (const bf16 *)w->data + (row / PACE_NR) * w->k_pad * PACE_NR + (row % PACE_NR) * 2;

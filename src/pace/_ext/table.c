@@ -30,6 +30,7 @@ const pace_kernels PASTE(pace_kernels_, PACE_ISA) = {
     .gemm_rows = GEMM_TILE_ROWS,
     .pack_half = pack_half,
     .pack_mxfp4 = pack_mxfp4,
+    .pack_int8 = pack_int8,
     .unpack_row = unpack_row,
     .attention_part = attention_part,
     .attention_fold = attention_fold,

@@ -144,7 +144,7 @@ class Plan:
                     f"{op.name}: table {name} is {weight.format}, its rows can't be gathered; pack it in bf16"
                 )
             if isinstance(op, ir.Gemm) and self.ir.slots[op.src].dtype == "int8" and weight.format == "bf16":
-                raise TypeError(f"{op.name}: int8 rows times weight {name} in bf16, expected mxfp4")
+                raise TypeError(f"{op.name}: int8 rows times weight {name} in bf16, expected mxfp4 or int8")
 
     def _value(self, op: ir.Op, field: str, shape: ir.SlotShape | ir.WeightShape | None) -> object:
         """What the extension takes for a field of an operator."""

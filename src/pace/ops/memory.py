@@ -17,8 +17,8 @@ from pace.ops.team import Team
 KV_DTYPES: Final = ("bf16", "int8")
 """Element types of the KV cache."""
 
-WEIGHT_FORMATS: Final = ("bf16", "mxfp4")
-"""What packed weights can be in memory."""
+WEIGHT_FORMATS: Final = ("bf16", "mxfp4", "int8")
+"""What packed weights can be in memory; the order is the extension's."""
 
 _DTYPES: Final = {"bf16": (0, np.uint16), "f16": (1, np.float16), "f32": (2, np.float32)}
 _MODES: Final = {"rows": 0, "gate": 1, "up": 2}
@@ -29,7 +29,7 @@ class PackedMatrix:
 
     Args:
         count: how many matrices of this shape: the experts of a layer.
-        format: "bf16", or "mxfp4": 4.25 bits a weight, k a multiple of 32.
+        format: "bf16"; "mxfp4": 4.25 bits a weight, k a multiple of 32; "int8": an integer a weight, a scale a row.
 
     Raises:
         ValueError: a size is not positive, or k or the format is none of those.
@@ -40,7 +40,7 @@ class PackedMatrix:
         if format not in WEIGHT_FORMATS:
             raise ValueError(f"weight format is {format!r}, expected one of {', '.join(WEIGHT_FORMATS)}")
         self._team = team
-        self._matrix = _kernels.Packed(n, k, count, format == "mxfp4")
+        self._matrix = _kernels.Packed(n, k, count, WEIGHT_FORMATS.index(format))
         self.n = n
         self.k = k
         self.count = count
@@ -106,6 +106,33 @@ class PackedMatrix:
                 )
         with _checkpoint_errors():
             self._matrix.pack_mxfp4(self._team._team, blocks, scales, at, _MODES[mode], matrix)
+
+    def pack_int8(
+        self,
+        codes: npt.NDArray[np.int8],
+        scales: F32,
+        at: int = 0,
+        mode: str = "rows",
+        matrix: int = 0,
+    ) -> None:
+        """Place rows of int8; a weight is codes[i, j] * scales[i].
+
+        Args:
+            codes: int8 [rows, k], -128 included.
+            scales: f32 [rows].
+            at, mode, matrix: as of `pack`.
+
+        Raises:
+            ValueError: shapes or dtypes are not those, or the rows do not fit.
+            CheckpointError: a scale is NaN or infinite; or as of `pack`.
+        """
+        if codes.dtype != np.int8 or codes.ndim != 2 or scales.dtype != np.float32 or scales.ndim != 1:
+            raise ValueError(
+                f"codes are {codes.dtype} {codes.shape}, scales {scales.dtype} {scales.shape}; expected int8 "
+                f"[rows, {self.k}] and float32 [rows]"
+            )
+        with _checkpoint_errors():
+            self._matrix.pack_int8(self._team._team, codes, scales, at, _MODES[mode], matrix)
 
     def unpack(self, matrix: int = 0) -> F32:
         """A matrix as f32 [n, k]."""
