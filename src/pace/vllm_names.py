@@ -134,7 +134,7 @@ ENGINE_OPTIONS: dict[str, Foreign] = {
         "write a generation_config.json and name its folder as generation_config", (None, {})
     ),
     "chat_template": Foreign("give chat_template to chat()"),
-    "served_model_name": Foreign("there is no server yet", _ANY),
+    "served_model_name": Foreign("it is an option of pace serve", _ANY),
     "speculative_config": Foreign("give it as speculative, docs/speculative.md lists what it takes"),
     "enable_lora": Foreign("merge the adapter into the weights", _NO),
     "logits_processors": Foreign("use logit_bias, bad_words or allowed_token_ids", (None, [], ())),

@@ -180,3 +180,15 @@ def test_a_port_in_use_is_told_before_anything_is_loaded(server: Server) -> None
         assert any("can't listen" in line for line in other.lines)
     finally:
         other.kill()
+
+
+def test_a_public_address_without_keys_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    from pace.config import EngineConfig
+    from pace.server.serve import ServeOptions, warn_if_open
+
+    def warning(**options: Any) -> str:
+        warn_if_open(ServeOptions(EngineConfig("demo"), ("demo",), **options))
+        return capsys.readouterr().err
+
+    assert "everybody may ask" in warning(host="0.0.0.0")
+    assert not warning() and not warning(host="0.0.0.0", api_keys=("k",)) and not warning(uds="/tmp/x")

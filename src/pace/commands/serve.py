@@ -89,6 +89,16 @@ def add(commands: Any) -> None:
         "--max-open-per-key", type=options.positive, metavar="N", help="requests that a key may have open"
     )
     group.add_argument(
+        "--head-timeout",
+        type=_seconds,
+        default=5.0,
+        metavar="S",
+        help="for the head of a request (default: 5)",
+    )
+    group.add_argument(
+        "--body-timeout", type=_seconds, default=30.0, metavar="S", help="for its body (default: 30)"
+    )
+    group.add_argument(
         "--max-body-bytes", type=options.positive, default=8 << 20, metavar="N", help="of a request"
     )
     group.add_argument(
@@ -133,12 +143,14 @@ def run(args: argparse.Namespace) -> int:
             origins=tuple(args.allowed_origins),
             access_log=args.access_log,
             root_path=args.root_path,
+            head_timeout_s=args.head_timeout,
             shutdown_timeout_s=args.shutdown_timeout,
             data_parallel=args.data_parallel,
             restarts=args.on_engine_death == "restart",
             stall_timeout_s=args.stall_timeout,
             limits=Limits(
                 max_body_bytes=args.max_body_bytes,
+                body_timeout_s=args.body_timeout,
                 slow_client_timeout_s=args.slow_client_timeout,
                 max_n=args.max_n,
                 max_waiting=args.max_num_waiting,

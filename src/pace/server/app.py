@@ -3,51 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import NamedTuple
 
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
-from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pace.errors import PaceError
+from pace.server import openapi
 from pace.server.endpoints import models, operations, tokens
 from pace.server.endpoints.chat import chat_completions
 from pace.server.endpoints.completions import completions
+from pace.server.endpoints.messages import count_tokens, messages
+from pace.server.endpoints.responses import responses
 from pace.server.gate import CLIENT_CLOSED, Gate, answer_to
-from pace.server.http import Disconnected, error_response
-from pace.server.protocol.chat import ChatRequest
-from pace.server.protocol.completions import CompletionRequest
+from pace.server.http import Disconnected, error_response, json_response
+from pace.server.protocol.chat import ChatCompletion, ChatRequest
+from pace.server.protocol.common import ModelCard, ModelList
+from pace.server.protocol.completions import Completion, CompletionRequest
 from pace.server.protocol.errors import ApiError, api_error
-from pace.server.protocol.tokens import DetokenizeRequest, TokenizeRequest
+from pace.server.protocol.messages import AnthropicMessage, CountTokensRequest, MessagesRequest, TokenCount
+from pace.server.protocol.responses import ResponseObject, ResponsesRequest
+from pace.server.protocol.tokens import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from pace.server.service import Service
 
-__all__ = ["ROUTES", "Endpoint", "make_app"]
+__all__ = ["ROUTES", "Endpoint", "Entry", "make_app"]
 
 Endpoint = Callable[[Service, HttpRequest], Awaitable[Response]]
 
-ROUTES: tuple[tuple[str, str, Endpoint, type | None], ...] = (
-    # method, path, endpoint, type of the body
-    ("POST", "/v1/completions", completions, CompletionRequest),
-    ("POST", "/v1/chat/completions", chat_completions, ChatRequest),
-    ("GET", "/v1/models", models.models, None),
-    ("GET", "/v1/models/{name:path}", models.model, None),
-    ("GET", "/health", models.health, None),
-    ("GET", "/health/live", models.live, None),
-    ("GET", "/health/ready", models.ready, None),
-    ("GET", "/ping", models.health, None),
-    ("GET", "/version", models.version, None),
-    ("POST", "/tokenize", tokens.tokenize, TokenizeRequest),
-    ("POST", "/detokenize", tokens.detokenize, DetokenizeRequest),
-    ("GET", "/metrics", operations.metrics, None),
-    ("GET", "/load", operations.load, None),
-    ("GET", "/v1/health", models.health, None),
-    ("GET", "/v1/queue/status", operations.queue_status, None),
-    ("GET", "/v1/server_metrics", operations.server_metrics, None),
-    ("GET", "/v1/config", operations.config, None),
+
+MODEL_PATH = "/v1/models/"
+"""What follows is a model's name, slashes and all."""
+
+
+class Entry(NamedTuple):
+    """A route: which request is answered by what, and the types of both."""
+
+    method: str
+    path: str
+    endpoint: Endpoint
+    body: type | None = None
+    answer: type | None = None
+
+
+async def description(service: Service, http: HttpRequest) -> Response:
+    """This description."""
+    return json_response(openapi.describe(ROUTES))
+
+
+ROUTES: tuple[Entry, ...] = (
+    Entry("POST", "/v1/completions", completions, CompletionRequest, Completion),
+    Entry("POST", "/v1/chat/completions", chat_completions, ChatRequest, ChatCompletion),
+    Entry("POST", "/v1/responses", responses, ResponsesRequest, ResponseObject),
+    Entry("POST", "/v1/messages", messages, MessagesRequest, AnthropicMessage),
+    Entry("POST", "/v1/messages/count_tokens", count_tokens, CountTokensRequest, TokenCount),
+    Entry("GET", "/v1/models", models.models, None, ModelList),
+    Entry("GET", MODEL_PATH + "{name}", models.model, None, ModelCard),
+    Entry("POST", "/tokenize", tokens.tokenize, TokenizeRequest, Tokenized),
+    Entry("POST", "/detokenize", tokens.detokenize, DetokenizeRequest, Detokenized),
+    Entry("GET", "/health", models.health),
+    Entry("GET", "/health/live", models.live),
+    Entry("GET", "/health/ready", models.ready),
+    Entry("GET", "/ping", models.health),
+    Entry("GET", "/version", models.version),
+    Entry("GET", "/metrics", operations.metrics),
+    Entry("GET", "/load", operations.load),
+    Entry("GET", "/openapi.json", description),
+    Entry("GET", "/v1/health", models.health),
+    Entry("GET", "/v1/queue/status", operations.queue_status),
+    Entry("GET", "/v1/server_metrics", operations.server_metrics),
+    Entry("GET", "/v1/config", operations.config),
 )
 
 
@@ -58,38 +84,51 @@ def make_app(service: Service, *, access_log: bool = False, origins: Sequence[st
         access_log: see `Gate`.
         origins: web pages of these may ask, from browsers.
     """
-    app = Starlette(routes=[_route(service, *route) for route in ROUTES])
-    app.router.redirect_slashes = False  # a redirected POST loses its body
-    app.add_exception_handler(HTTPException, _http_error)
-    gate = Gate(app, service, access_log=access_log)
+    gate = Gate(_Dispatcher(service), service, access_log=access_log)
     if not origins:
         return gate
     return CORSMiddleware(gate, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
 
 
-def _route(service: Service, method: str, path: str, endpoint: Endpoint, kind: type | None) -> Route:
-    fields = frozenset(getattr(kind, "__struct_fields__", ()))
+class _Dispatcher:
+    """Finds a request's endpoint. Exact paths: a redirected POST would lose its body.
 
-    async def answer(http: HttpRequest) -> Response:
-        http.scope["pace.route"] = path
+    Starlette's own router and error handlers wrap every `send`: 3 us of each streamed token.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._entries: dict[str, dict[str, Entry]] = {}
+        for entry in ROUTES:
+            self._entries.setdefault(entry.path, {})[entry.method] = entry
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = str(scope["path"]).removeprefix(scope.get("root_path", ""))
+        if path.startswith(MODEL_PATH):
+            scope["path_params"] = {"name": path.removeprefix(MODEL_PATH)}
+            path = MODEL_PATH + "{name}"
+        response = await self._answer(path, HttpRequest(scope, receive))
+        await response(scope, receive, send)
+
+    async def _answer(self, path: str, http: HttpRequest) -> Response:
+        entries = self._entries.get(path)
+        where = f"{http.method} {http.scope['path'][:200]}"
+        if entries is None:
+            return error_response(ApiError(404, f"{where}: there is no such path", code="not_found"))
+        entry = entries.get("GET" if http.method == "HEAD" else http.method)
+        if entry is None:
+            allowed = ", ".join(entries)
+            return error_response(
+                ApiError(
+                    405, f"{where}: expected {allowed}", code="method_not_allowed", headers={"allow": allowed}
+                )
+            )
+        http.scope["pace.route"] = entry.path
         try:
-            return await endpoint(service, http)
+            return await entry.endpoint(self._service, http)
         except Disconnected:
             return Response(status_code=CLIENT_CLOSED)  # for the log; nobody reads it
         except PaceError as error:
-            return error_response(api_error(error, fields))
+            return error_response(api_error(error, frozenset(getattr(entry.body, "__struct_fields__", ()))))
         except Exception as error:
             return error_response(answer_to(error, http.scope["pace.id"]))
-
-    return Route(path, answer, methods=[method])
-
-
-def _http_error(http: HttpRequest, error: Any) -> Response:
-    """What Starlette answers itself: there is no such path, or not with this method."""
-    status = error.status_code
-    message = (
-        f"{http.method} {http.scope['path'][:200]} is not served here"
-        if status in (404, 405)
-        else str(error.detail)
-    )
-    return error_response(ApiError(status, message, code="not_found" if status == 404 else None))

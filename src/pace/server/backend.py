@@ -28,6 +28,8 @@ from pace.server.wire import (
 
 __all__ = ["Backend", "Call", "Health", "error_of"]
 
+_OF_JOBS = (Delta, Done, Accepted, Scores, Failed)
+
 
 def error_of(refused: Refused) -> PaceError:
     """The error that an engine raised, in this process."""
@@ -244,11 +246,11 @@ class Backend(ABC):
         """Give each event to whom it belongs; those of jobs that nobody waits for any more are dropped."""
         calls, answers = self._calls, self._answers
         for event in events:
-            if isinstance(event, Delta | Done | Accepted | Scores | Failed):
+            if isinstance(event, _OF_JOBS):
                 call = calls.get(event.id)
                 if call is not None:
                     call.put(event)
-            elif isinstance(event, Refused | Answer):
+            elif isinstance(event, (Refused, Answer)):
                 future = answers.get(event.id)
                 if future is None:
                     call = calls.get(event.id)

@@ -43,7 +43,8 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on."""
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1000})
             return
         number = scope["pace.id"] = _request_id(scope)
         # The one of the request line, whatever the Host header says.

@@ -93,6 +93,7 @@ class Meter:
         self._metrics = metrics
         self._start_s = time.monotonic()
         self._last_s: dict[int, float] = {}  # by job
+        self._between = metrics.histograms["inter_token_latency_seconds"]
 
     def __call__(self, event: Event) -> None:
         """Hear an event."""
@@ -105,7 +106,7 @@ class Meter:
                 if last_s is None:
                     metrics.histograms["time_to_first_token_seconds"].observe(now_s - self._start_s)
                 else:
-                    metrics.histograms["inter_token_latency_seconds"].observe((now_s - last_s) / n)
+                    self._between.observe((now_s - last_s) / n)
                 self._last_s[event.id] = now_s
                 metrics.n_output += n
             if event.finish_reason is not None:

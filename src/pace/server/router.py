@@ -256,7 +256,7 @@ class Router(Backend):
 
     def _hear(self, worker: Worker, events: list[Event]) -> None:
         for event in events:
-            if isinstance(event, Done | Failed | Refused | Answer):
+            if isinstance(event, (Done, Failed, Refused, Answer)):
                 self._release(event.id)
         self.dispatch(events)
 

@@ -25,7 +25,7 @@ from pace.server.placement import place
 from pace.server.router import Router
 from pace.server.service import Limits, Service
 
-__all__ = ["ServeOptions", "serve"]
+__all__ = ["ServeOptions", "serve", "warn_if_open"]
 
 TICK_S = 0.5  # slow clients are looked for so often
 ABORT_S = 0.5  # what the farewells of aborted streams may take
@@ -91,10 +91,7 @@ def serve(options: ServeOptions) -> int:
         PaceError: the model can't be loaded.
     """
     listener = _listen(options)
-    if options.uds is None and not options.api_keys and options.host not in ("127.0.0.1", "::1", "localhost"):
-        err(
-            f"pace: warning: {options.host} can be reached from outside and no --api-key is set: everybody may ask"
-        )
+    warn_if_open(options)
     loop = uvloop.new_event_loop()
     try:
         asyncio.set_event_loop(loop)
@@ -105,6 +102,13 @@ def serve(options: ServeOptions) -> int:
             Path(options.uds).unlink(missing_ok=True)
         asyncio.set_event_loop(None)
         loop.close()
+
+
+def warn_if_open(options: ServeOptions) -> None:
+    """Say so where others can reach a server that asks for no key."""
+    is_local = options.uds is not None or options.host in ("127.0.0.1", "::1", "localhost")
+    if not is_local and not options.api_keys:
+        err(f"pace: warning: others can reach {options.host} and no --api-key is set: everybody may ask")
 
 
 def _listen(options: ServeOptions) -> socket.socket:

@@ -1,0 +1,92 @@
+"""`/v1/responses`: OpenAI's newer API, without anything that a server would have to remember."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from pace.server.protocol.common import Strict
+
+__all__ = ["ResponseObject", "ResponseUsage", "ResponsesRequest"]
+
+
+class ResponsesRequest(Strict, kw_only=True):
+    """Answer an input.
+
+    Attributes:
+        input: text, or a list of items: messages, function_call, function_call_output, reasoning.
+        instructions: a message of the system before it.
+        store: only false or absent means what it says: nothing is kept, whatever it is.
+        text: {"format": {"type": "text" | "json_object" | "json_schema", ...}}.
+        reasoning: {"effort": ...} reaches the chat template as reasoning_effort.
+        tools: of type function.
+        metadata, user, service_tier, safety_identifier, prompt_cache_key, truncation, include: taken, and without effect;
+            truncation only as "disabled".
+        top_k, min_p, repetition_penalty, seed, stop, chat_template_kwargs, cache_salt, priority: as in chats.
+    """
+
+    input: str | list[dict[str, Any]]
+    model: str | None = None
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+    store: bool | None = None
+    text: dict[str, Any] | None = None
+    reasoning: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    truncation: str | None = None
+    include: list[str] | None = None
+    metadata: dict[str, Any] | None = None
+    user: str | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    cache_salt: str | None = None
+    priority: int | None = None
+
+
+class ResponseUsage(msgspec.Struct):
+    """How many tokens a response took."""
+
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+    input_tokens_details: dict[str, int]
+    output_tokens_details: dict[str, int]
+
+
+class ResponseObject(msgspec.Struct):
+    """The response, or its state in a stream."""
+
+    id: str
+    created_at: int
+    model: str
+    status: str
+    output: list[dict[str, Any]]
+    object: str = "response"
+    error: dict[str, Any] | None = None
+    incomplete_details: dict[str, Any] | None = None
+    instructions: str | None = None
+    metadata: dict[str, Any] = {}
+    parallel_tool_calls: bool = True
+    previous_response_id: None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    max_output_tokens: int | None = None
+    tool_choice: str | dict[str, Any] = "auto"
+    tools: list[dict[str, Any]] = []
+    text: dict[str, Any] | UnsetType = UNSET
+    usage: ResponseUsage | None = None
