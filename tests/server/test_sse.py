@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 import pytest
-from server.kit import scripted
+from server.kit import ScriptedBackend, scripted
 
-from pace.server.service import FINGERPRINT
+from pace.server.app import make_app
+from pace.server.service import FINGERPRINT, Service
 from pace.server.wire import Delta, Done, Event, Failed, Job, TokenLogprob, ToolCallDelta
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -172,3 +174,67 @@ def test_a_slow_reader_gets_everything_and_less_often() -> None:
     (chunk, _) = frames(response.content)
     assert chunk["choices"][0]["text"] == "012345678"
     assert chunk["choices"][0]["token_ids"] == list(range(10))
+
+
+class SlowOutput:
+    """A connection that is written to directly, and pauses after every piece."""
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+        self.n_bytes = 0
+        self.is_paused = False
+
+    def write(self, data: bytes) -> None:
+        self.parts.append(data)
+        self.is_paused = True
+
+    async def drain(self) -> None:
+        await asyncio.sleep(0.005)
+        self.is_paused = False
+
+    def abort(self) -> None:
+        raise AssertionError("nobody was that slow")
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_direct_writes_say_what_the_layers_say(n: int) -> None:
+    """A slow connection of that kind, too: what it gets late is joined, and nothing is lost."""
+
+    def script(job: Job) -> list[list[Event]]:
+        steps: list[list[Event]] = [
+            [Delta(job.id, i, f"{i}{step} ", [step]) for i in range(n)] for step in range(20)
+        ]
+        ends: list[Event] = [Delta(job.id, i, "", [99], finish_reason="stop") for i in range(n)]
+        return [*steps, [*ends, Done(job.id, 3, 0, 21 * n)]]
+
+    body = {"prompt": "x", "stream": True, "n": n, "return_token_ids": True}
+    through, _ = scripted(script, "POST", "/v1/completions", json=body)
+
+    async def direct() -> tuple[bytes, bytes]:
+        output = SlowOutput()
+        data = json.dumps(body).encode()
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "pace.output": output,
+        }  # fmt: skip
+        sent: list[Any] = []
+        requests = [{"type": "http.request", "body": data, "more_body": False}]
+
+        async def receive() -> Any:
+            return requests.pop() if requests else await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await make_app(Service(ScriptedBackend(script), ["scripted"]))(scope, receive, send)
+        return b"".join(output.parts), sent[-1]["body"]
+
+    written, farewell = asyncio.run(direct())
+    assert farewell == b"data: [DONE]\n\n"
+    for index in range(n):
+        texts = []
+        for content in (through.content, written + farewell):
+            choices = [choice for frame in frames(content)[:-1] for choice in frame["choices"]]
+            mine = [choice for choice in choices if choice["index"] == index]
+            texts.append(("".join(c["text"] for c in mine), [i for c in mine for i in c["token_ids"]]))
+            assert mine[-1]["finish_reason"] == "stop"
+        assert texts[0] == texts[1]

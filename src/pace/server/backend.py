@@ -75,6 +75,8 @@ class Call:
         self._open = set(self.ids)
         self._watcher: asyncio.Task[None] | None = None
         self.is_cancelled = False
+        self.pump: Callable[[Event], bool] | None = None
+        """Takes events where they arrive; False: whoever waits for events shall look."""
 
     def watch(self, watching: Coroutine[Any, Any, None]) -> None:
         """Run what watches over the client, until the call is closed."""
@@ -83,6 +85,13 @@ class Call:
     def put(self, event: Event) -> None:
         """Add an event of one of the jobs."""
         self._listen(event)
+        if isinstance(event, (Done, Failed, Refused)):
+            self._open.discard(event.id)
+            self._backend.forget(event.id)
+        if self.pump is not None and not self._unread:
+            if not self.pump(event):
+                self._wake()
+            return
         if isinstance(event, Delta):
             key = (event.id, event.index)
             old = self._last.get(key)
@@ -90,9 +99,6 @@ class Call:
                 _join(old, event)
                 return
             self._last[key] = event
-        elif isinstance(event, (Done, Failed, Refused)):
-            self._open.discard(event.id)
-            self._backend.forget(event.id)
         self._unread.append(event)
         self._wake()
 
@@ -106,23 +112,41 @@ class Call:
             for job in jobs:
                 self._backend.submit(job, self)
             while any(accepted is None for accepted in self.accepted) and not self.is_cancelled:
-                await self._wait()
+                if not any(isinstance(event, (Accepted, Refused, Failed)) for event in self._unread):
+                    await self.wait()
                 self._take_accepted()
         except BaseException:
             self.close()
             raise
 
+    @property
+    def is_open(self) -> bool:
+        """Whether events are still to come."""
+        return bool(self._open) and not self.is_cancelled
+
+    def take(self) -> list[Event]:
+        """What has come since the last time."""
+        unread, self._unread = self._unread, []
+        self._last.clear()
+        return unread
+
     async def events(self) -> AsyncIterator[list[Event]]:
         """What has come since the last time, until all jobs have ended or the call was cancelled."""
         while True:
             if self._unread and not self.is_cancelled:
-                unread, self._unread = self._unread, []
-                self._last.clear()
-                yield unread
-            elif self._open and not self.is_cancelled:
-                await self._wait()
+                yield self.take()
+            elif self.is_open:
+                await self.wait()
             else:
                 return
+
+    async def wait(self) -> None:
+        """Sleep until something comes, or the call is cancelled."""
+        self._reader = asyncio.get_running_loop().create_future()
+        try:
+            await self._reader
+        finally:
+            self._reader = None
 
     def cancel(self) -> None:
         """The client has left: end what has not ended; who waits for events stops waiting."""
@@ -157,15 +181,6 @@ class Call:
             else:
                 rest.append(event)
         self._unread = rest
-
-    async def _wait(self) -> None:
-        if self._unread and any(isinstance(event, (Accepted, Refused)) for event in self._unread):
-            return
-        self._reader = asyncio.get_running_loop().create_future()
-        try:
-            await self._reader
-        finally:
-            self._reader = None
 
     def _wake(self) -> None:
         if self._reader is not None and not self._reader.done():

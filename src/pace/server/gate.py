@@ -77,7 +77,7 @@ class Gate:
                 "path": path[:200],
                 "status": status,
                 "seconds": round(time.monotonic() - begin_s, 4),
-                "bytes": n_bytes,
+                "bytes": n_bytes + getattr(scope.get("pace.output"), "n_bytes", 0),
                 "client": (scope.get("client") or ("",))[0],
             }
             err(json.dumps(line))

@@ -8,20 +8,54 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from pace.server.http import json_bytes
 from pace.server.protocol.errors import ErrorBody, ErrorObject
 
-__all__ = ["Guarded", "guarded"]
+__all__ = ["Guarded", "Output", "guarded"]
 
 MAX_HEAD_BYTES = 64 << 10
 MAX_HEADERS = 100
 HEAD_TIMEOUT_S = 5.0
 
 
+class Output:
+    """Writes the body of a chunked answer straight to the client, once its head has been sent.
+
+    Args:
+        transport: the connection's.
+        flow: knows whether the client keeps up.
+    """
+
+    def __init__(self, transport: asyncio.Transport, flow: FlowControl) -> None:
+        self.n_bytes = 0
+        self._transport = transport
+        self._flow = flow
+
+    def write(self, data: bytes) -> None:
+        """Write a piece of the body; never waits."""
+        if data and not self._transport.is_closing():
+            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+            self.n_bytes += len(data)
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether 64 KiB wait for the client to take them."""
+        return self._flow.write_paused
+
+    async def drain(self) -> None:
+        """Wait until it has taken most of them, or has gone."""
+        await self._flow.drain()
+
+    def abort(self) -> None:
+        """End the connection at once."""
+        self._transport.abort()
+
+
 class Guarded(HttpToolsProtocol):
-    """One connection; gives endpoints its transport as scope["pace.transport"]."""
+    """One connection; gives endpoints its `Output` as scope["pace.output"]."""
 
     head_timeout_s = HEAD_TIMEOUT_S
 
@@ -77,7 +111,7 @@ class Guarded(HttpToolsProtocol):
         self._timer.cancel()
         super().on_headers_complete()
         scope: Any = self.scope
-        scope["pace.transport"] = self.transport
+        scope["pace.output"] = Output(self.transport, self.flow)
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP is answered as every other error."""

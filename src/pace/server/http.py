@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive, Scope
 
 from pace.server.protocol.errors import ApiError
 
 __all__ = [
     "Disconnected",
-    "EventStream",
-    "SlowClients",
     "decode",
     "error_response",
     "json_bytes",
@@ -26,12 +23,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-
-SSE_HEADERS = {
-    "content-type": "text/event-stream; charset=utf-8",
-    "cache-control": "no-cache",
-    "x-accel-buffering": "no",
-}
 
 _encoder = msgspec.json.Encoder()
 _decoders: dict[type, msgspec.json.Decoder[Any]] = {}
@@ -128,63 +119,3 @@ async def until_disconnect(receive: Receive, leave: Callable[[], None]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     leave()
-
-
-class SlowClients:
-    """Ends streams whose clients have taken nothing for a while; memory and a sequence's KV cache wait for them.
-
-    Args:
-        timeout_s: how long a client may take nothing.
-    """
-
-    def __init__(self, timeout_s: float) -> None:
-        self.timeout_s = timeout_s
-        self.streams: set[EventStream] = set()
-
-    def end_slow(self) -> None:
-        """Look at all streams; called every second or so."""
-        too_old = time.monotonic() - self.timeout_s
-        for stream in list(self.streams):
-            if stream.sending_since is not None and stream.sending_since < too_old:
-                stream.drop()
-
-
-class EventStream(Response):
-    """A stream of server-sent events.
-
-    Args:
-        chunks: their bytes; the iterator ends soon where the client has gone.
-        close: called in any case at the end.
-        slow: watches over slow clients.
-    """
-
-    def __init__(self, chunks: AsyncIterator[bytes], close: Callable[[], None], slow: SlowClients) -> None:
-        super().__init__(headers=SSE_HEADERS)
-        del self.headers["content-length"]
-        self.sending_since: float | None = None
-        self._chunks = chunks
-        self._close = close
-        self._slow = slow
-        self._abort: Callable[[], None] | None = None
-
-    def drop(self) -> None:
-        """End the connection without a farewell."""
-        self._close()
-        if self._abort is not None:
-            self._abort()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
-        transport = scope.get("pace.transport")
-        self._abort = None if transport is None else transport.abort
-        self._slow.streams.add(self)
-        try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for chunk in self._chunks:
-                self.sending_since = time.monotonic()
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                self.sending_since = None
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        finally:
-            self._slow.streams.discard(self)
-            self._close()

@@ -12,10 +12,11 @@ from starlette.responses import Response
 
 import pace
 from pace.server.backend import Backend, Call
-from pace.server.http import Disconnected, SlowClients, decode, read_body, until_disconnect
+from pace.server.http import Disconnected, decode, read_body, until_disconnect
 from pace.server.keys import Keys
 from pace.server.metrics import Meter, Metrics
 from pace.server.protocol.errors import ApiError
+from pace.server.slow import SlowClients
 from pace.server.wire import Delta, Event, Failed, Info, Job
 
 __all__ = ["FINGERPRINT", "Endpoint", "Limits", "Service", "check_failed"]

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from pace.server.backend import Call
 from pace.server.counts import Counts
-from pace.server.http import EventStream, json_response
+from pace.server.http import json_response
 from pace.server.logprobs import chat_logprobs, prompt_logprobs
 from pace.server.protocol.chat import (
     ChatChoice,
@@ -27,7 +27,7 @@ from pace.server.protocol.chat import (
 )
 from pace.server.requests import chat_of, chat_params
 from pace.server.service import FINGERPRINT, Service
-from pace.server.sse import DONE, event, stream
+from pace.server.sse import DONE, EventStream, event
 from pace.server.wire import Delta, Done, Event, Job, Scores, TokenLogprob, ToolCallDelta
 
 __all__ = ["chat_completions"]
@@ -223,6 +223,6 @@ async def chat_completions(service: Service, http: HttpRequest) -> Response:
     call = await service.call(http, jobs, 1)
     writer = _Writer(request, call, model, number)
     if request.stream:
-        return EventStream(stream(call, writer.begin(), writer.chunk, writer.end), call.close, service.slow)
+        return EventStream(call, service.slow, writer.begin(), writer.chunk, writer.end)
     await service.collect(call, writer.add)
     return json_response(writer.whole())

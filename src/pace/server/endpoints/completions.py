@@ -10,12 +10,12 @@ from starlette.responses import Response
 
 from pace.server.backend import Call
 from pace.server.counts import Counts
-from pace.server.http import EventStream, json_response
+from pace.server.http import json_response
 from pace.server.logprobs import completion_logprobs, prompt_logprobs
 from pace.server.protocol.completions import Choice, Completion, CompletionRequest, Logprobs
 from pace.server.requests import completion_params, prompts_of
 from pace.server.service import FINGERPRINT, Service
-from pace.server.sse import DONE, event, stream
+from pace.server.sse import DONE, EventStream, event
 from pace.server.wire import Delta, Done, Event, Job, Scores, TokenLogprob
 
 __all__ = ["completions"]
@@ -186,6 +186,6 @@ async def completions(service: Service, http: HttpRequest) -> Response:
     call = await service.call(http, jobs, len(prompts))
     writer = _Writer(request, call, model, number, wants_output)
     if request.stream:
-        return EventStream(stream(call, b"", writer.chunk, writer.end), call.close, service.slow)
+        return EventStream(call, service.slow, b"", writer.chunk, writer.end)
     await service.collect(call, writer.add)
     return json_response(writer.whole())

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from pace.errors import PaceError, RequestError, show
 from pace.server.backend import Call
 from pace.server.counts import Counts
-from pace.server.http import EventStream, json_response
+from pace.server.http import json_response
 from pace.server.protocol.errors import ApiError, api_error
 from pace.server.protocol.messages import (
     AnthropicError,
@@ -26,7 +26,7 @@ from pace.server.protocol.messages import (
 )
 from pace.server.requests import checked
 from pace.server.service import Service
-from pace.server.sse import named_event, stream
+from pace.server.sse import EventStream, named_event
 from pace.server.wire import Chat, Delta, Done, Event, Job, Tokenize
 
 __all__ = ["count_tokens", "messages"]
@@ -277,8 +277,7 @@ async def _messages(service: Service, http: HttpRequest) -> Response:
     call = await service.call(http, lambda call: [Job(call.ids[0], number, None, chat, params)], 1)
     writer = _Writer(call, model, number)
     if request.stream:
-        chunks = stream(call, writer.begin(), writer.chunk, writer.end, _error_event)
-        return EventStream(chunks, call.close, service.slow)
+        return EventStream(call, service.slow, writer.begin(), writer.chunk, writer.end, _error_event)
     await service.collect(call, writer.add)
     return json_response(writer.whole())
 

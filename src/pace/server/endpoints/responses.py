@@ -12,14 +12,14 @@ from starlette.responses import Response
 from pace.errors import RequestError, show
 from pace.server.backend import Call
 from pace.server.counts import Counts
-from pace.server.http import EventStream, json_response
+from pace.server.http import json_response
 from pace.server.protocol.chat import ChatRequest, FunctionSpec, Tool
 from pace.server.protocol.common import JsonSchemaFormat, ResponseFormat
 from pace.server.protocol.errors import ApiError
 from pace.server.protocol.responses import ResponseObject, ResponsesRequest, ResponseUsage
 from pace.server.requests import chat_of, chat_params
 from pace.server.service import Service
-from pace.server.sse import named_event, stream
+from pace.server.sse import EventStream, named_event
 from pace.server.wire import Delta, Done, Event, Job
 
 __all__ = ["responses"]
@@ -354,7 +354,6 @@ async def responses(service: Service, http: HttpRequest) -> Response:
     call = await service.call(http, jobs, 1)
     writer = _Writer(request, call, model, number)
     if request.stream:
-        chunks = stream(call, writer.begin(), writer.chunk, writer.end, writer.fail)
-        return EventStream(chunks, call.close, service.slow)
+        return EventStream(call, service.slow, writer.begin(), writer.chunk, writer.end, writer.fail)
     await service.collect(call, writer.add)
     return json_response(writer.whole())
