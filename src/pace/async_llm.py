@@ -92,6 +92,8 @@ class AsyncLLM(Frontend):
         chat_template_kwargs: Mapping[str, Any] | None = None,
         tools: Seq[Mapping[str, Any]] | None = None,
         include_reasoning: bool = False,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        tool_parser: str | None = None,
         priority: int = 0,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
@@ -100,7 +102,7 @@ class AsyncLLM(Frontend):
         Args:
             messages: the conversation.
             add_generation_prompt, continue_final_message, chat_template, chat_template_kwargs, tools,
-                include_reasoning: as `LLM.chat`.
+                include_reasoning, tool_choice, tool_parser: as `LLM.chat`.
 
         The other arguments, outputs and errors are those of `generate`.
 
@@ -115,6 +117,8 @@ class AsyncLLM(Frontend):
             chat_template_kwargs,
             tools,
             include_reasoning,
+            tool_choice,
+            tool_parser,
         )
 
         def encode() -> list[Encoded]:

@@ -17,10 +17,11 @@ from pace.engine.loader import Loaded
 from pace.engine.request import Request
 from pace.errors import PaceError, RequestError, show
 from pace.params import SamplingParams
+from pace.text.answer import answer_reader
 from pace.text.chat import ChatTemplates
 from pace.text.readers import Reader
-from pace.text.reasoning import find_reader
 from pace.text.tokenizer import Tokenizer
+from pace.text.tools import ToolChoice, functions_of
 
 __all__ = ["ChatOptions", "Encoded", "Inputs", "Messages", "Prompt", "deadline", "n_chars", "prompt_list"]
 
@@ -60,6 +61,8 @@ class ChatOptions:
     chat_template_kwargs: Mapping[str, Any] | None = None
     tools: Seq[Mapping[str, Any]] | None = None
     include_reasoning: bool = False
+    tool_choice: str | Mapping[str, Any] | None = None
+    tool_parser: str | None = None
 
 
 @dataclass(slots=True)
@@ -114,7 +117,13 @@ class Inputs:
         """
         if self._chat_templates is None:
             self._chat_templates = ChatTemplates.load(self._loaded.tokenizer_directory, self.tokenizer)
-        template = self._chat_templates.choose(options.chat_template, tools=options.tools)
+        choice = ToolChoice.parse(options.tool_choice, options.tools)
+        if choice.kind == "required":
+            raise RequestError(
+                f"tool_choice is {show(options.tool_choice)}, which can't be enforced yet; use auto"
+            )
+        tools = options.tools if choice.offers_tools else None
+        template = self._chat_templates.choose(options.chat_template, tools=tools)
         encoded = []
         for i, messages in enumerate(conversations):
             with _naming(f"conversation {i}"):
@@ -122,10 +131,12 @@ class Inputs:
                     messages,
                     add_generation_prompt=options.add_generation_prompt,
                     continue_final_message=options.continue_final_message,
-                    tools=options.tools,
+                    tools=tools,
                     variables=options.chat_template_kwargs,
                 )
-            encoded.append(Encoded(None, text, reader=_reader(template.source, text, messages, options)))
+            encoded.append(
+                Encoded(None, text, reader=_reader(template.source, text, messages, tools, options))
+            )
         self._encode_texts(encoded, "conversation", Tokenizer.encode_chats)
         return encoded
 
@@ -204,16 +215,20 @@ class Inputs:
 
 
 def _reader(
-    template: str, prompt: str, messages: Messages, options: ChatOptions
+    template: str,
+    prompt: str,
+    messages: Messages,
+    tools: Seq[Mapping[str, Any]] | None,
+    options: ChatOptions,
 ) -> Callable[[], Reader] | None:
-    """What divides the answers to a rendered conversation into reasoning and final text; None: nothing."""
+    """What divides the answers to a rendered conversation into reasoning, calls and final text; None: nothing."""
     if options.include_reasoning:
         return None
     continued = None
     if options.continue_final_message:
         content = messages[-1].get("content")
         continued = content if isinstance(content, str) else ""
-    return find_reader(template, prompt, continued)
+    return answer_reader(template, prompt, continued, functions_of(tools or ()), options.tool_parser)
 
 
 def n_chars(value: object, depth: int = 4) -> int:

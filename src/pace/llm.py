@@ -81,6 +81,8 @@ class LLM(Frontend):
         chat_template_kwargs: Mapping[str, Any] | None = None,
         tools: Seq[Mapping[str, Any]] | None = None,
         include_reasoning: bool = False,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        tool_parser: str | None = None,
         priority: int | Seq[int] = 0,
         timeout_s: float | None = None,
     ) -> list[RequestOutput]:
@@ -95,8 +97,10 @@ class LLM(Frontend):
                 default, or "tool_use" where there are tools and it has one.
             chat_template_kwargs: further variables of the template, such as {"enable_thinking": False}.
             tools: JSON schemas of functions that the model may call, as its template wants them.
-            include_reasoning: the text is all that the model writes; otherwise it is the final answer, and what the
-                model thinks before it is the output's `reasoning`.
+            include_reasoning: the text is all that the model writes; otherwise it is the final answer, what the model
+                thinks before it is the output's `reasoning`, and calls of the tools are its `tool_calls`.
+            tool_choice: "auto" (None): the model calls tools where it wants to; "none": it is told of none.
+            tool_parser: the form of its calls, see docs/tools-and-structure.md; None: what its template shows.
 
         The other arguments are those of `generate`.
 
@@ -117,6 +121,8 @@ class LLM(Frontend):
             chat_template_kwargs,
             tools,
             include_reasoning,
+            tool_choice,
+            tool_parser,
         )
         prompts = self._inputs.encode_chats(conversations, options)
         return self._run(prompts, sampling_params, use_tqdm, priority, timeout_s)
@@ -160,6 +166,8 @@ class LLM(Frontend):
         chat_template_kwargs: Mapping[str, Any] | None = None,
         tools: Seq[Mapping[str, Any]] | None = None,
         include_reasoning: bool = False,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        tool_parser: str | None = None,
         priority: int = 0,
         timeout_s: float | None = None,
     ) -> Iterator[RequestOutput]:
@@ -172,6 +180,8 @@ class LLM(Frontend):
             chat_template_kwargs,
             tools,
             include_reasoning,
+            tool_choice,
+            tool_parser,
         )
         prompts = self._inputs.encode_chats([messages], options)
         return self._stream(prompts, sampling_params, priority, timeout_s)

@@ -74,6 +74,8 @@ class CompletionOutput(_Output):
             of the checkpoint besides its EOS token; None for EOS and the other reasons.
         reasoning: what the model thought before its answer, where a chat divides the two; None elsewhere, and where it
             answered at once.
+        tool_calls: the calls of the request's tools that the model has written, the last one perhaps with a part of its
+            arguments while running, or where the output was cut; None where there are none.
     """
 
     index: int

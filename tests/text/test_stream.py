@@ -10,6 +10,7 @@ from pace.text.readers import Reader
 from pace.text.reasoning import find_reader
 from pace.text.stream import TextStream
 from pace.text.tokenizer import Tokenizer
+from pace.text.tools import make_call_reader
 
 
 def test_text_stream(gpt: Tokenizer) -> None:
@@ -89,3 +90,15 @@ def test_an_unfinished_thought_is_reasoning(gpt: Tokenizer) -> None:
     assert texts.extend(gpt.encode("<think>The quick", add_special_tokens=False)) + texts.finish() == ""
     assert texts.reasoning == "The quick"
     assert TextStream(gpt, reader=reader()).reasoning is None
+
+
+def test_calls_are_put_aside_and_have_names_of_their_own(gpt: Tokenizer) -> None:
+    text = 'So <tool_call>{"name": "f", "arguments": {"a": "the"}}</tool_call> <tool_call>{"name": "f"}</tool_call>'
+    texts = TextStream(gpt, stop=["the"], reader=make_call_reader("hermes", {"f": {}})())
+    shown = "".join(map(texts.push, gpt.encode(text, add_special_tokens=False))) + texts.finish()
+    assert shown == texts.text == "So" and texts.matched is None  # a stop string in arguments ends nothing
+    first, second = texts.calls
+    assert (first.index, first.name, first.arguments) == (0, "f", '{"a": "the"}')
+    assert (second.index, second.name, second.arguments) == (1, "f", "{}")
+    assert first.id != second.id and len(first.id) == 9 and first.id.isalnum()
+    assert [call.id for call in texts.calls] == [first.id, second.id]

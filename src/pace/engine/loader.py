@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from pace.models.plan import Plan
 from pace.models.registry import parse_config
 from pace.models.spec import DecoderSpec
 from pace.models.weights import Tensors, load_weights, settle_head
+from pace.text.harmony import end_ids
 from pace.text.tokenizer import Tokenizer
 
 __all__ = ["Loaded", "load", "load_packed", "read_config"]
@@ -107,6 +108,8 @@ def load(
             tokenizer_eos_id=None if tokenizer is None else tokenizer.eos_token_id,
             source=config.generation_config,
         )
+        if tokenizer is not None:
+            defaults = replace(defaults, eos_token_ids=end_ids(tokenizer, defaults.eos_token_ids))
         if defaults.sampling:
             logger.info("sampling defaults from generation_config.json: %s", dict(defaults.sampling))
         plan = lower(spec, memory.max_model_len)

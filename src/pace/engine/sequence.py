@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum, auto
 
 import numpy as np
 
 from pace.engine.sampler import Constraints
 from pace.models.plan import I32Array
-from pace.outputs import CompletionOutput, Logprob, SpeculativeMetrics
+from pace.outputs import CompletionOutput, Logprob, SpeculativeMetrics, ToolCall
 from pace.params import SamplingParams
 from pace.text.readers import Reader
 from pace.text.stream import TextStream
@@ -75,6 +76,7 @@ class Sequence:
         "n_computed",
         "n_draft",
         "n_emitted",
+        "n_emitted_arguments",
         "n_emitted_chars",
         "n_emitted_reasoning",
         "n_prompt",
@@ -152,6 +154,7 @@ class Sequence:
         self.n_emitted = self.n_emitted_chars = self.n_emitted_reasoning = (
             0  # of output that has been handed out as deltas
         )
+        self.n_emitted_arguments: list[int] = []  # of each tool call
 
     def __repr__(self) -> str:
         return (
@@ -242,6 +245,9 @@ class Sequence:
             if reasoning is not None:
                 at_reasoning, self.n_emitted_reasoning = self.n_emitted_reasoning, len(reasoning)
                 reasoning = reasoning[at_reasoning:]
+        calls = [] if self.text is None else self.text.calls
+        if delta:
+            calls = self._new_of(calls)
         return CompletionOutput(
             index=self.index,
             text=text[at_char:],
@@ -251,4 +257,15 @@ class Sequence:
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             reasoning=reasoning,
+            tool_calls=calls or None,
         )
+
+    def _new_of(self, calls: list[ToolCall]) -> list[ToolCall]:
+        """What was not handed out of them yet."""
+        old, self.n_emitted_arguments = self.n_emitted_arguments, [len(call.arguments) for call in calls]
+        known = [
+            replace(call, arguments=call.arguments[n_old:])
+            for call, n_old in zip(calls, old, strict=False)
+            if len(call.arguments) > n_old
+        ]
+        return known + calls[len(old) :]

@@ -67,6 +67,12 @@ class IncrementalDetokenizer:
             return self._utf8.decode(b"".join([token_bytes(i) for i in token_ids if self._has_text(i)]))
         return "".join([self.push(token_id) for token_id in token_ids])
 
+    def flush(self) -> str:
+        """`finish`, where another text follows."""
+        text = self.finish()
+        self._utf8.reset()
+        return text
+
     def finish(self) -> str:
         """Return what was held back, an incomplete character as U+FFFD."""
         if self._tokenizer.byte_level:

@@ -7,6 +7,7 @@ read.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -35,7 +36,8 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 def check_messages(messages: object, *, keep_parts: bool = False) -> list[dict[str, Any]]:
     """Check a list of chat messages, and rebuild it of plain JSON types.
 
-    Reasoning is given under every name that templates read, as transformers does.
+    Reasoning is given under every name that templates read, as transformers does, and the arguments of calls, in OpenAI's
+    messages JSON text, as the objects that templates expect.
 
     Args:
         messages: each with a `role`; `content` and further keys are the template's business.
@@ -56,10 +58,31 @@ def check_messages(messages: object, *, keep_parts: bool = False) -> list[dict[s
         reasoning = next((plain[key] for key in _REASONING if plain.get(key) is not None), None)
         if reasoning is not None:
             plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+        if isinstance(plain.get("tool_calls"), list):
+            plain["tool_calls"] = [_with_object(call) for call in plain["tool_calls"]]
         result.append(plain)
     if not result:
         raise RequestError("messages is empty, expected at least one message")
     return result
+
+
+def _with_object(call: Any) -> Any:
+    """A call with its arguments as an object; as it is where they are none."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"] or "{}", parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return call
+    if not isinstance(arguments, dict):
+        return call
+    function = {**function, "arguments": _plain(arguments, "arguments", 0)}
+    return {**call, "function": function} if "function" in call else function
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)
 
 
 def check_tools(tools: object) -> list[dict[str, Any]]:

@@ -4,42 +4,77 @@ A `Reader` takes the text of a stream in pieces of any size and says of each par
 answer, reasoning, or whatever else a family has (tool calls, harmony's commentary). It holds back only what may be the
 beginning of a marker, so that the result does not depend on how the text was cut, and gives everything out in the end.
 Markers may be special tokens or be written in several ordinary ones; the reader sees text in both cases, because the
-detokeniser keeps the special tokens among `markers`.
+detokeniser keeps the special tokens among `markers`. Where only the token itself divides, and text that reads like it does
+not (harmony), a reader names it among `tokens` and is given it apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-__all__ = ["FINAL", "REASONING", "MarkedReader", "Piece", "Reader", "State"]
+__all__ = ["FINAL", "REASONING", "TOOL_CALL", "Chain", "MarkedReader", "Piece", "Reader", "State"]
 
-FINAL, REASONING = "final", "reasoning"
+FINAL, REASONING, TOOL_CALL = "final", "reasoning", "tool_call"
 
 
 class Piece(NamedTuple):
-    """A part of the text: which channel it belongs to, and the text without markers."""
+    """A part of the text: which channel it belongs to, and the text without markers.
+
+    In the channel TOOL_CALL a piece with a name begins a call of that function, and its text and that of the pieces behind
+    it, joined, are the arguments.
+    """
 
     channel: str
     text: str
+    name: str | None = None
 
 
-class Reader(Protocol):
-    """Divides one stream of text; made anew for each."""
+class Reader:
+    """Divides one stream of text; made anew for each.
 
-    @property
-    def markers(self) -> frozenset[str]:
-        """The texts that divide; those that are special tokens must reach the reader all the same."""
-        ...
+    Attributes:
+        markers: the texts that divide; those that are special tokens must reach the reader all the same.
+        tokens: special tokens that reach it through `push_token`, and never as text.
+    """
+
+    markers: frozenset[str] = frozenset()
+    tokens: frozenset[str] = frozenset()
 
     def push(self, text: str) -> list[Piece]:
         """Add text; returns the pieces that are certain with it."""
-        ...
+        raise NotImplementedError
+
+    def push_token(self, token: str) -> list[Piece]:
+        """Add one of `tokens`; returns the pieces that are certain with it."""
+        raise NotImplementedError
 
     def finish(self) -> list[Piece]:
         """End the stream; returns what was held back."""
-        ...
+        raise NotImplementedError
+
+
+class Chain(Reader):
+    """One reader behind another: the first one's final text is what the second one reads."""
+
+    def __init__(self, first: Reader, second: Reader) -> None:
+        self._first, self._second = first, second
+        self.markers = first.markers | second.markers
+
+    def push(self, text: str) -> list[Piece]:
+        """See `Reader`."""
+        return self._pass_on(self._first.push(text))
+
+    def finish(self) -> list[Piece]:
+        """See `Reader`."""
+        return self._pass_on(self._first.finish()) + self._second.finish()
+
+    def _pass_on(self, pieces: list[Piece]) -> list[Piece]:
+        result: list[Piece] = []
+        for piece in pieces:
+            result += self._second.push(piece.text) if piece.channel == FINAL else [piece]
+        return result
 
 
 @dataclass(frozen=True)
@@ -61,7 +96,7 @@ class State:
     trims: bool = False
 
 
-class MarkedReader:
+class MarkedReader(Reader):
     """A reader made of states and the markers that lead from one to the next.
 
     Args:
