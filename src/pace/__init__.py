@@ -12,8 +12,9 @@ from pace import ops as _ops  # picks the kernels; raises ImportError on a CPU b
 if TYPE_CHECKING:
     from pace.async_llm import AsyncLLM
     from pace.llm import LLM
-    from pace.outputs import CompletionOutput, Logprob, RequestOutput
+    from pace.outputs import CompletionOutput, Logprob, RequestOutput, ToolCall
     from pace.params import RequestOutputKind, SamplingParams
+    from pace.structured_outputs import StructuredOutputsParams
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
+    "ToolCall",
     "__version__",
     "show_config",
 ]
@@ -33,6 +36,8 @@ _LAZY = {
     "AsyncLLM": "pace.async_llm",
     "SamplingParams": "pace.params",
     "RequestOutputKind": "pace.params",
+    "StructuredOutputsParams": "pace.structured_outputs",
+    "ToolCall": "pace.outputs",
     "Logprob": "pace.outputs",
     "RequestOutput": "pace.outputs",
     "CompletionOutput": "pace.outputs",

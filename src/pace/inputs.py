@@ -19,6 +19,7 @@ from pace.errors import PaceError, RequestError, show
 from pace.params import SamplingParams
 from pace.text.answer import answer_reader
 from pace.text.chat import ChatTemplates
+from pace.text.preamble import NO_PREAMBLE, Preamble, find_preamble
 from pace.text.readers import Reader
 from pace.text.tokenizer import Tokenizer
 from pace.text.tools import ToolChoice, functions_of
@@ -73,6 +74,7 @@ class Encoded:
     text: str | None = None
     cache_salt: Any = None
     reader: Callable[[], Reader] | None = None
+    preamble: Preamble = NO_PREAMBLE
 
 
 class Inputs:
@@ -134,8 +136,14 @@ class Inputs:
                     tools=tools,
                     variables=options.chat_template_kwargs,
                 )
+            continued = _continued(messages, options)
             encoded.append(
-                Encoded(None, text, reader=_reader(template.source, text, messages, tools, options))
+                Encoded(
+                    None,
+                    text,
+                    reader=_reader(template.source, text, continued, tools, options),
+                    preamble=find_preamble(template.source, text, continued, self.tokenizer),
+                )
             )
         self._encode_texts(encoded, "conversation", Tokenizer.encode_chats)
         return encoded
@@ -209,6 +217,7 @@ class Inputs:
                     deadline_s=deadline_s,
                     cache_salt=prompt.cache_salt,
                     reader=prompt.reader,
+                    preamble=prompt.preamble,
                 )
             requests.append(request)
         return requests
@@ -217,18 +226,22 @@ class Inputs:
 def _reader(
     template: str,
     prompt: str,
-    messages: Messages,
+    continued: str | None,
     tools: Seq[Mapping[str, Any]] | None,
     options: ChatOptions,
 ) -> Callable[[], Reader] | None:
     """What divides the answers to a rendered conversation into reasoning, calls and final text; None: nothing."""
     if options.include_reasoning:
         return None
-    continued = None
-    if options.continue_final_message:
-        content = messages[-1].get("content")
-        continued = content if isinstance(content, str) else ""
     return answer_reader(template, prompt, continued, functions_of(tools or ()), options.tool_parser)
+
+
+def _continued(messages: Messages, options: ChatOptions) -> str | None:
+    """The beginning of the answer, where the last message is one."""
+    if not options.continue_final_message:
+        return None
+    content = messages[-1].get("content")
+    return content if isinstance(content, str) else ""
 
 
 def n_chars(value: object, depth: int = 4) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 from pace.errors import RequestError, show
 from pace.speculative_config import MAX_DRAFT_TOKENS
+from pace.structured_outputs import StructuredOutputsParams
 from pace.vllm_names import SAMPLING_FIELDS, takes_class
 
 __all__ = ["GREEDY_EPS", "MAX_N", "RequestOutputKind", "SamplingParams"]
@@ -121,6 +122,8 @@ class SamplingParams:
         output_kind: what the outputs of a streamed request hold.
         speculative: "auto": guessed tokens are verified as far as that pays; "off": none are; K: K in every step, 0 .. 32
             and at most the engine's num_speculative_tokens. It changes how fast an output comes, never the output.
+        structured_outputs: what the output must be like: `StructuredOutputsParams`, or a mapping of its fields. In a chat
+            it holds for the final answer, not for the reasoning before it. Needs the extra pace[structured].
 
     A checkpoint may have defaults of its own for the fields whose default is an `Unset`; they apply where the caller gave
     no value, and `explicit` says where he did. Copies of every kind keep the difference: `clone`, `copy`, `pickle` and
@@ -155,6 +158,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     speculative: str | int = "auto"
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -204,6 +208,7 @@ class SamplingParams:
             raise RequestError(
                 f'speculative is {show(self.speculative)}, expected "auto", "off" or a number of tokens'
             )
+        put("structured_outputs", StructuredOutputsParams.parse(self.structured_outputs))
         self._check_together()
 
     def _check_together(self) -> None:

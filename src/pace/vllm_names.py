@@ -51,10 +51,7 @@ SAMPLING_FIELDS: dict[str, Foreign] = {
     "use_beam_search": Foreign("pace has no beam search; use n", _NO),
     "length_penalty": Foreign("pace has no beam search", (None, 1.0)),
     "early_stopping": Foreign("pace has no beam search", _NO),
-    "structured_outputs": Foreign(
-        "pace does not constrain outputs to a grammar; use allowed_token_ids or stop"
-    ),
-    "guided_decoding": Foreign("pace does not constrain outputs to a grammar; use allowed_token_ids or stop"),
+    "guided_decoding": Foreign("it is called structured_outputs"),
     "logits_processors": Foreign("use logit_bias, bad_words or allowed_token_ids", (None, [], ())),
     "thinking_token_budget": Foreign("use max_tokens, or stop at the string that ends the thoughts"),
     "repetition_detection": Foreign("use repetition_penalty, frequency_penalty or max_tokens"),
@@ -84,7 +81,7 @@ REQUEST_OPTIONS: Mapping[str, Foreign] = {
     "mm_processor_kwargs": Foreign("pace reads text only", (None, {})),
     "prompt_token_ids": Foreign("give the ids as the prompt itself"),
     "prompt_text": Foreign("the prompt is a mapping with prompt and prompt_token_ids"),
-    "guided_options_request": Foreign("pace does not constrain outputs to a grammar"),
+    "guided_options_request": Foreign("give structured_outputs to SamplingParams"),
     "chat_template_content_format": Foreign(
         "templates that loop over a message's content get lists of parts, others one text",
         (None, "auto", "string"),

@@ -565,3 +565,40 @@ def test_results_of_the_wrong_size(team: ops.Team, short: int) -> None:
 def test_too_many_logprobs(team: ops.Team) -> None:
     with pytest.raises(ValueError, match="9 logprobs"):
         ops.sample(team, np.zeros((1, 8), np.float32), sample_params(1, n_logprobs=9), [None])
+
+
+@pytest.mark.parametrize("vocab", [7, 32, 300])
+@pytest.mark.parametrize(
+    "filters", [{"temperature": 0.0}, {}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.3}], ids=str
+)
+def test_a_mask_comes_before_everything_else(team: ops.Team, vocab: int, filters: dict[str, float]) -> None:
+    """A bitset allows what `allowed` with the same ids does, whatever else there is; bits beyond mean nothing."""
+    r = rng()
+    n = 12
+    logits = r.normal(size=(n, vocab)).astype(np.float32) * 3
+    params = sample_params(n, seed=np.arange(n), repetition_penalty=1.3, n_logprobs=0, **filters)
+    masked, listed = [], []
+    none = np.empty(0, np.int32)
+    for _ in range(n):
+        allowed = np.sort(r.choice(vocab, r.integers(1, min(vocab, 5)), replace=False)).astype(np.int32)
+        banned = np.setdiff1d(r.integers(0, vocab, 3), allowed[:1]).astype(np.int32)
+        words = np.zeros((vocab + 31) // 32, np.uint32)
+        for token in allowed:
+            words[token // 32] |= np.uint32(1 << (token % 32))
+        if vocab % 32:
+            words[-1] |= np.uint32((0xFFFFFFFF << (vocab % 32)) & 0xFFFFFFFF)
+        history = (allowed, allowed, banned, none, np.empty(0, np.float32))
+        masked.append((*history, none, words))
+        listed.append((*history, allowed))
+    got, want = ops.sample(team, logits, params, masked), ops.sample(team, logits, params, listed)
+    for a, b in zip(got, want, strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
+def test_a_mask_of_another_vocabulary_and_an_empty_one_are_refused(team: ops.Team) -> None:
+    none, x = np.empty(0, np.int32), np.zeros((1, 40), np.float32)
+    free = (none, none, none, none, np.empty(0, np.float32), none)
+    with pytest.raises(ValueError, match="a mask of 1 words for 40 columns"):
+        ops.sample(team, x, sample_params(1), [(*free, np.ones(1, np.uint32))])
+    assert ops.sample(team, x, sample_params(1), [(*free, np.zeros(2, np.uint32))]).errors.tolist() == [-2]
+    assert ops.sample(team, x, sample_params(1), [(*free, None)]).errors.tolist() == [0]

@@ -262,7 +262,7 @@ int pace_logprobs_row(const pace_kernels *kernels, const float *logits, int voca
 // --- Drawing -------------------------------------------------------------------------------------
 
 static bool edits(const struct pace_sample_params *p) {
-    return p->n_banned > 0 || p->n_bias > 0 || p->n_allowed > 0 ||
+    return p->mask || p->n_banned > 0 || p->n_bias > 0 || p->n_allowed > 0 ||
            (p->repetition_penalty != 1.0f && p->n_prompt + p->n_output > 0) ||
            ((p->presence_penalty != 0.0f || p->frequency_penalty != 0.0f) && p->n_output > 0);
 }
@@ -277,6 +277,13 @@ static void edit(float *x, const float *logits, int n, const struct pace_sample_
         }
     } else {
         memcpy(x, logits, (size_t)n * sizeof *logits);
+    }
+    for (int i = 0; p->mask && i < n; i += 32) {
+        uint32_t word = p->mask[i / 32];
+        if (word == UINT32_MAX) continue;
+        int end = i + 32 < n ? i + 32 : n;
+        for (int t = i; t < end; t++)
+            if (!(word >> (t - i) & 1)) x[t] = -INFINITY;
     }
     for (int i = 0; i < p->n_banned; i++) {
         uint32_t t = (uint32_t)p->banned[i];

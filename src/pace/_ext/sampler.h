@@ -2,7 +2,7 @@
 // and log-probabilities. A row never looks at another row (DESIGN law 1); the caller spreads rows
 // over the team, one scratch per worker.
 //
-// Order, as vLLM's V1 sampler: allowed tokens and bans (bad words, stop ids before min_tokens), bias, repetition
+// Order, as vLLM's V1 sampler: mask, allowed tokens and bans (bad words, stop ids before min_tokens), bias, repetition
 // penalty, frequency and presence penalty; then for greedy the maximum, else temperature, min-p, top-k of what min-p
 // left, top-p of what both left, draw. Log-probabilities are those of the raw logits, before all this. Wherever logits
 // are equal the lower token id comes first; top-k keeps exactly k tokens (vLLM keeps all that equal the k-th).
@@ -41,6 +41,7 @@ struct pace_sample_params {
     const int32_t *bias_ids;
     const float *bias;       // [n_bias], added to the logits of bias_ids
     const int32_t *allowed;  // only these may be drawn; n_allowed 0: all
+    const uint32_t *mask;    // [ceil(vocab / 32)] bit t % 32 of word t / 32: t may be drawn; NULL: all
 };
 
 struct pace_sample_result {

@@ -14,6 +14,7 @@ cdef extern from "sampler.h" nogil:
         const int32_t *bias_ids
         const float *bias
         const int32_t *allowed
+        const uint32_t *mask
     struct pace_sample_result:
         int32_t token, rank
         float logprob
@@ -116,6 +117,7 @@ def sample(Team team not None, const float[:, :] logits, maxima, const sample_re
     cdef long i, n = logits.shape[0]
     cdef const float[::1] bias
     cdef const float[:, ::1] block_max
+    cdef const uint32_t[::1] mask
     cdef pace_sample_params *p
     cdef sample_job job
     team.check_open()
@@ -158,7 +160,12 @@ def sample(Team team not None, const float[:, :] logits, maxima, const sample_re
                 continue
             row = tuple(row)
             held.append(row)
-            prompt, output, banned, bias_ids, values, allowed = row
+            prompt, output, banned, bias_ids, values, allowed = row[:6]
+            if len(row) > 6 and row[6] is not None:
+                mask = row[6]
+                if mask.shape[0] != (job.vocab + 31) // 32:
+                    raise ValueError(f"row {i} has a mask of {mask.shape[0]} words for {job.vocab} columns")
+                p[i].mask = &mask[0]
             p[i].n_prompt = point(prompt, &p[i].prompt)
             p[i].n_output = point(output, &p[i].output)
             p[i].n_banned = point(banned, &p[i].banned)

@@ -144,7 +144,7 @@ class Committer:
                 self._touch(request)
         if seq.logprobs is not None:
             self._logprobs.add_sampled(seq, drawn, row)
-        if seq.watched or seq.has_stops or token in seq.stop_ids or n_output >= seq.max_output:
+        if seq.watched or seq.has_stops or token in seq.stop_ids or n_output >= seq.max_output or seq.matcher:
             self._check_end(seq, token)
 
     def _check_end(self, seq: Sequence, token: int) -> None:
@@ -152,15 +152,18 @@ class Committer:
         params, text = seq.params, seq.text
         reason: str | None = None
         stop_reason: int | str | None = None
+        by_token = False
         n_output = seq.n_output
         if token in seq.stop_ids and n_output >= params.min_tokens:
             reason = "stop"
             # As vLLM: the model's own EOS says nothing more, another end of the checkpoint or the caller is named.
             stop_reason = None if token == self._eos_token_id and not params.ignore_eos else token
+            by_token = True
+        elif seq.matcher is not None and seq.matcher.is_done:
+            reason = "stop"  # where nothing can follow, EOS says nothing new
         elif n_output >= seq.max_output:
             reason = "length"
         if text is not None and (seq.watched or seq.has_stops or reason is not None):
-            by_token = reason == "stop"
             seq.extend_text(n_output - 1 if by_token and not params.include_stop_str_in_output else n_output)
             if reason is not None and text.matched is None:
                 text.finish(check_stop=not by_token and n_output > params.min_tokens)

@@ -19,8 +19,11 @@ from pace.engine.sequence import Sequence
 from pace.errors import CapacityError, RequestError, show
 from pace.models.plan import I32Array
 from pace.params import RequestOutputKind, SamplingParams
+from pace.structured_outputs import StructuredOutputsParams
+from pace.text.preamble import NO_PREAMBLE, Preamble
 from pace.text.readers import Reader
 from pace.text.stream import TextStream
+from pace.text.structure import Grammars, lark_of
 from pace.text.tokenizer import Tokenizer
 
 __all__ = ["Preparer"]
@@ -69,6 +72,7 @@ class Preparer:
         self.eos_token_ids = eos_token_ids
         self.tokenizer = tokenizer
         self._last_rules: tuple[SamplingParams, _Rules] | None = None
+        self._grammars = None if tokenizer is None else Grammars(tokenizer, vocab_size, eos_token_ids)
 
     def prepare(
         self,
@@ -82,6 +86,7 @@ class Preparer:
         deadline_s: float | None = None,
         cache_salt: str | None = None,
         reader: Callable[[], Reader] | None = None,
+        preamble: Preamble = NO_PREAMBLE,
     ) -> Request:
         """Check a request without accepting it, so that a caller can check many before any of them runs.
 
@@ -96,6 +101,7 @@ class Preparer:
                 stop_reason "deadline".
             cache_salt: share cached prompts only with requests of the same salt.
             reader: makes what divides each completion's text; None: it is all the answer.
+            preamble: what may stand before the answer that structured_outputs describe.
 
         Raises:
             RequestError: an invalid prompt or parameter.
@@ -115,6 +121,7 @@ class Preparer:
                 f"{self.max_cached}; lower max_tokens or shorten the prompt"
             )
         rules = self._rules(params)
+        lark = self._grammar(rules.params, preamble)
         watched = stream and params.output_kind is not RequestOutputKind.FINAL_ONLY
         seqs = [
             Sequence(
@@ -128,6 +135,7 @@ class Preparer:
                 eos_ids=self.eos_token_ids,
                 constraints=rules.constraints,
                 reader=reader,
+                matcher=None if lark is None or self._grammars is None else self._grammars.compile(lark),
                 watched=watched,
                 cache_salt=cache_salt,
             )
@@ -143,6 +151,19 @@ class Preparer:
             deadline_s=deadline_s,
             arrival_s=time.monotonic(),
         )
+
+    def _grammar(self, params: SamplingParams, preamble: Preamble) -> str | None:
+        """The grammar of the whole output, compiled; None: it is free."""
+        asked = StructuredOutputsParams.parse(params.structured_outputs)
+        if asked is None:
+            return None
+        lark = lark_of(asked)
+        if self._grammars is None:
+            raise RequestError("structured_outputs need a tokenizer, but there is none")
+        self._grammars.compile(lark)  # errors of the caller's grammar, without what is put around it
+        lark = preamble.before(lark)
+        self._grammars.compile(lark)
+        return lark
 
     def check_prompt(self, prompt_ids: Seq[int] | I32Array) -> I32Array:
         """The prompt as i32 [n].

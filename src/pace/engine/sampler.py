@@ -36,6 +36,8 @@ EMPTY = -2  # `errors` of `ops.sample`: no token is left; every other code but 0
 NO_IDS: I32Array = np.empty(0, dtype=np.int32)
 NO_BIAS: F32Array = np.empty(0, dtype=np.float32)
 
+_NO_HISTORY = (NO_IDS, NO_IDS, NO_IDS, NO_IDS, NO_BIAS, NO_IDS)
+
 
 class History(NamedTuple):
     """What the sampler must know of one row besides its numbers; see `ops.sample`."""
@@ -52,6 +54,8 @@ class History(NamedTuple):
     """f32 [n]."""
     allowed: I32Array
     """i32 [n]: the only ids that may be drawn; empty: all."""
+    mask: npt.NDArray[np.uint32] | None = None
+    """u32 [ceil(vocab_size / 32)]: bit i % 32 of word i // 32: id i may be drawn; None: all."""
 
 
 class Constraints:
@@ -130,6 +134,18 @@ class Constraints:
             if not (len(banned) or len(self._bias_ids) or len(self._allowed)):
                 return None
         return History(prompt, output, banned, self._bias_ids, self._bias, self._allowed)
+
+
+def _histories(seq: Sequence) -> list[History | None]:
+    """What holds for the next token, and for those behind each drafted one."""
+    end = seq.n_tokens + 1 + seq.n_draft
+    found = [seq.constraints.history(seq.tokens, seq.n_prompt, n) for n in range(seq.n_tokens, end)]
+    if seq.matcher is not None:
+        # Behind a token that the grammar does not allow there is no mask, and nothing that could become output.
+        masks = seq.matcher.masks(seq.tokens[seq.n_tokens : end - 1].tolist())
+        for i, mask in enumerate(masks):
+            found[i] = (found[i] or History(*_NO_HISTORY))._replace(mask=mask)
+    return found
 
 
 def bad_word_ids(tokenizer: Tokenizer, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
@@ -288,12 +304,13 @@ class Sampler:
         if rows != self._gathered:
             self._params = self._rows[rows]
             self._position = self._params["position"]
-            self._free = [None] * len(seqs) if all(seq.constraints.is_free for seq in seqs) else None
+            is_free = all(seq.constraints.is_free and seq.matcher is None for seq in seqs)
+            self._free = [None] * len(seqs) if is_free else None
             self._gathered = rows
         self._position[:] = [seq.n_tokens for seq in seqs]
         history = self._free
         if history is None:
-            history = [seq.constraints.history(seq.tokens, seq.n_prompt, seq.n_tokens) for seq in seqs]
+            history = [history for seq in seqs for history in _histories(seq)]
         return self._draw(logits, self._params, history)
 
     def _sample_drafts(self, logits: F32Array, seqs: list[Sequence]) -> SampleResult:
@@ -301,7 +318,7 @@ class Sampler:
         at = [(seq, seq.n_tokens + i) for seq in seqs for i in range(1 + seq.n_draft)]
         params = self._rows[[seq.row for seq, _ in at]]
         params["position"] = [n_tokens for _, n_tokens in at]
-        history = [seq.constraints.history(seq.tokens, seq.n_prompt, n_tokens) for seq, n_tokens in at]
+        history = [history for seq in seqs for history in _histories(seq)]
         return self._draw(logits, params, history)
 
     def _draw(
@@ -338,7 +355,7 @@ class Sampler:
         """The message for a row's entry in `errors`."""
         if error == EMPTY:
             return (
-                "no token is left to draw: allowed_token_ids, bad_words and min_tokens exclude all; "
+                "no token is left to draw: structured_outputs, allowed_token_ids, bad_words and min_tokens exclude all; "
                 "allow more of them"
             )
         return "the logits hold NaN; check the checkpoint, or bisect with --kernels"

@@ -14,6 +14,7 @@ from pace.outputs import CompletionOutput, Logprob, SpeculativeMetrics, ToolCall
 from pace.params import SamplingParams
 from pace.text.readers import Reader
 from pace.text.stream import TextStream
+from pace.text.structure import Matcher
 
 __all__ = ["NO_ROW", "Sequence", "Status"]
 
@@ -58,6 +59,7 @@ class Sequence:
         watched: somebody waits for every token, so a pause between two of them is seen.
         cache_salt: sequences share cached prompts only with those of the same salt.
         reader: makes what divides the output's text; None: it is all the answer.
+        matcher: the grammar that the output follows, its own; None: it is free.
     """
 
     __slots__ = (
@@ -71,6 +73,7 @@ class Sequence:
         "key",
         "last_token",
         "logprobs",
+        "matcher",
         "max_output",
         "n_cached",
         "n_computed",
@@ -114,6 +117,7 @@ class Sequence:
         watched: bool = False,
         cache_salt: str | None = None,
         reader: Callable[[], Reader] | None = None,
+        matcher: Matcher | None = None,
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -127,6 +131,7 @@ class Sequence:
         self.watched = watched
         self.cache_salt = cache_salt
         self.reader = reader
+        self.matcher = matcher
         self.text: TextStream | None = None  # of the output; made when the sequence starts
         self.n_text = 0  # output tokens that the text covers
         self.has_stops = bool(params.stop)
@@ -206,12 +211,21 @@ class Sequence:
         self.status = Status.WAITING
 
     def draft(self, token_ids: list[int]) -> None:
-        """Guess what follows; at most max_tokens - n_tokens - 1 of them, so that the next token has room too."""
+        """Guess what follows, as far as the grammar allows it; at most max_tokens - n_tokens - 1 of them, so that the next
+        token has room too."""
+        if self.matcher is not None:
+            token_ids = token_ids[: self.matcher.validate(token_ids)]
         self.n_draft = n = len(token_ids)
         self.tokens[self.n_tokens : self.n_tokens + n] = token_ids
 
     def commit(self, token_id: int) -> None:
-        """All pending tokens have run and `token_id` was drawn: it becomes the pending one."""
+        """All pending tokens have run and `token_id` was drawn: it becomes the pending one.
+
+        Raises:
+            PaceError: its grammar does not allow it.
+        """
+        if self.matcher is not None:
+            self.matcher.accept(token_id)
         self.tokens[self.n_tokens] = self.last_token = token_id
         self.output_ids.append(token_id)
         self.n_computed = self.n_tokens

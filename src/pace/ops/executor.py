@@ -215,7 +215,7 @@ class Plan:
         self,
         logits: F32,
         params: npt.NDArray[Any],
-        history: Sequence[tuple[I32, I32, I32, I32, F32, I32] | None],
+        history: Sequence[tuple[Any, ...] | None],
     ) -> SampleResult:
         """The function `sample` on the plan's team, which need not read those of the last step's logits again whose
         block maxima the LM head has noted.

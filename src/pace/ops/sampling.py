@@ -48,7 +48,7 @@ def sample(
     team: Team,
     logits: F32,
     params: npt.NDArray[Any],
-    history: Sequence[tuple[I32, I32, I32, I32, F32, I32] | None],
+    history: Sequence[tuple[Any, ...] | None],
     maxima: F32 | None = None,
     out: SampleResult | None = None,
 ) -> SampleResult:
@@ -57,8 +57,9 @@ def sample(
     Args:
         logits: f32 [R, V]; each row contiguous.
         params: [R] of SAMPLE_DTYPE.
-        history: per row None, or (prompt ids, output ids, banned ids, bias ids, biases, allowed ids): the first
-            two for penalties; biases are added to the logits of distinct bias ids; no allowed ids: all are.
+        history: per row None, or (prompt ids, output ids, banned ids, bias ids, biases, allowed ids, mask): the
+            first two for penalties; biases are added to the logits of distinct bias ids; no allowed ids: all are; mask u32
+            [ceil(V / 32)]: bit i % 32 of word i // 32 allows token i; None or left out: all are.
             Ids outside the vocabulary are ignored.
         maxima: f32 [R, blocks of 128 columns]: the largest logit of each block, NaN where it holds one; None: they
             are computed.

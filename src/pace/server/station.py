@@ -112,7 +112,10 @@ class Station(Frontend):
         """Start a job; `Accepted` or `Refused` is the first that is told of it."""
         running = self._running[job.id] = _Running(job)
         self._off_loop(
-            _size(job.prompt, job.chat), partial(self._prepare, job), partial(self._start_job, running)
+            # A grammar takes long to compile, whatever the prompt.
+            MAX_INLINE_CHARS + 1 if "structured_outputs" in job.params else _size(job.prompt, job.chat),
+            partial(self._prepare, job),
+            partial(self._start_job, running),
         )
 
     def abort(self, job_id: int) -> None:

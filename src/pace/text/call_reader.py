@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,9 +45,9 @@ class CallReader(Script):
         if not self._is_behind_call:
             self.put(FINAL, self._space)
 
+    @abstractmethod
     def calls(self, opener: str) -> Ask[bool]:
         """Read what follows an opener; False where it is no call, or there is more than a call."""
-        raise NotImplementedError
 
     def say(self, text: str) -> None:
         """Text of the answer."""

@@ -10,6 +10,7 @@ not (harmony), a reader names it among `tokens` and is given it apart.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -31,7 +32,7 @@ class Piece(NamedTuple):
     name: str | None = None
 
 
-class Reader:
+class Reader(ABC):
     """Divides one stream of text; made anew for each.
 
     Attributes:
@@ -42,17 +43,17 @@ class Reader:
     markers: frozenset[str] = frozenset()
     tokens: frozenset[str] = frozenset()
 
+    @abstractmethod
     def push(self, text: str) -> list[Piece]:
         """Add text; returns the pieces that are certain with it."""
-        raise NotImplementedError
 
     def push_token(self, token: str) -> list[Piece]:
         """Add one of `tokens`; returns the pieces that are certain with it."""
-        raise NotImplementedError
+        return self.push(token)
 
+    @abstractmethod
     def finish(self) -> list[Piece]:
         """End the stream; returns what was held back."""
-        raise NotImplementedError
 
 
 class Chain(Reader):

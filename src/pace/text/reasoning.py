@@ -7,10 +7,12 @@ from functools import cache, partial
 
 from pace.text.readers import FINAL, REASONING, MarkedReader, Reader, State
 
-__all__ = ["find_reader"]
+__all__ = ["find_reader", "first_thought"]
 
 START = "start"
 HEADER = "header"
+
+_CHANNEL_END = "<channel|>"
 
 # Opening and closing tags: R1, Qwen3, SmolLM3 and most; Magistral; Seed-OSS.
 _TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
@@ -54,13 +56,21 @@ def find_reader(template: str, prompt: str, continued: str | None = None) -> Cal
     Returns:
         A function that makes a reader for one output; None where the output is the final text.
     """
-    for opening, closing in _TAGS:
-        if closing in template:
-            start = _first_state(prompt, continued, opening, closing)
-            return None if start == FINAL else _between_tags(opening, closing, start)
-    if "<channel|>" in template:
-        start = _first_state(prompt, continued, "<|channel>thought", "<channel|>")
+    found = first_thought(template, prompt, continued)
+    if found is None:
+        return None
+    opening, closing, start = found
+    if closing == _CHANNEL_END:
         return partial(MarkedReader, _CHANNELS, start)
+    return None if start == FINAL else _between_tags(opening, closing, start)
+
+
+def first_thought(template: str, prompt: str, continued: str | None = None) -> tuple[str, str, str] | None:
+    """What opens and closes reasoning, and the state in which the output begins: START, REASONING or FINAL; None: there is
+    no reasoning. Arguments as `find_reader`."""
+    for opening, closing in (*_TAGS, ("<|channel>thought", _CHANNEL_END)):
+        if closing in template:
+            return opening, closing, _first_state(prompt, continued, opening, closing)
     return None
 
 

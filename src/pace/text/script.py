@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Generator
 from typing import TypeVar
 
@@ -33,9 +34,9 @@ class Script(Reader):
         self._script = self.script()
         next(self._script, None)
 
+    @abstractmethod
     def script(self) -> Ask[None]:
         """Read the whole stream."""
-        raise NotImplementedError
 
     def push(self, text: str) -> list[Piece]:
         """See `Reader`."""

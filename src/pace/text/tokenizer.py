@@ -222,6 +222,11 @@ class Tokenizer:
             self._bytes[token_id] = data
         return data
 
+    def to_json(self) -> str:
+        """What tokenizer.json says."""
+        text: str = self._rust.to_str()
+        return text
+
     def is_special(self, token_id: int) -> bool:
         """Whether `skip_special_tokens` leaves this token out."""
         return token_id in self._special_ids
