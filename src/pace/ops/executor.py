@@ -13,7 +13,6 @@ from pace._ext import _kernels
 from pace.errors import ConfigError, ForkError
 from pace.models import plan as ir
 from pace.models.plan import F32Array as F32
-from pace.models.plan import I32Array as I32
 from pace.ops.machine import isas
 from pace.ops.memory import KVPool, MappedTable, PackedMatrix
 from pace.ops.sampling import SampleResult, sample
