@@ -157,9 +157,9 @@ ENGINE_OPTIONS: dict[str, Foreign] = {
     "enable_sleep_mode": Foreign("close() gives the memory back", _NO),
     "enable_return_routed_experts": Foreign("pace does not return routed experts", _NO),
     "return_sampling_mask": Foreign("use logprobs", _NO),
-    "spec_method": Foreign("pace does not speculate yet"),
-    "spec_model": Foreign("pace does not speculate yet"),
-    "spec_tokens": Foreign("pace does not speculate yet"),
+    "spec_method": Foreign("give it as method of speculative"),
+    "spec_model": Foreign("give it as model of speculative"),
+    "spec_tokens": Foreign("give it as num_speculative_tokens of speculative"),
     "max_num_queued_reqs": Foreign("it is called max_num_waiting, and counts sequences"),
     "max_num_partial_prefills": Foreign(
         "the token budget of a step, max_num_batched_tokens, is the only bound", _ONE
@@ -238,7 +238,7 @@ OUTPUT_FIELDS: Mapping[str, str] = {
     "kv_transfer_params": "caches are not moved between engines",
     "routed_experts": "pace does not return routed experts",
     "sampling_mask": "use logprobs",
-    "spec_decode_metrics": "pace does not speculate yet",
+    "spec_decode_metrics": "read speculative",
 }
 """Of RequestOutput, CompletionOutput and their metrics."""
 
