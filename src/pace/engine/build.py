@@ -62,6 +62,8 @@ def build_engine(
     executor = ops.Plan(
         team, plan, sink.weights, kv_pools, max_tokens, max_seqs, n_logit_rows, config.kernels
     )
+    if speculation is not None:
+        speculation.bind(executor.slot)
     scheduler = Scheduler(
         tables,
         max_tokens,

@@ -204,6 +204,8 @@ class Engine:
             self.sampler.open(seq)
             self.preparer.open_text(seq)
         result = self.runner.run(step, self._score)
+        if self.speculation is not None:
+            self.speculation.ran(step)
         start = time.perf_counter()
         drawn = self.sampler.sample(result.logits, result.sampled) if result.sampled else None
         self._sample_s += time.perf_counter() - start

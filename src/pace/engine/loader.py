@@ -112,12 +112,15 @@ def load(
             defaults = replace(defaults, eos_token_ids=end_ids(tokenizer, defaults.eos_token_ids))
         if defaults.sampling:
             logger.info("sampling defaults from generation_config.json: %s", dict(defaults.sampling))
-        plan = lower(spec, memory.max_model_len)
+        taps = () if speculation is None else speculation.taps(spec)
+        plan = lower(spec, memory.max_model_len, taps)
         team = make_team(config)
         try:
             guesses = None
             if speculation is not None:
-                guesses = speculation.make(Target(spec.vocab_size, memory, tokenizer, team, show_progress))
+                guesses = speculation.make(
+                    Target(spec.vocab_size, spec.dim, memory, tokenizer, team, show_progress)
+                )
             sink = PackedSink(team)
             load_packed(plan, tensors, sink, show_progress)
             engine, executor = build_engine(config, plan, sink, team, memory, defaults, tokenizer, guesses)
@@ -162,7 +165,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def _plan_memory(config: EngineConfig, spec: DecoderSpec, speculation: SpeculationMaker | None) -> MemoryPlan:
-    plan = lower(spec, 1)
+    plan = lower(spec, 1, () if speculation is None else speculation.taps(spec))
     available, n_draft_rows, kv_share = None, 0, 1.0
     if speculation is not None:
         available, n_draft_rows = available_bytes() - speculation.n_bytes, speculation.max_draft_rows

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy.typing as npt
+
 from pace import ops
 from pace.engine.memory import MemoryPlan
+from pace.engine.schedule import Schedule
 from pace.engine.sequence import Sequence
+from pace.models.spec import DecoderSpec
 from pace.text.tokenizer import Tokenizer
 
 __all__ = ["Speculation", "SpeculationMaker", "Target"]
@@ -20,6 +25,7 @@ class Target:
 
     Attributes:
         vocab_size: columns of its logits.
+        dim: columns of its hidden states.
         memory: what it allocates.
         tokenizer: its tokenizer; None: it was loaded without one.
         team: the threads that run it, and whatever runs beside it.
@@ -27,6 +33,7 @@ class Target:
     """
 
     vocab_size: int
+    dim: int
     memory: MemoryPlan
     tokenizer: Tokenizer | None
     team: ops.Team
@@ -45,6 +52,10 @@ class SpeculationMaker(Protocol):
     max_draft_rows: int
     n_bytes: int
     kv_width: int
+
+    def taps(self, spec: DecoderSpec) -> tuple[int, ...]:
+        """Depths of the target at which it wants hidden states, as `models.decoder.lower` takes them."""
+        ...
 
     def make(self, target: Target) -> Speculation:
         """Load what guesses.
@@ -65,6 +76,14 @@ class Speculation(Protocol):
 
     max_draft_rows: int
     max_tokens: int
+
+    def bind(self, slot: Callable[[str], npt.NDArray[Any]]) -> None:
+        """Where the target leaves what was tapped: slot(name) is an activation slot, [rows, width]."""
+        ...
+
+    def ran(self, step: Schedule) -> None:
+        """The target ran a step; its rows are still in its slots, and nothing is committed."""
+        ...
 
     def propose(self, running: Seq[Sequence]) -> None:
         """Before a step is planned: `Sequence.draft` for those that decode and may speculate."""

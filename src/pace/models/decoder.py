@@ -45,26 +45,29 @@ STEP = 16
 activation of 0 is 0."""
 
 
-def lower(spec: DecoderSpec, max_model_len: int) -> Plan:
+def lower(spec: DecoderSpec, max_model_len: int, taps: tuple[int, ...] = ()) -> Plan:
     """Lower a decoder into a plan.
 
     Args:
         spec: the decoder.
         max_model_len: longest sequence of the engine (tokens); fixes dynamic and longrope tables.
+        taps: depths at which every row's hidden state is kept, in bf16, in the slot `tap_slot(depth)`: 0 the embedding, i
+            the stream behind i layers, the number of layers: behind the last norm, as transformers' `hidden_states`.
 
     Raises:
         ConfigError: max_model_len is not positive.
     """
     if max_model_len < 1:
         raise ConfigError(f"max_model_len is {max_model_len}, expected at least 1 token")
-    model = _Lowering(spec)
+    model = _Lowering(spec, taps)
     x = model.embed()
+    model.tap(0, x)
     inputs = model.layer_inputs(x)
     parallel = spec.placement is Placement.PARALLEL
     for i, layer in enumerate(spec.layers):
         h = model.enter(f"layers.{i}.attn", x)
         attended = model.attention(i, layer.mixer, h)
-        if i == model.owners[-1]:  # nothing is appended from here on
+        if i == model.owners[-1] and not taps:  # nothing is appended from here on
             x, attended = model.select(x), model.select(attended)
             h = model.select(h) if parallel else h
             inputs = None if inputs is None else model.select(inputs)
@@ -73,6 +76,8 @@ def lower(spec: DecoderSpec, max_model_len: int) -> Plan:
         model.mlp(i, layer.ffn, h, x)
         if inputs is not None:
             model.add_input(i, inputs, x)
+        if i + 1 < len(spec.layers):
+            model.tap(i + 1, x)
     logits = model.head(x)
     return Plan(
         slots=model.slots,
@@ -83,6 +88,11 @@ def lower(spec: DecoderSpec, max_model_len: int) -> Plan:
         dim=spec.dim,
         logits=logits.name,
     )
+
+
+def tap_slot(depth: int) -> str:
+    """Where a plan that was lowered with this tap keeps its hidden states: bf16 [T, dim]."""
+    return f"tap.{depth}"
 
 
 def kv_layers(spec: DecoderSpec) -> tuple[KVLayer, ...]:
@@ -117,8 +127,9 @@ def _with_positions(embed: Embed, positions: LearnedPositions) -> Embed:
 class _Lowering:
     """Collects operators and slots. Each method is one block of the decoder."""
 
-    def __init__(self, spec: DecoderSpec) -> None:
+    def __init__(self, spec: DecoderSpec, taps: tuple[int, ...] = ()) -> None:
         self.spec = spec
+        self.taps = taps
         self.owners = _owners(spec)
         self.slots: dict[str, Slot] = {}
         self.ops: list[Op] = []
@@ -280,16 +291,20 @@ class _Lowering:
     def head(self, x: Slot) -> Slot:
         """logits = lm_head(norm(x)): f32 [R, vocab_size]; a tied head shares the embedding's matrix."""
         spec = self.spec
-        h = self.slot("h", x.width, "bf16", x.rows)
+        last = len(spec.layers)
+        name = tap_slot(last) if last in self.taps else "h"
+        h = self.slot(name, x.width, "bf16", x.rows)
         if spec.final_norm:
             self.norm("norm", x, h)
         else:
-            self.cast("norm", x)
+            self.ops.append(Norm("norm", x.name, h.name, None, kind="none"))
+        if x.rows == "tokens":
+            h = self.select(h)
         if spec.embed_dim is not None:
-            narrow = self.slot("unembedded", spec.embed_dim, "bf16", x.rows)
+            narrow = self.slot("unembedded", spec.embed_dim, "bf16", h.rows)
             self.ops.append(Gemm("embed.out", h.name, narrow.name, "embed.out"))
             h = narrow
-        logits = self.slot("logits", spec.vocab_size, "f32", x.rows)
+        logits = self.slot("logits", spec.vocab_size, "f32", h.rows)
         weight = "embed" if spec.tied else "lm_head"
         bias = self.bias_of(Bias.HEAD, "lm_head.bias")
         self.ops.append(
@@ -346,6 +361,12 @@ class _Lowering:
                 scale=scalar,
             )
         )
+
+    def tap(self, depth: int, x: Slot) -> None:
+        """Keep the hidden states, where that was asked for."""
+        if depth in self.taps:
+            kept = self.slot(tap_slot(depth), x.width, "bf16", x.rows)
+            self.ops.append(Norm(f"tap.{depth}", x.name, kept.name, None, kind="none"))
 
     def cast(self, name: str, x: Slot) -> Slot:
         """x as the input of a Gemm: bf16."""

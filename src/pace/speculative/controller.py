@@ -43,9 +43,9 @@ FIRST_PROBE, PROBE_EVERY, PROBE_ROUNDS, PROBE_SHARE = 8, 256, 4, 0.01
 """While speculation does not pay, it is tried again after so many steps, in so many rounds of one sequence; less often
 where that would take more than this share of the time."""
 
-FIRST_PLAIN, PLAIN_EVERY = 2, 64
-"""Steps that run plainly before anything is guessed, and one of so many rounds, to know what a plain step costs now: memory
-that gives 60 GB/s in one minute gives 35 in another."""
+FIRST_PLAIN, FIRST_FULL, PLAIN_EVERY = 2, 4, 64
+"""Steps that run plainly before anything is guessed; rounds that verify whatever was guessed then; and one of so many
+rounds is a plain step, to know what that costs now: memory that gives 60 GB/s in one minute gives 35 in another."""
 
 FIRST_REACH, FEW_ROUNDS = 0.7, 3
 """Probability that a guess stands when those before it do, until there have been some; and of how many rounds it counts."""
@@ -122,7 +122,7 @@ class Controller:
         self.n_probes = 0
         self.is_open = True  # whether speculation paid when it was last asked
         self._target = StepCost() if target is None else target
-        self._n_open = 0  # rounds since the last plain step
+        self._n_full = self._n_open = 0  # rounds that verified all; rounds since the last plain step
         self._draft_s: dict[int, float] = {}  # seconds of a pass, by the bit length of its sequences
         self._all = _Reach(FIRST_REACH ** np.arange(1, max_tokens + 1), FEW_ROUNDS)
         self._own: dict[Sequence, _Reach] = {}
@@ -181,6 +181,11 @@ class Controller:
         is_sure = all(proposal.confidences is not None for proposal in proposals.values())
         if self._target.n_steps < FIRST_PLAIN or not (self.is_open or is_sure):
             return full  # a probe, which is to learn
+        # Whether the draft is as sure as it should be, those guesses tell that it doubts.
+        tries = self._n_full < FIRST_FULL if self.is_open else self._left == PROBE_ROUNDS
+        if tries and sum(full.values()) <= 2 * FREE_ROWS:
+            self._n_full += 1
+            return full
         owners = [seq for seq, n in full.items() for _ in range(n)]
         if not owners:
             return full

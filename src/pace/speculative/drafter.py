@@ -19,10 +19,13 @@ It writes nothing of it. Sequences hash by identity, so a drafter's own state ma
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy.typing as npt
+
+from pace.engine.schedule import Schedule
 from pace.engine.sequence import Sequence
 
 __all__ = ["Drafter", "Proposal"]
@@ -58,6 +61,14 @@ class Drafter(ABC):
     name: str
     max_tokens: int
     decided_s: float = 0.0
+
+    def bind(self, slot: Callable[[str], npt.NDArray[Any]]) -> None:
+        """Where the target leaves the hidden states that the drafter's maker asked for; see `Speculation.bind`."""
+        return
+
+    def ran(self, step: Schedule) -> None:
+        """The target ran a step; see `Speculation.ran`. Rows of drafted tokens may turn out to be wrong."""
+        return
 
     @abstractmethod
     def propose(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, Proposal]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 from operator import mul
 from typing import Any
 
+import numpy.typing as npt
+
+from pace.engine.schedule import Schedule
 from pace.engine.sequence import Sequence
 from pace.speculative.controller import Controller
 from pace.speculative.drafter import Drafter, Proposal
@@ -85,6 +88,14 @@ class HybridDrafter(Drafter):
         # Of all sequences, where one begins. At first a third of a model's guess is thought right, and 0.8 of a promise.
         self._usual = Choice(model.max_tokens / 3, 0.8)
         self._n_proposals = {"suffix": 0, model.name: 0}
+
+    def bind(self, slot: Callable[[str], npt.NDArray[Any]]) -> None:
+        """See `Drafter.bind`."""
+        self._model.bind(slot)
+
+    def ran(self, step: Schedule) -> None:
+        """See `Drafter.ran`."""
+        self._model.ran(step)
 
     def propose(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, Proposal]:
         """As `Drafter.propose`."""

@@ -29,8 +29,10 @@ from pace.models.weights import Tensors, settle_head
 from pace.speculative.controller import Controller
 from pace.speculative.draft_model import ModelDrafter
 from pace.speculative.drafter import Drafter
+from pace.speculative.features import Features, with_features
 from pace.speculative.hybrid import HybridDrafter
 from pace.speculative.pard import PardDrafter
+from pace.speculative.pard2 import Pard2
 from pace.speculative.reader import DraftReader
 from pace.speculative.speculator import Speculator
 from pace.speculative.suffix import SuffixDrafter
@@ -88,6 +90,10 @@ class Maker:
         self.speculative = speculative
         self.max_tokens = speculative.num_speculative_tokens
         self.max_draft_rows = max(self.max_tokens, min(config.max_num_seqs * self.max_tokens, MAX_DRAFT_ROWS))
+
+    def taps(self, spec: DecoderSpec) -> tuple[int, ...]:
+        """Depths of the target at which the drafter wants its hidden states: none."""
+        return ()
 
     def drafter(self, target: Target, controller: Controller | None) -> Drafter:
         """Load what guesses for this target.
@@ -150,6 +156,8 @@ class DraftMaker(Maker):
             )
         one_pass = speculative.method == "pard" or (speculative.method == "hybrid" and _has_mask(self.values))
         self.mask_id = _mask_id(self.values, path, spec.vocab_size) if one_pass else None
+        self._pard2 = Pard2.read(self.values, self.directory) if one_pass else None
+        self._depths: tuple[int, ...] = ()  # of the target's taps
         if speculative.draft_window is not None:
             spec = _windowed(spec, speculative.draft_window)
         self.spec = spec
@@ -157,6 +165,12 @@ class DraftMaker(Maker):
         plan = lower(spec, 1)
         self.n_bytes = packed_bytes(plan) + slot_bytes(plan, config.max_num_batched_tokens, self.n_logit_rows)
         self.kv_width = plan.kv_width
+
+    def taps(self, spec: DecoderSpec) -> tuple[int, ...]:
+        """Depths of the target at which the draft wants its hidden states."""
+        if self._pard2 is not None:
+            self._depths = self._pard2.depths(spec)
+        return self._depths
 
     def drafter(self, target: Target, controller: Controller | None) -> Drafter:
         """Load the draft."""
@@ -221,6 +235,7 @@ class DraftMaker(Maker):
             max_seqs=config.max_num_seqs,
             max_logit_rows=self.n_logit_rows,
             max_len=max_len,
+            features=Features(self._depths) if self._depths else None,
             ids=ids,
             never=never if ids is None else NO_IDS,
             prefix_caching=shares_prefixes(config),
@@ -237,6 +252,9 @@ class DraftMaker(Maker):
             plan = lower(spec, max_len)
             sink = PackedSink(target.team) if ids is None else TrimmingSink(target.team, plan, ids)
             load_packed(plan, tensors, sink, target.show_progress)
+        if self._pard2 is not None and self._depths:
+            self._pard2.load(sink, spec.dim)
+            plan = with_features(plan, self._pard2.width, self._pard2.scale, self._pard2.bias)
         return (plan if ids is None else trimmed(plan, len(ids))), sink
 
     def _never(self, target: Target) -> I32Array:

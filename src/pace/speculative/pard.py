@@ -8,9 +8,12 @@ nothing that is not verified is ever kept, and no pass depends on what became of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy.typing as npt
+
+from pace.engine.schedule import Schedule
 from pace.engine.sequence import Sequence
 from pace.speculative.drafter import Drafter, Proposal
 from pace.speculative.reader import DraftReader
@@ -33,6 +36,16 @@ class PardDrafter(Drafter):
         self.max_tokens = max_tokens
         self._reader = reader
         self._mask_id = mask_id
+
+    def bind(self, slot: Callable[[str], npt.NDArray[Any]]) -> None:
+        """See `Drafter.bind`."""
+        if self._reader.features is not None:
+            self._reader.features.bind(slot)
+
+    def ran(self, step: Schedule) -> None:
+        """See `Drafter.ran`."""
+        if self._reader.features is not None:
+            self._reader.features.ran(step)
 
     def propose(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, Proposal]:
         """Guesses of those whose tokens the draft has read up to the last one; see `Drafter.propose`."""

@@ -19,6 +19,7 @@ from pace.engine.sampler import NO_BIAS, NO_IDS, History
 from pace.engine.sequence import Sequence
 from pace.kvcache import KVTables, Reuse
 from pace.models.plan import Batch, Executor, F32Array, I32Array
+from pace.speculative.features import SLOT, Features
 
 __all__ = ["DraftReader", "Guess", "Part", "Reading"]
 
@@ -84,6 +85,7 @@ class DraftReader:
         max_tokens, max_seqs: most rows and sequences of one pass.
         max_logit_rows: most rows of logits of one pass.
         max_len: longest sequence that the draft reads, in tokens.
+        features: what the draft sees of the target's states; None: nothing.
         ids: i32 [n]: the token of every column of the logits; None: the column.
         never: i32 [m]: tokens that are never guessed: masks, and ids that the target has no token for.
         prefix_caching: look for what was read before.
@@ -100,6 +102,7 @@ class DraftReader:
         max_seqs: int,
         max_logit_rows: int,
         max_len: int,
+        features: Features | None = None,
         ids: I32Array | None = None,
         never: I32Array = NO_IDS,
         prefix_caching: bool = True,
@@ -109,6 +112,8 @@ class DraftReader:
         self.max_len = max_len
         self.n_rows = self.n_passes = 0  # run so far
         self.tables = tables
+        self.features = features
+        self._feature_rows = None if features is None else executor.slot(SLOT)
         self._executor: Executor = executor
         self._sample = executor.sample
         self._vocab_size = vocab_size
@@ -137,6 +142,8 @@ class DraftReader:
     def end(self, seq: Sequence) -> None:
         """Let go of a sequence; its tokens stay in the cache while their blocks are not needed."""
         self._unreadable.discard(seq)
+        if self.features is not None:
+            self.features.end(seq)
         reading = self._readings.pop(seq, None)
         if reading is not None:
             self.tables.close(reading.row, seq.tokens[: reading.n_read])
@@ -144,7 +151,7 @@ class DraftReader:
     def close(self) -> None:
         """Give back the plan's memory."""
         self._readings.clear()
-        self._executor = self._sample = None  # type: ignore[assignment]
+        self._executor = self._sample = self._feature_rows = None  # type: ignore[assignment]
 
     def room(self, reading: Reading) -> int:
         """Rows that one pass may run of a sequence: its tokens and what is guessed behind them."""
@@ -199,6 +206,9 @@ class DraftReader:
         logit_rows: list[int] = []
         at = 0
         for reading, first, n_tokens, extra, n_logits in parts:
+            if self.features is not None and self._feature_rows is not None:
+                rows = self._feature_rows[at : at + n_tokens + len(extra)]
+                self.features.fill(rows, reading.seq, first, n_tokens)
             tokens.append(reading.seq.tokens[first : first + n_tokens])
             if extra:
                 tokens.append(np.array(extra, np.int32))

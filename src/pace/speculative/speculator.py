@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Any
 
+import numpy.typing as npt
+
 from pace.engine.commit import FATAL
+from pace.engine.schedule import Schedule
 from pace.engine.sequence import Sequence, Status
 from pace.errors import one_line
 from pace.log import logger
@@ -49,6 +53,21 @@ class Speculator:
         self._known: set[Sequence] = set()  # what the drafter may hold something for
         self._distrusted: set[Sequence] = set()
         self._draft_s = 0.0
+
+    def bind(self, slot: Callable[[str], npt.NDArray[Any]]) -> None:
+        """See `Speculation.bind`."""
+        if self._drafter is not None:
+            self._drafter.bind(slot)
+
+    def ran(self, step: Schedule) -> None:
+        """See `Speculation.ran`."""
+        if self._drafter is not None:
+            try:
+                self._drafter.ran(step)
+            except FATAL:
+                raise
+            except BaseException as error:
+                self._turn_off(error)
 
     def propose(self, running: Seq[Sequence]) -> None:
         """Before a step is planned: guesses for those that decode."""
@@ -176,7 +195,8 @@ class Speculator:
             if drafts:
                 self._controller.drafted(len(drafts), seconds)
             auto = {
-                seq: Proposal(draft, proposals[seq].confidences)
+                # Where chance decides, what the draft believes means nothing.
+                seq: Proposal(draft, None if self._match.is_synthetic else proposals[seq].confidences)
                 for seq, draft in drafts.items()
                 if isinstance(seq.params.speculative, str)
             }
