@@ -159,7 +159,9 @@ class Sequence:
         self.n_emitted = self.n_emitted_chars = self.n_emitted_reasoning = (
             0  # of output that has been handed out as deltas
         )
-        self.n_emitted_arguments: list[int] = []  # of each tool call
+        self.n_emitted_arguments: tuple[
+            int, ...
+        ] = ()  # of each tool call; a list would be an object per waiting sequence
 
     def __repr__(self) -> str:
         return (
@@ -276,7 +278,7 @@ class Sequence:
 
     def _new_of(self, calls: list[ToolCall]) -> list[ToolCall]:
         """What was not handed out of them yet."""
-        old, self.n_emitted_arguments = self.n_emitted_arguments, [len(call.arguments) for call in calls]
+        old, self.n_emitted_arguments = self.n_emitted_arguments, tuple(len(call.arguments) for call in calls)
         known = [
             replace(call, arguments=call.arguments[n_old:])
             for call, n_old in zip(calls, old, strict=False)
