@@ -192,7 +192,7 @@ class AsyncLLM(Frontend):
         try:
             encoding = None
             # A grammar takes long to compile, and the first one reads the whole vocabulary.
-            if size > MAX_INLINE_CHARS or (params is not None and params.structured_outputs is not None):
+            if size > MAX_INLINE_CHARS or getattr(params, "structured_outputs", None) is not None:
                 with suppress(RuntimeError):  # no thread can be started: then it takes the loop's time
                     encoding = loop.run_in_executor(self._encoders, make)
             ticket = _AsyncTicket(make() if encoding is None else await encoding, _Waker(loop))

@@ -14,7 +14,7 @@ from pace.engine.sequence import Sequence
 from pace.errors import RequestError
 from pace.params import SamplingParams
 
-NOTHING: dict[str, list[float]] = {field: [] for field in History._fields}
+NOTHING: dict[str, list[float]] = {field: [] for field in History._fields if field != "mask"}
 
 
 def running(
@@ -80,9 +80,11 @@ def history(
     )
     if found is None:
         return None
-    assert {part.dtype for i, part in enumerate(found) if i != 4} == {np.dtype(np.int32)}
+    assert found.mask is None, "no grammar here"
+    parts: dict[str, Any] = {name: part for name, part in found._asdict().items() if name != "mask"}
+    assert {part.dtype for name, part in parts.items() if name != "bias"} == {np.dtype(np.int32)}
     assert found.bias.dtype == np.float32
-    return {name: part.tolist() for name, part in found._asdict().items()}
+    return {name: part.tolist() for name, part in parts.items()}
 
 
 def test_the_usual_request_has_no_history() -> None:
@@ -177,7 +179,7 @@ def test_errors_are_explained() -> None:
     banned = History(ids, ids, np.arange(8, dtype=np.int32), ids, np.empty(0, np.float32), ids)
     errors = ops.sample(with_team, logits, params, [banned, None]).errors
     with_team.close()
-    assert Sampler.explain(errors[0]).startswith("no token is left to draw: allowed_token_ids, bad_words")
+    assert Sampler.explain(errors[0]).startswith("no token is left to draw: structured_outputs, allowed_token_ids")
     assert Sampler.explain(errors[1]).startswith("the logits hold NaN")
 
 
