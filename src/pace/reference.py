@@ -24,6 +24,8 @@ from pace.models.plan import (
     Attention,
     Batch,
     Embed,
+    ExpertsIn,
+    ExpertsOut,
     Gemm,
     I32Array,
     Norm,
@@ -32,6 +34,7 @@ from pace.models.plan import (
     Quantise,
     Rope,
     RopeKV,
+    Route,
     Select,
 )
 
@@ -106,6 +109,12 @@ class Reference:
                 self._attention(op, batch)
             elif isinstance(op, Quantise):
                 self._quantise(op)
+            elif isinstance(op, Route):
+                self._route(op)
+            elif isinstance(op, ExpertsIn):
+                self._experts_in(op)
+            elif isinstance(op, ExpertsOut):
+                self._experts_out(op)
             else:
                 self._select(op, batch)
             if self.trace is not None:
@@ -140,7 +149,8 @@ class Reference:
             gate, up = split_gated(y)
             y = (activate(gate, op.act) * up)[:, : dst.width]
         elif op.epilogue == "add":
-            y = self._slots[op.dst] + op.scale * y
+            by_row = 1 if op.other is None else self._slots[op.other][:, op.at, None]
+            y = self._slots[op.dst] + op.scale * by_row * y
         else:
             y = op.scale * activate(y, op.act)
             if op.cap is not None:
@@ -156,6 +166,53 @@ class Reference:
             q, scale = quantise(groups)
             x = (q * scale).reshape(x.shape)
         self._slots[op.dst] = x
+
+    def _route(self, op: Route) -> None:
+        logits = self._slots[op.src]  # [T, E]
+        ids, weights = route(op, logits, self._vector(op.choice))  # [T, k] each
+        if op.expert_scale is not None:
+            weights = weights * self.weights[op.expert_scale][ids]
+        self._store(op.dst, np.concatenate([ids.astype(self.dtype), weights], axis=1))
+
+    def _sorted(self, slot: str) -> tuple[I32Array, I32Array, Array]:
+        """Expert, row and weight of every choice in a slot that `Route` wrote, sorted by expert: [T * k] each."""
+        chosen = self._slots[slot]
+        k = chosen.shape[1] // 2
+        ids = chosen[:, :k].astype(np.int32).reshape(-1)
+        order = np.argsort(ids, kind="stable")
+        return ids[order], (order // k).astype(np.int32), chosen[:, k:].reshape(-1)[order]
+
+    def _experts_in(self, op: ExpertsIn) -> None:
+        ids, rows, weights = self._sorted(op.route)
+        x = self._slots[op.src][rows]  # [T k, k of W]
+        if op.on_input:
+            x = self._round(x * weights[:, None])
+        out: Array = np.empty((len(rows), self.plan.slots[op.dst].width), self.dtype)
+        for e in np.unique(ids):
+            y = x[ids == e] @ self.weights[op.weight][e].T
+            if op.bias is not None:
+                y = y + self.weights[op.bias][e]
+            gate, up = split_gated(y)
+            if op.limit:
+                gate, up = np.minimum(gate, op.limit), np.clip(up, -op.limit, op.limit)
+                y = (up + 1) * gate / (1 + np.exp(-op.alpha * gate))
+            else:
+                y = activate(gate, op.act) * up
+            out[ids == e] = y[:, : out.shape[1]]
+        self._store(op.dst, out)
+
+    def _experts_out(self, op: ExpertsOut) -> None:
+        ids, rows, weights = self._sorted(op.route)
+        x, chosen = self._slots[op.src], self._slots[op.route]
+        out = np.zeros((len(chosen), self.plan.slots[op.dst].width), self.dtype)
+        if op.add:
+            out = out + self._slots[op.dst]
+        for e in np.unique(ids):
+            y = x[ids == e] @ self.weights[op.weight][e].T
+            if op.bias is not None:
+                y = y + self.weights[op.bias][e]
+            out[rows[ids == e]] += op.scale * y * (weights[ids == e][:, None] if op.weigh else 1)
+        self._store(op.dst, out)
 
     def _rope_kv(self, op: RopeKV, batch: Batch) -> dict[str, Array]:
         kv, positions = self.plan.kv[op.kv], self._positions(op.src, batch)
@@ -316,6 +373,31 @@ def dequantise_mxfp4(blocks: npt.NDArray[np.uint8], scales: npt.NDArray[np.uint8
     return weights.reshape(*scales.shape[:-1], -1)
 
 
+def route(op: Route, logits: Array, choice: Array | None) -> tuple[I32Array, Array]:
+    """Numbers and weights of the experts that rows with these logits [T, E] choose: [T, k] each, best first."""
+    scores = 1 / (1 + np.exp(-logits)) if op.order == "sigmoid" else logits
+    # Alone the logits choose, as they do in the kernels: the sigmoids of 30 and 31 are nearly one number.
+    by = scores + choice if choice is not None else scores if op.n_groups > 1 else logits
+    if op.n_groups > 1:
+        groups = by.reshape(len(by), op.n_groups, -1)
+        best = np.sort(groups, axis=-1)[:, :, -2:].sum(axis=-1)  # [T, groups]
+        kept = np.argsort(-best, axis=-1, kind="stable")[:, : op.top_groups]
+        mask = np.zeros(best.shape, bool)
+        np.put_along_axis(mask, kept, True, axis=-1)
+        by = np.where(mask[:, :, None], groups, -np.inf).reshape(by.shape)
+    ids = np.argsort(-by, axis=-1, kind="stable")[:, : op.top_k].astype(np.int32)
+    chosen = np.take_along_axis(scores, ids, axis=-1)
+    if op.order == "sigmoid":
+        weights = chosen
+    else:
+        top = logits.max(axis=-1, keepdims=True)
+        over = chosen if op.order == "chosen" else logits
+        weights = np.exp(chosen - top) / np.exp(over - top).sum(axis=-1, keepdims=True)
+    if op.renormalise:
+        weights = weights / (weights.sum(axis=-1, keepdims=True) + (1e-20 if op.order == "sigmoid" else 0))
+    return ids, np.asarray(op.scale * weights)
+
+
 def norm(
     x: Array,
     weight: Array | None,
@@ -385,6 +467,8 @@ def activate(x: Array, act: Activation | None) -> Array:
         return np.asarray(x / (1 + np.exp(-x)))
     if act in ("relu", "relu2"):
         return np.maximum(x, 0) ** (1 if act == "relu" else 2)
+    if act == "sigmoid":
+        return np.asarray(1 / (1 + np.exp(-x)))
     if act == "quick_gelu":
         return np.asarray(x / (1 + np.exp(-1.702 * x)))
     if act == "gelu":

@@ -69,7 +69,10 @@ static void gemm_epilogue(const void *op, long p, long m, long rows, const float
                 y = v_mul(v_act(y, g->act), up);
             } else if (g->epilogue == PACE_EPILOGUE_add) {
                 float *out = (float *)g->dst.data + at;
-                store_left(out, v_fma(y, scale, load_left(out, left)), left);
+                const vf by = g->other.data
+                                  ? v_mul(scale, v_set(((const float *)g->other.data)[(m + r) * g->other.ld + g->at]))
+                                  : scale;
+                store_left(out, v_fma(y, by, load_left(out, left)), left);
                 continue;
             } else {
                 y = v_mul(v_act(y, g->act), scale);

@@ -122,18 +122,21 @@ static inline long pace_position(const pace_batch *b, long seq, long row) {
 // ---- operators on rows: a call computes rows [m0, m1) -----------------------------------------------------
 
 // Choices by name; the order is the value.
-#define PACE_ACTS(X) X(none) X(silu) X(gelu) X(gelu_tanh) X(relu) X(relu2) X(quick_gelu)
+#define PACE_ACTS(X) X(none) X(silu) X(gelu) X(gelu_tanh) X(relu) X(relu2) X(quick_gelu) X(sigmoid)
 #define PACE_EPILOGUES(X) X(store) X(add) X(gated) X(mul)
 #define PACE_NORMS(X) X(none) X(rms) X(rms1) X(layer)
 #define PACE_SCOPES(X) X(head) X(head_own) X(full)
+#define PACE_ORDERS(X) X(softmax) X(chosen) X(sigmoid)
 #define PACE_ACT_VALUE(name) PACE_ACT_##name,
 #define PACE_EPILOGUE_VALUE(name) PACE_EPILOGUE_##name,
 #define PACE_NORM_VALUE(name) PACE_NORM_##name,
 #define PACE_SCOPE_VALUE(name) PACE_SCOPE_##name,
+#define PACE_ORDER_VALUE(name) PACE_ORDER_##name,
 enum pace_act { PACE_ACTS(PACE_ACT_VALUE) };
 enum pace_epilogue { PACE_EPILOGUES(PACE_EPILOGUE_VALUE) };
 enum pace_norm_kind { PACE_NORMS(PACE_NORM_VALUE) };
 enum pace_scope { PACE_SCOPES(PACE_SCOPE_VALUE) };
+enum pace_order { PACE_ORDERS(PACE_ORDER_VALUE) };
 
 // dst = post * (scale * weight[token] + positions[offset + position]), or post * (dst + ...) with add: f32 products and
 // sums in this order. Either matrix may be missing.
@@ -186,17 +189,42 @@ typedef struct {
 // dst = src in int8, each row by itself.
 typedef struct {
     pace_slot src, dst;  // bf16, int8 of the same width
+    long times;          // rows of these slots for each row of the batch
 } pace_quantise;
-#define PACE_FIELDS_quantise(F) F(quantise, slot, src) F(quantise, slot, dst)
+#define PACE_FIELDS_quantise(F) F(quantise, slot, src) F(quantise, slot, dst) F(quantise, integer, times)
+
+// The top_k experts of every row and what they weigh; l are its logits. softmax: the best of softmax(l), which weigh
+// that. chosen: the best of l, which weigh the softmax over them alone. sigmoid: the best of sigmoid(l) + choice, which
+// weigh sigmoid(l). Of equal ones the lower number is better. Experts stand in n_groups groups; only the top_groups
+// whose two best sum to most count. Weights are then divided by their sum if renormalise (1e-20 added with sigmoid),
+// and multiplied by scale and by expert_scale. With a NaN among the logits the first top_k are chosen and weigh NaN.
+#define PACE_MAX_EXPERTS 1024
+typedef struct {
+    pace_slot src, dst;                  // f32 [m][experts]; f32 [m][2 * top_k]: numbers, best first, then weights
+    const float *choice, *expert_scale;  // [experts] or NULL
+    long top_k, n_groups, top_groups;
+    int order;  // enum pace_order
+    int renormalise;
+    float scale;
+} pace_route;
+#define PACE_FIELDS_route(F)       \
+    F(route, slot, src)            \
+    F(route, slot, dst)            \
+    F(route, vector, choice)       \
+    F(route, vector, expert_scale) \
+    F(route, integer, top_k)       \
+    F(route, integer, n_groups)    \
+    F(route, integer, top_groups)  \
+    F(route, order, order) F(route, flag, renormalise) F(route, real, scale)
 
 // ---- GEMM: a call computes output panels [p0, p1) of rows [m0, m1) ----------------------------------------
 
-// y = src W^T + bias. store: dst = scale * act(y), then cap * tanh(dst / cap) if cap > 0. add: dst += scale * y. mul:
-// dst = scale * act(y) * other[at ..]. gated: dst = act(gate) * up, where columns 0..15 of a panel are gate and 16..31
-// up, so that a panel makes 16 columns of dst and not 32.
+// y = src W^T + bias. store: dst = scale * act(y), then cap * tanh(dst / cap) if cap > 0. add: dst += scale * y, times
+// other[at] of the row where there is one. mul: dst = scale * act(y) * other[at ..]. gated: dst = act(gate) * up, where
+// columns 0..15 of a panel are gate and 16..31 up, so that a panel makes 16 columns of dst and not 32.
 typedef struct {
     pace_slot src, dst;  // bf16 [m][weight.k], or int8 where the weight isn't bf16; f32 or bf16, f32 to add
-    pace_slot other;     // f32, mul only
+    pace_slot other;     // f32, mul and add only; data NULL: none
     pace_matrix weight;  // panels
     const float *bias;   // [n_panels * PACE_NR] in packed column order, or NULL
     float scale, cap;
@@ -211,6 +239,57 @@ typedef struct {
     F(gemm, vector, bias)   \
     F(gemm, real, scale)    \
     F(gemm, real, cap) F(gemm, integer, at) F(gemm, epilogue, epilogue) F(gemm, act, act)
+
+// ---- experts: rows sorted by which of a layer's matrices they pass -------------------------------------------
+
+// What a step's rows chose: choices i = 0 .. m * top_k - 1, sorted by expert and by row among those of one.
+typedef struct {
+    long n_active;          // experts that anybody chose
+    const int32_t *expert;  // [n_active] their numbers, ascending
+    const int32_t *start;   // [n_active + 1] choices of active expert a: start[a] .. start[a + 1] - 1
+    const int32_t *row;     // [m * top_k] the row that made choice i
+    const float *weight;    // [m * top_k]
+} pace_chosen;
+
+// dst[i] = act(gate) * up of choice i's row and expert: gate and up are columns of src W[e]^T + bias[e] as in a gated
+// pace_gemm. With limit > 0: (up + 1) * gate * sigmoid(alpha * gate), gate at most limit and up within +-limit. With
+// on_input the row is multiplied by its weight before, and rounded to bf16. A call computes panels [p0, p1) of one
+// active expert.
+typedef struct {
+    pace_slot src, dst;  // bf16 or int8 [m]; bf16 [m * top_k]
+    pace_slot route;     // what pace_route stored
+    pace_matrix weight;  // count matrices
+    const float *bias;   // [count][n_panels * PACE_NR] or NULL
+    float alpha, limit;
+    int act, on_input;
+} pace_experts_in;
+#define PACE_FIELDS_experts_in(F) \
+    F(experts_in, slot, src)      \
+    F(experts_in, slot, dst)      \
+    F(experts_in, slot, route)    \
+    F(experts_in, matrix, weight) \
+    F(experts_in, vector, bias)   \
+    F(experts_in, real, alpha)    \
+    F(experts_in, real, limit)    \
+    F(experts_in, act, act) F(experts_in, flag, on_input)
+
+// dst[row] = the sum over the row's experts e, ascending, of scale * weight * (src[i] W[e]^T + bias[e]); added to dst
+// with add, without the weight unless weigh. A call computes panels [p0, p1) of all rows and experts.
+typedef struct {
+    pace_slot src, dst;  // bf16 or int8 [m * top_k]; f32 [m]
+    pace_slot route;     // what pace_route stored
+    pace_matrix weight;  // count matrices
+    const float *bias;   // [count][n_panels * PACE_NR] or NULL
+    float scale;
+    int add, weigh;
+} pace_experts_out;
+#define PACE_FIELDS_experts_out(F) \
+    F(experts_out, slot, src)      \
+    F(experts_out, slot, dst)      \
+    F(experts_out, slot, route)    \
+    F(experts_out, matrix, weight) \
+    F(experts_out, vector, bias)   \
+    F(experts_out, real, scale) F(experts_out, flag, add) F(experts_out, flag, weigh)
 
 // ---- KV cache ---------------------------------------------------------------------------------------------
 
@@ -350,15 +429,18 @@ typedef struct {
 // ---- the table of a tier ----------------------------------------------------------------------------------
 
 // Every operator, and what its work is cut into (see plan.c). An operator on rows needs nothing there.
-#define PACE_OPERATORS(X) \
-    X(embed, rows)        \
-    X(norm, rows)         \
-    X(gemm, panels)       \
-    X(angles, rows)       \
-    X(rope, groups)       \
-    X(attention, tiles)   \
-    X(select, rows)       \
-    X(quantise, rows)
+#define PACE_OPERATORS(X)  \
+    X(embed, rows)         \
+    X(norm, rows)          \
+    X(gemm, panels)        \
+    X(angles, rows)        \
+    X(rope, groups)        \
+    X(attention, tiles)    \
+    X(select, rows)        \
+    X(quantise, rows)      \
+    X(route, rows)         \
+    X(experts_in, choices) \
+    X(experts_out, choices)
 
 typedef struct {
     const char *isa;
@@ -368,6 +450,10 @@ typedef struct {
     void (*select)(const pace_select *g, const pace_batch *b, long m0, long m1);
     void (*quantise)(const pace_quantise *g, const pace_batch *b, long m0, long m1);
     void (*gemm)(const pace_gemm *g, long p0, long p1, long m0, long m1, void *scratch);  // gemm_scratch bytes
+    void (*route)(const pace_route *g, const pace_batch *b, long m0, long m1);
+    // Active expert a; scratch: gemm_scratch bytes, and PACE_GATHER_ROWS rows of src before them.
+    void (*experts_in)(const pace_experts_in *g, const pace_chosen *c, long a, long p0, long p1, void *scratch);
+    void (*experts_out)(const pace_experts_out *g, const pace_chosen *c, long m, long p0, long p1, void *scratch);
     size_t gemm_scratch;
     int gemm_rows;  // rows of one register tile: m up to this streams the weights exactly once
     // Pack up to 16 source rows [rows][ld] (dtype 0 bf16, 1 f16, 2 f32) into half a panel: dst[k_pad/2][32][2],
@@ -404,6 +490,7 @@ typedef struct {
 } pace_kernels;
 
 #define PACE_MAX_HEAD_DIM 512
+#define PACE_GATHER_ROWS 128  // rows of one expert that are gathered at a time
 #define PACE_LOGIT_BLOCK 128  // 1000 blocks in a vocabulary of 128k: few enough to sort, large enough to skip
 
 // Tiers, best first; NULL-terminated. Defined in dispatch.c.

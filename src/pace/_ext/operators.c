@@ -19,6 +19,7 @@ const char *const pace_op_names[] = {PACE_OPERATORS(NAME)};
 const char *const *pace_choices(int type) {
     static const char *const acts[] = {PACE_ACTS(TEXT) NULL}, *const epilogues[] = {PACE_EPILOGUES(TEXT) NULL};
     static const char *const norms[] = {PACE_NORMS(TEXT) NULL}, *const scopes[] = {PACE_SCOPES(TEXT) NULL};
+    static const char *const orders[] = {PACE_ORDERS(TEXT) NULL};
     switch (type) {
         case PACE_FIELD_act:
             return acts;
@@ -28,6 +29,8 @@ const char *const *pace_choices(int type) {
             return norms;
         case PACE_FIELD_scope:
             return scopes;
+        case PACE_FIELD_order:
+            return orders;
         default:
             return NULL;
     }

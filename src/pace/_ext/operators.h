@@ -8,7 +8,7 @@
 #define PACE_OP_KIND(op, cut) PACE_OP_##op,
 enum pace_op_kind { PACE_OPERATORS(PACE_OP_KIND) PACE_N_OP_KINDS };
 
-// Types of fields and the C type of each; the last four are choices by name.
+// Types of fields and the C type of each; the last five are choices by name.
 typedef float pace_triple[3];
 #define PACE_FIELD_TYPES(X)    \
     X(slot, pace_slot)         \
@@ -23,7 +23,8 @@ typedef float pace_triple[3];
     X(act, int)                \
     X(epilogue, int)           \
     X(norm_kind, int)          \
-    X(scope, int)
+    X(scope, int)              \
+    X(order, int)
 #define PACE_FIELD_TYPE(type, c_type) PACE_FIELD_##type,
 enum pace_field_type { PACE_FIELD_TYPES(PACE_FIELD_TYPE) };
 

@@ -19,6 +19,7 @@ int pace_plan_init(pace_plan *p, pace_team *team, long max_tokens, long max_seqs
     p->max_seqs = max_seqs;
     p->max_logits = max_logits;
     if (p->n_threads > 1 && !(p->parts = pace_alloc_huge(PACE_PARTS_BYTES))) return ENOMEM;
+    if (!(p->sorted = calloc((size_t)p->n_threads, sizeof *p->sorted))) return ENOMEM;
     if (pace_work_init(&p->fold, p->n_threads)) return ENOMEM;
     for (int i = 0; i < 2; i++)
         if (pace_work_init(&p->ring[i], p->n_threads)) return ENOMEM;
@@ -29,6 +30,8 @@ void pace_plan_free(pace_plan *p) {
     for (int i = 0; i < p->n_lists; i++) pace_list_free(&p->lists[i]);
     free(p->ops);
     free(p->op_s);
+    for (int tid = 0; p->sorted && tid < p->n_threads; tid++) pace_sorted_free(&p->sorted[tid]);
+    free(p->sorted);
     for (int i = 0; i < 2; i++) pace_work_destroy(&p->ring[i]);
     pace_work_destroy(&p->fold);
     pace_free_huge(p->parts, PACE_PARTS_BYTES);
@@ -62,8 +65,31 @@ static int find_list(pace_plan *p, pace_op *op) {
     return e;
 }
 
+// The router's slot and the matrix of an operator on choices; NULL: it is none.
+static const pace_slot *route_of(const pace_op *op, const pace_matrix **w) {
+    if (op->kind == PACE_OP_experts_in) {
+        *w = &op->u.experts_in.weight;
+        return &op->u.experts_in.route;
+    }
+    if (op->kind != PACE_OP_experts_out) return NULL;
+    *w = &op->u.experts_out.weight;
+    return &op->u.experts_out.route;
+}
+
+static size_t gather_bytes(const pace_op *op) {
+    const pace_slot *src = &op->u.experts_in.src;
+    return op->kind == PACE_OP_experts_in ? (size_t)(PACE_GATHER_ROWS * src->ld * (src->int8 ? 1 : 2)) : 0;
+}
+
 // Each growth is remembered only when it has succeeded.
-static int grow(pace_plan *p, const pace_kernels *kernels) {
+static int grow(pace_plan *p, const pace_op *op) {
+    const pace_kernels *kernels = op->kernels;
+    const pace_matrix *w;
+    const pace_slot *route = route_of(op, &w);
+    for (int tid = 0; route && tid < p->n_threads; tid++) {
+        const int e = pace_sorted_reserve(&p->sorted[tid], p->max_tokens * (route->width / 2), w->count);
+        if (e) return e;
+    }
     if (p->n_ops == p->cap_ops) {
         const long cap = p->cap_ops ? 2 * p->cap_ops : 128;
         pace_op *ops = realloc(p->ops, (size_t)cap * sizeof *ops);
@@ -74,8 +100,8 @@ static int grow(pace_plan *p, const pace_kernels *kernels) {
         p->op_s = op_s;
         p->cap_ops = cap;
     }
-    const size_t need =
-        kernels->gemm_scratch > kernels->attention_scratch ? kernels->gemm_scratch : kernels->attention_scratch;
+    const size_t gemm = kernels->gemm_scratch + gather_bytes(op);
+    const size_t need = gemm > kernels->attention_scratch ? gemm : kernels->attention_scratch;
     if (need <= p->scratch_bytes) return 0;
     const int e = pace_team_reserve(p->team, need);
     if (!e) p->scratch_bytes = need;
@@ -85,7 +111,7 @@ static int grow(pace_plan *p, const pace_kernels *kernels) {
 int pace_plan_add(pace_plan *p, const pace_op *op) {
     pace_op added = *op;
     int e = find_list(p, &added);
-    if (!e) e = grow(p, op->kernels);
+    if (!e) e = grow(p, op);
     if (e) return e;
     p->op_s[p->n_ops] = 0.0;
     p->ops[p->n_ops++] = added;
@@ -133,14 +159,42 @@ static float *parts_of(const pace_plan *p, const pace_list *list, long tile, lon
 }
 
 static long rows_of(const pace_plan *p, const pace_op *op) {
-    if (!op->logits) return p->batch.n_tokens;
+    const long times = op->kind == PACE_OP_quantise ? op->u.quantise.times : 1;
+    if (!op->logits) return p->batch.n_tokens * times;
     const long left = p->batch.n_logits - p->head_row;
-    return !op->head ? p->batch.n_logits : left < p->max_logits ? left : p->max_logits;
+    return !op->head ? p->batch.n_logits * times : left < p->max_logits ? left : p->max_logits;
+}
+
+// Panels of an expert, times as many experts as can be active: what nobody chose is an item that does nothing, because
+// the next operator is cut before this one's router has run. With rows to gather an item is as many panels as the
+// team allows.
+static cut cut_experts_in(const pace_plan *p, const pace_op *op, long m) {
+    const pace_matrix *w = &op->u.experts_in.weight;
+    const long choices = m * (op->u.experts_in.route.width / 2);
+    const long active = choices < w->count ? choices : w->count;
+    cut c = {.grain = active * w->n_panels / (16 * p->n_threads) / 4 * 4};
+    c.grain = c.grain < 4 ? 4 : c.grain > w->n_panels ? w->n_panels : c.grain;
+    c.row_blocks = (w->n_panels + c.grain - 1) / c.grain;  // items of one expert
+    c.n = active * c.row_blocks;
+    return c;
+}
+
+// Columns of the result, each item through all experts.
+static cut cut_experts_out(const pace_plan *p, const pace_op *op) {
+    const long n_panels = op->u.experts_out.weight.n_panels;
+    cut c = {.grain = n_panels / (8 * p->n_threads)};
+    c.grain = c.grain < 1 ? 1 : c.grain > 8 ? 8 : c.grain > 4 ? 4 : c.grain;
+    c.n = (n_panels + c.grain - 1) / c.grain;
+    return c;
 }
 
 static cut cut_op(const pace_plan *p, const pace_op *op) {
     const long m = rows_of(p, op);
     switch (op->kind) {
+        case PACE_OP_experts_in:
+            return cut_experts_in(p, op, m);
+        case PACE_OP_experts_out:
+            return cut_experts_out(p, op);
         case PACE_OP_gemm:
             // Block maxima are noted by the item that has the whole block.
             return cut_gemm(p, op->u.gemm.weight.n_panels, m, op->block_max ? PACE_LOGIT_BLOCK / PACE_NR : 2);
@@ -209,6 +263,19 @@ static void run_attention(const pace_plan *p, const pace_op *op, const cut *c, l
                                     scratch);
 }
 
+static void run_experts_in(const pace_plan *p, const pace_op *op, const cut *c, long item, int tid, void *scratch) {
+    const pace_chosen *choices = &p->sorted[tid].c;
+    const long n_panels = op->u.experts_in.weight.n_panels, a = item / c->row_blocks;
+    const long p0 = item % c->row_blocks * c->grain, p1 = p0 + c->grain < n_panels ? p0 + c->grain : n_panels;
+    if (a < choices->n_active) op->kernels->experts_in(&op->u.experts_in, choices, a, p0, p1, scratch);
+}
+
+static void run_experts_out(const pace_plan *p, const pace_op *op, const cut *c, long item, int tid, void *scratch) {
+    const long n_panels = op->u.experts_out.weight.n_panels, p0 = item * c->grain;
+    op->kernels->experts_out(&op->u.experts_out, &p->sorted[tid].c, rows_of(p, op), p0,
+                             p0 + c->grain < n_panels ? p0 + c->grain : n_panels, scratch);
+}
+
 static void fold_attention(const pace_plan *p, const pace_op *op, long unit, void *scratch) {
     const pace_list *list = list_of(p, op);
     const long tile = unit / list->key.n_kv_heads, kv_head = unit % list->key.n_kv_heads;
@@ -226,13 +293,17 @@ static void fold_attention(const pace_plan *p, const pace_op *op, long unit, voi
         run_##op(p, o, c, item, scratch); \
         break;
 #define RUN_tiles RUN_panels
+#define RUN_choices(op)                        \
+    case PACE_OP_##op:                         \
+        run_##op(p, o, c, item, tid, scratch); \
+        break;
 #define RUN_groups(op)                                                                          \
     case PACE_OP_##op:                                                                          \
         k->op(&o->u.op, &p->batch, &list_of(p, o)->rows[item / n_kv_heads], item % n_kv_heads); \
         break;
 #define RUN(op, cut) RUN_##cut(op)
 
-static void run_item(const pace_plan *p, const pace_op *o, const cut *c, long item, void *scratch) {
+static void run_item(const pace_plan *p, const pace_op *o, const cut *c, long item, int tid, void *scratch) {
     const pace_kernels *k = o->kernels;
     const long r0 = item * c->grain, left = rows_of(p, o) - r0, n = left < c->grain ? left : c->grain;
     const long n_kv_heads = o->kind == PACE_OP_rope ? o->u.rope.kv.n_kv_heads : 1;
@@ -255,8 +326,11 @@ static void step_worker(void *arg, int tid, pace_team *team) {
         arm(p, i + 1, tid);
         long begin, end;
         const bool fold = splits(p, op);
+        const pace_matrix *w;
+        const pace_slot *route = route_of(op, &w);
+        if (route) pace_sorted_make(&p->sorted[tid], route, rows_of(p, op), w->count);
         if (fold) pace_work_arm(&p->fold, tid, list_of(p, op)->n * list_of(p, op)->key.n_kv_heads);
-        while (pace_work_next(&p->ring[i & 1], tid, 1, &begin, &end)) run_item(p, op, &c, begin, scratch);
+        while (pace_work_next(&p->ring[i & 1], tid, 1, &begin, &end)) run_item(p, op, &c, begin, tid, scratch);
         pace_team_barrier(team, tid);
         if (fold) {
             while (pace_work_next(&p->fold, tid, 1, &begin, &end)) fold_attention(p, op, begin, scratch);

@@ -8,6 +8,7 @@
 
 #include <stdbool.h>
 
+#include "choices.h"
 #include "lists.h"
 #include "operators.h"
 #include "threads.h"
@@ -27,6 +28,7 @@ typedef struct {
     int n_lists;
     float *parts;  // split attention's partial results: [tile][kv head][piece][rows][2 + head_dim]
     pace_work fold;
+    pace_sorted *sorted;  // [n_threads], of the running experts' operator
     pace_work ring[2];
     size_t scratch_bytes;  // a worker's, which the team keeps
     double *op_s;          // seconds of every operator in the last step, as worker 0 saw it

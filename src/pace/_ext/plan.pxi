@@ -136,8 +136,11 @@ cdef class Plan:
             (<pace_matrix *>to)[0] = (<Matrix?>value).m
             self.keep.append(value)
         elif f.type == PACE_FIELD_vector:
-            numbers = padded = np.zeros(len(value) + PACE_NR, np.float32)  # a bias is read in whole panels
-            padded[: len(value)] = value
+            # A bias is read in whole panels; of experts [count, n] each is.
+            width = -(-value.shape[1] // PACE_NR) * PACE_NR if value.ndim == 2 else len(value) + PACE_NR
+            padded = np.zeros((len(value) if value.ndim == 2 else 1, width), np.float32)
+            padded[:, : value.shape[value.ndim - 1]] = value
+            numbers = padded.reshape(-1)
             self.keep.append(padded)
             (<const float **>to)[0] = &numbers[0]
         elif f.type == PACE_FIELD_real:

@@ -101,15 +101,20 @@ static double activate(double x, int act) {
             return x > 0.0 ? x * x : 0.0;
         case PACE_ACT_quick_gelu:
             return x / (1.0 + exp(-1.702 * x));
+        case PACE_ACT_sigmoid:
+            return 1.0 / (1.0 + exp(-x));
         default:
             return x;
     }
 }
 
-static double dot_at(const pace_gemm *g, long m, long n) {
-    double sum = g->bias ? (double)g->bias[n] : 0.0;
-    for (long k = 0; k < g->weight.k; k++) sum += load(&g->src, m, k) * weight_at(&g->weight, n, k);
+static double dot(const pace_slot *src, long m, const pace_matrix *w, long n, double sum) {
+    for (long k = 0; k < w->k; k++) sum += load(src, m, k) * weight_at(w, n, k);
     return sum;
+}
+
+static double dot_at(const pace_gemm *g, long m, long n) {
+    return dot(&g->src, m, &g->weight, n, g->bias ? (double)g->bias[n] : 0.0);
 }
 
 static double product_at(const pace_gemm *g, long m, long n) {
@@ -118,7 +123,8 @@ static double product_at(const pace_gemm *g, long m, long n) {
         return activate(dot_at(g, m, gate), g->act) * dot_at(g, m, gate + 16);
     }
     const double y = (double)g->scale * activate(dot_at(g, m, n), g->act);
-    if (g->epilogue == PACE_EPILOGUE_add) return load(&g->dst, m, n) + y;
+    if (g->epilogue == PACE_EPILOGUE_add)
+        return load(&g->dst, m, n) + y * (g->other.data ? load(&g->other, m, g->at) : 1.0);
     if (g->epilogue == PACE_EPILOGUE_mul) return load(&g->other, m, g->at + n) * y;
     return g->cap > 0.0f ? (double)g->cap * tanh(y / (double)g->cap) : y;
 }
@@ -128,6 +134,122 @@ static void kernel_gemm(const pace_gemm *g, long p0, long p1, long m0, long m1, 
     const long width = g->epilogue == PACE_EPILOGUE_gated ? PACE_NR / 2 : PACE_NR;
     for (long m = m0; m < m1; m++)
         for (long n = p0 * width; n < p1 * width && n < g->dst.width; n++) store(&g->dst, m, n, product_at(g, m, n));
+}
+
+static double route_score(const pace_route *g, long r, long e) {
+    const double l = load(&g->src, r, e);
+    return g->order == PACE_ORDER_sigmoid ? 1.0 / (1.0 + exp(-l)) : l;
+}
+
+// What chooses; alone the logits do, because the sigmoids of 30 and 31 are nearly one number.
+static double route_value(const pace_route *g, long r, long e) {
+    if (!g->choice && g->n_groups == 1) return load(&g->src, r, e);
+    return route_score(g, r, e) + (g->choice ? (double)g->choice[e] : 0.0);
+}
+
+// The sum of a group's two best.
+static double group_value(const pace_route *g, long r, long group) {
+    const long size = g->src.width / g->n_groups;
+    double best[2] = {-HUGE_VAL, -HUGE_VAL};
+    for (long e = group * size; e < (group + 1) * size; e++) {
+        const double x = route_value(g, r, e);
+        if (x > best[0]) {
+            best[1] = best[0];
+            best[0] = x;
+        } else if (x > best[1])
+            best[1] = x;
+    }
+    return best[0] + best[1];
+}
+
+static int group_counts(const pace_route *g, long r, long group) {
+    const double own = group_value(g, r, group);
+    long better = 0;
+    for (long i = 0; i < g->n_groups; i++) {
+        const double x = group_value(g, r, i);
+        better += x > own || (x == own && i < group);
+    }
+    return better < g->top_groups;
+}
+
+static void kernel_route(const pace_route *g, const pace_batch *b, long m0, long m1) {
+    (void)b;
+    for (long r = m0; r < m1; r++) {
+        char counts[PACE_MAX_EXPERTS];
+        double over = 0.0, sum = 0.0;
+        int bad = 0;
+        for (long e = 0; e < g->src.width; e++) {
+            const double l = load(&g->src, r, e);
+            counts[e] = (char)(g->n_groups == 1 || group_counts(g, r, e / (g->src.width / g->n_groups)));
+            bad |= l != l;
+            if (g->order == PACE_ORDER_softmax) over += exp(l);
+        }
+        float *const id = (float *)g->dst.data + r * g->dst.ld, *const weight = id + g->top_k;
+        for (long i = 0; i < g->top_k; i++) {
+            long best = -1;
+            for (long e = 0; e < g->src.width && !bad; e++)
+                if (counts[e] && (best < 0 || route_value(g, r, e) > route_value(g, r, best))) best = e;
+            id[i] = (float)(bad ? i : best);
+            if (!bad) counts[best] = 0;
+            if (g->order == PACE_ORDER_chosen && !bad) over += exp(load(&g->src, r, best));
+        }
+        double w[PACE_MAX_EXPERTS];
+        for (long i = 0; i < g->top_k; i++) {
+            const double s = route_score(g, r, (long)id[i]);
+            w[i] = bad ? NAN : g->order == PACE_ORDER_sigmoid ? s : exp(s) / over;
+            sum += w[i];
+        }
+        for (long i = 0; i < g->top_k; i++) {
+            if (g->renormalise) w[i] /= sum + (g->order == PACE_ORDER_sigmoid ? 1e-20 : 0.0);
+            const double own = g->expert_scale ? (double)g->expert_scale[(long)id[i]] : 1.0;
+            weight[i] = (float)(w[i] * (double)g->scale * own);
+        }
+    }
+}
+
+static double expert_at(const pace_experts_in *g, const pace_chosen *c, const pace_matrix *w, const float *bias, long i,
+                        long n) {
+    double sum = bias ? (double)bias[n] : 0.0;
+    for (long k = 0; k < w->k; k++) {
+        double x = load(&g->src, c->row[i], k);
+        if (g->on_input) x = from_bf16(to_bf16(x * (double)c->weight[i]));
+        sum += x * weight_at(w, n, k);
+    }
+    return sum;
+}
+
+static void kernel_experts_in(const pace_experts_in *g, const pace_chosen *c, long a, long p0, long p1, void *scratch) {
+    (void)scratch;
+    const pace_matrix w = pace_matrix_at(&g->weight, c->expert[a]);
+    const float *bias = g->bias ? g->bias + c->expert[a] * w.n_panels * PACE_NR : NULL;
+    const double limit = (double)g->limit;
+    for (long i = c->start[a]; i < c->start[a + 1]; i++)
+        for (long n = p0 * 16; n < p1 * 16 && n < g->dst.width; n++) {
+            const long at = n / 16 * PACE_NR + n % 16;
+            double gate = expert_at(g, c, &w, bias, i, at), up = expert_at(g, c, &w, bias, i, at + 16);
+            if (limit > 0.0) {
+                gate = gate > limit ? limit : gate;
+                up = up > limit ? limit : up < -limit ? -limit : up;
+                store(&g->dst, i, n, (up + 1.0) * gate / (1.0 + exp(-(double)g->alpha * gate)));
+            } else
+                store(&g->dst, i, n, activate(gate, g->act) * up);
+        }
+}
+
+static void kernel_experts_out(const pace_experts_out *g, const pace_chosen *c, long m, long p0, long p1,
+                               void *scratch) {
+    (void)scratch;
+    for (long n = p0 * PACE_NR; n < p1 * PACE_NR && n < g->dst.width; n++) {
+        for (long r = 0; r < m && !g->add; r++) store(&g->dst, r, n, 0.0);
+        for (long a = 0; a < c->n_active; a++) {
+            const pace_matrix w = pace_matrix_at(&g->weight, c->expert[a]);
+            const double bias = g->bias ? (double)g->bias[c->expert[a] * w.n_panels * PACE_NR + n] : 0.0;
+            for (long i = c->start[a]; i < c->start[a + 1]; i++) {
+                const double by = (double)g->scale * (g->weigh ? (double)c->weight[i] : 1.0);
+                store(&g->dst, c->row[i], n, load(&g->dst, c->row[i], n) + by * dot(&g->src, i, &w, n, bias));
+            }
+        }
+    }
 }
 
 static void unpack_row(float *dst, const pace_matrix *w, long row) {

@@ -303,6 +303,8 @@ INLINE vf v_act(vf x, int act) {
             return v_mul(x, v_sigmoid(v_mul(v_set(1.702f), x)));
         case PACE_ACT_gelu:
             return v_mul(v_mul(v_set(0.5f), x), v_add(v_set(1.0f), v_erf(v_mul(x, v_set(0.70710678f)))));
+        case PACE_ACT_sigmoid:
+            return v_sigmoid(x);
         case PACE_ACT_gelu_tanh: {  // 0.5 x (1 + tanh u) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)
             vf u = v_mul(v_set(1.59576912f), v_fma(v_mul(v_mul(x, x), x), v_set(0.044715f), x));
             return v_mul(x, v_sigmoid(u));

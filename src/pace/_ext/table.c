@@ -9,9 +9,11 @@
 #endif
 
 #include "attention.h"
+#include "experts.h"
 #include "gemm.h"
 #include "roofline_impl.h"
 #include "rope.h"
+#include "route.h"
 #include "rowwise.h"
 
 #define PASTE_(a, b) a##b

@@ -171,7 +171,7 @@ def slot_bytes(plan: Plan, max_tokens: int, max_logit_rows: int) -> int:
     """Bytes of a plan's activations, in steps of max_tokens rows."""
     return sum(
         int(slot.width * SLOT_BYTES[slot.dtype])
-        * (max_logit_rows if slot.name == plan.logits else max_tokens)
+        * (max_logit_rows if slot.name == plan.logits else max_tokens * slot.times)
         for slot in plan.slots.values()
     )
 

@@ -19,14 +19,19 @@ Rows = Literal["tokens", "logits"]
 NormKind = Literal["rms", "rms1", "layer", "none"]
 QKNorm = Literal["none", "rms", "rms1", "layer"]
 NormScope = Literal["head", "head_own", "full"]
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu", "sigmoid"]
 Epilogue = Literal["store", "add", "gated", "mul"]
+RouterOrder = Literal["softmax", "chosen", "sigmoid"]
+WeightFormat = Literal["bf16", "mxfp4"]
 PartName = Literal["all", "q", "k", "v", "gate", "up"]
 GATED_BLOCK = 16
 """Rows of gate that are followed by as many rows of up in the weight of a gated Gemm."""
 
 MAX_HEAD_DIM = 512
 """Columns of the widest head that the attention kernels hold."""
+
+MAX_EXPERTS = 1024
+"""Experts of a layer that a router chooses from."""
 
 MAX_QUERY_GROUP = 64
 """Query heads per kv head: the rows of an attention tile."""
@@ -42,12 +47,14 @@ class Slot:
         dtype: "f32", "bf16", or "int8": integers and a scale per row and 32 columns, width a multiple of 32. The reference
             in exact mode keeps all in float64.
         rows: "tokens" (T rows) or "logits" (R rows).
+        times: rows for each of those: one for each expert that a row takes.
     """
 
     name: str
     width: int
     dtype: Dtype
     rows: Rows
+    times: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +102,7 @@ class SlotShape:
     width: int | None = None
     dtype: Dtype | None = None
     rows: Rows | None = None
+    times: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +113,8 @@ class WeightShape:
         blocks: of the rows; several where the weight is fused.
         columns: None where they are as the checkpoint has them.
         mapped: a table whose rows are read where the checkpoint file has them.
+        count: of such matrices or vectors, those of a layer's experts.
+        format: of the matrix in memory.
     """
 
     n: int
@@ -112,6 +122,8 @@ class WeightShape:
     blocks: tuple[Blocks, ...] = ()
     columns: Blocks | None = None
     mapped: bool = False
+    count: int = 1
+    format: WeightFormat = "bf16"
 
 
 Needs = Iterator[tuple[str, SlotShape | WeightShape]]
@@ -211,7 +223,7 @@ class Gemm:
     """y = src @ W.T + bias, then the epilogue.
 
     store: dst = scale * act(y), through cap * tanh(. / cap) when given.
-    add: dst += scale * y (dst f32).
+    add: dst += scale * y (dst f32), each row times other[:, at] where there is such a slot.
     gated: dst = act(gate) * up; W holds gate and up in alternating blocks of 16 rows, dst is half as wide.
     mul: dst = scale * act(y) * other[:, at : at + n].
 
@@ -220,7 +232,7 @@ class Gemm:
         dst: slot [rows, n], or [rows, n / 2] when gated.
         weight: matrix [n, k].
         bias: vector [n] (same row order as the weight) or None.
-        other: f32 slot of the same rows, at least at + n wide (mul only).
+        other: f32 slot of the same rows, at least at + n wide (mul), or at + 1 (add).
         blocks: of the weight's rows, where they are fused or padded; () where they are as the checkpoint has them.
         columns: the same of its columns.
     """
@@ -244,18 +256,17 @@ class Gemm:
     def needs(self, plan: Plan) -> Needs:
         """See `Needs`."""
         src, width = plan.slots[self.src], plan.slots[self.dst].width
-        _require(
-            self.epilogue in ("store", "mul") or (self.cap is None and self.other is None),
-            f"{self.name}: cap or other with epilogue {self.epilogue}",
-        )
         _require(self.epilogue == "store" or self.cap is None, f"{self.name}: cap with {self.epilogue}")
         _require(self.epilogue != "add" or self.act is None, f"{self.name}: activation with add")
-        _require((self.other is not None) == (self.epilogue == "mul"), f"{self.name}: other belongs to mul")
+        _require(
+            self.epilogue == "add" or (self.other is not None) == (self.epilogue == "mul"),
+            f"{self.name}: other belongs to mul and add",
+        )
         if self.other is not None:
-            other = plan.slots[self.other].width
+            other, read = plan.slots[self.other].width, 1 if self.epilogue == "add" else width
             _require(
-                0 <= self.at <= other - width,
-                f"{self.name}: columns {self.at} to {self.at + width} of {other}",
+                0 <= self.at <= other - read,
+                f"{self.name}: columns {self.at} to {self.at + read} of {other}",
             )
         blocks = self.blocks or (Blocks("all", 1, width, width),)
         if self.epilogue == "gated" and not self.blocks:
@@ -409,6 +420,7 @@ class Quantise:
     Args:
         src: bf16 slot.
         dst: int8 slot of the same width and rows.
+        times: that of both slots.
     """
 
     operator: ClassVar[str] = "quantise"
@@ -416,15 +428,168 @@ class Quantise:
     name: str
     src: str
     dst: str
+    times: int = 1
 
     def needs(self, plan: Plan) -> Needs:
         """See `Needs`."""
         src = plan.slots[self.src]
-        yield "src", SlotShape(dtype="bf16")
-        yield "dst", SlotShape(src.width, "int8", src.rows)
+        yield "src", SlotShape(dtype="bf16", times=self.times)
+        yield "dst", SlotShape(src.width, "int8", src.rows, self.times)
 
 
-Op = Embed | Norm | Gemm | RopeKV | Attention | Select | Quantise
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Choose `top_k` of the experts for every row, and what each of them weighs; l are the row's logits.
+
+    softmax: the best of p = softmax(l), which weigh p.  chosen: the best of l, which weigh the softmax over them alone.
+    sigmoid: the best of s + choice for s = sigmoid(l), which weigh s.
+
+    Of equal ones the lower number is better. With a NaN among the logits all weights are NaN.
+
+    Args:
+        src: f32 slot [T, experts], the logits.
+        dst: f32 slot [T, 2 * top_k]: numbers of the chosen, best first, then their weights.
+        choice: vector [experts], for the choice alone (sigmoid only).
+        expert_scale: vector [experts] that the weights are multiplied by.
+        n_groups, top_groups: experts stand in groups of equal size; only those count whose two best sum to most.
+        renormalise: weights are divided by their sum (1e-20 added with sigmoid).
+        scale: of the weights, after that.
+    """
+
+    operator: ClassVar[str] = "route"
+
+    name: str
+    src: str
+    dst: str
+    top_k: int
+    order: RouterOrder = "softmax"
+    choice: str | None = None
+    expert_scale: str | None = None
+    n_groups: int = 1
+    top_groups: int = 1
+    renormalise: bool = False
+    scale: float = 1.0
+
+    def needs(self, plan: Plan) -> Needs:
+        """See `Needs`."""
+        src = plan.slots[self.src]
+        _require(
+            1 <= src.width <= MAX_EXPERTS, f"{self.name}: {src.width} experts, expected 1 to {MAX_EXPERTS}"
+        )
+        _require(
+            1 <= self.top_groups <= self.n_groups and src.width % self.n_groups == 0,
+            f"{self.name}: {self.top_groups} of {self.n_groups} groups of {src.width} experts",
+        )
+        in_group = src.width // self.n_groups
+        _require(
+            self.n_groups == 1 or in_group >= 2, f"{self.name}: groups of one expert have no two best ones"
+        )
+        _require(
+            1 <= self.top_k <= in_group * self.top_groups,
+            f"{self.name}: {self.top_k} of {in_group * self.top_groups} experts",
+        )
+        _require(self.choice is None or self.order == "sigmoid", f"{self.name}: choice with {self.order}")
+        yield "src", SlotShape(dtype="f32")
+        yield "dst", SlotShape(2 * self.top_k, "f32", src.rows)
+        yield "choice", WeightShape(src.width)
+        yield "expert_scale", WeightShape(src.width)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsIn:
+    """dst = act(gate) * up of every row and each of its experts; gate and up are src @ W[e].T + bias[e].
+
+    With a `limit` it is (up + 1) * gate * sigmoid(alpha * gate), gate at most the limit and up within it.
+
+    Args:
+        src: bf16 or int8 slot [T, k].
+        dst: bf16 slot [T * top_k, n / 2]; its rows are sorted by expert, and by row among those of one.
+        route: what `Route` stored.
+        weight: `count` matrices [n, k] with gate and up in alternating blocks of 16 rows.
+        bias: as many vectors [n], or None.
+        on_input: rows of src are multiplied by their weights (and rounded to bf16) before.
+    """
+
+    operator: ClassVar[str] = "experts_in"
+
+    name: str
+    src: str
+    dst: str
+    route: str
+    weight: str
+    count: int
+    width: int
+    bias: str | None = None
+    act: Activation = "silu"
+    alpha: float = 0.0
+    limit: float = 0.0
+    on_input: bool = False
+    format: WeightFormat = "bf16"
+
+    def needs(self, plan: Plan) -> Needs:
+        """See `Needs`."""
+        src, dst = plan.slots[self.src], plan.slots[self.dst]
+        top_k = plan.slots[self.route].width // 2
+        filled = -(-self.width // GATED_BLOCK) * GATED_BLOCK
+        _require(
+            src.dtype == "bf16" or (src.dtype == "int8" and not self.on_input),
+            f"{self.name}: rows of {src.dtype}" + (" that are weighed" if self.on_input else ""),
+        )
+        _require(
+            dst.width == filled, f"{self.name}: a slot of {dst.width} columns for experts of {self.width}"
+        )
+        blocks = Blocks("gate", 1, self.width, filled), Blocks("up", 1, self.width, filled)
+        yield "dst", SlotShape(dtype="bf16", rows=src.rows, times=top_k)
+        yield "route", SlotShape(dtype="f32", rows=src.rows)
+        yield "src", SlotShape()
+        yield "weight", WeightShape(2 * filled, src.width, blocks, count=self.count, format=self.format)
+        yield "bias", WeightShape(2 * filled, blocks=blocks, count=self.count)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsOut:
+    """dst = sum over a row's experts e, ascending, of scale * weight * (src @ W[e].T + bias[e]); with `add`, dst += it.
+
+    Args:
+        src: bf16 or int8 slot [T * top_k, k], in the order of `ExpertsIn`.
+        dst: f32 slot [T, n].
+        route: what `Route` stored.
+        weight: `count` matrices [n, k]; `columns` as of `Gemm`.
+        bias: as many vectors [n], or None.
+        weigh: False: the weights were the input's.
+    """
+
+    operator: ClassVar[str] = "experts_out"
+
+    name: str
+    src: str
+    dst: str
+    route: str
+    weight: str
+    count: int
+    columns: Blocks | None = None
+    bias: str | None = None
+    scale: float = 1.0
+    add: bool = False
+    weigh: bool = True
+    format: WeightFormat = "bf16"
+
+    def needs(self, plan: Plan) -> Needs:
+        """See `Needs`."""
+        src, dst = plan.slots[self.src], plan.slots[self.dst]
+        top_k = plan.slots[self.route].width // 2
+        _require(src.dtype != "f32", f"{self.name}: rows of f32")
+        yield "src", SlotShape(rows=dst.rows, times=top_k)
+        yield "dst", SlotShape(dtype="f32")
+        yield "route", SlotShape(dtype="f32", rows=dst.rows)
+        yield (
+            "weight",
+            WeightShape(dst.width, src.width, columns=self.columns, count=self.count, format=self.format),
+        )
+        yield "bias", WeightShape(dst.width, count=self.count)
+
+
+Op = Embed | Norm | Gemm | RopeKV | Attention | Select | Quantise | Route | ExpertsIn | ExpertsOut
 
 
 def _kv_of(op: RopeKV | Attention, plan: Plan) -> KVLayer:

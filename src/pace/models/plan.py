@@ -31,6 +31,8 @@ from pace.models.operators import (
     Dtype,
     Embed,
     Epilogue,
+    ExpertsIn,
+    ExpertsOut,
     Gemm,
     KVLayer,
     Norm,
@@ -41,10 +43,13 @@ from pace.models.operators import (
     QKNorm,
     Quantise,
     RopeKV,
+    Route,
+    RouterOrder,
     Rows,
     Select,
     Slot,
     SlotShape,
+    WeightFormat,
     WeightShape,
 )
 
@@ -57,6 +62,8 @@ __all__ = [
     "Dtype",
     "Embed",
     "Epilogue",
+    "ExpertsIn",
+    "ExpertsOut",
     "F32Array",
     "Gemm",
     "I32Array",
@@ -73,11 +80,14 @@ __all__ = [
     "Quantise",
     "Rope",
     "RopeKV",
+    "Route",
+    "RouterOrder",
     "Rows",
     "Runner",
     "Select",
     "Slot",
     "SlotShape",
+    "WeightFormat",
     "WeightShape",
     "gated_rows",
 ]
@@ -157,7 +167,7 @@ class Plan:
             ValueError: it names no slot of the plan, or one of the wrong shape, or contradicts itself.
         """
         for op in self.ops:
-            for field in ("src", "dst", "other"):
+            for field in ("src", "dst", "other", "route"):
                 name = getattr(op, field, None)
                 if name is not None and name not in self.slots:
                     raise ValueError(f"{op.name}: the plan has no slot {name!r}")
@@ -167,7 +177,7 @@ class Plan:
                     self._check_slot(op, self.slots[name], shape)
 
     def _check_slot(self, op: Op, slot: Slot, shape: SlotShape) -> None:
-        for what in ("width", "dtype", "rows"):
+        for what in ("width", "dtype", "rows", "times"):
             got, want = getattr(slot, what), getattr(shape, what)
             if want is not None and got != want:
                 raise ValueError(f"{op.name}: slot {slot.name} has {what} {got}, expected {want}")

@@ -73,7 +73,9 @@ class Plan:
             slot.name: self._plan.add_slot(
                 slot.width,
                 slot.dtype,
-                max_logit_rows if slot.rows == "logits" and slot.name == plan.logits else max_tokens,
+                max_logit_rows
+                if slot.rows == "logits" and slot.name == plan.logits
+                else max_tokens * slot.times,
             )
             for slot in plan.slots.values()
         }
@@ -132,7 +134,7 @@ class Plan:
 
     def _check_formats(self, op: ir.Op) -> None:
         """Refuse packed formats that an operator can't read."""
-        if not isinstance(op, ir.Embed | ir.Gemm):
+        if not isinstance(op, ir.Embed | ir.Gemm | ir.ExpertsIn | ir.ExpertsOut):
             return
         for name in (op.weight, op.positions if isinstance(op, ir.Embed) else None):
             weight = None if name is None else self._weights[name]
@@ -142,7 +144,11 @@ class Plan:
                 raise TypeError(
                     f"{op.name}: table {name} is {weight.format}, its rows can't be gathered; pack it in bf16"
                 )
-            if isinstance(op, ir.Gemm) and self.ir.slots[op.src].dtype == "int8" and weight.format == "bf16":
+            if (
+                not isinstance(op, ir.Embed)
+                and self.ir.slots[op.src].dtype == "int8"
+                and weight.format == "bf16"
+            ):
                 raise TypeError(f"{op.name}: int8 rows times weight {name} in bf16, expected mxfp4 or int8")
 
     def _value(self, op: ir.Op, field: str, shape: ir.SlotShape | ir.WeightShape | None) -> object:
@@ -165,11 +171,16 @@ class Plan:
                 expected = "a vector" if shape.k is None else "a packed matrix"
                 raise TypeError(f"weight {name} is a {type(weight).__name__}, the operator needs {expected}")
             got: tuple[int, ...] = (weight.n, weight.k)
+            count = weight.count if isinstance(weight, PackedMatrix) else 1
+            if count != shape.count:
+                raise ValueError(f"weight {name} is {count} matrices, the operator needs {shape.count}")
         else:
             if shape.k is not None:
                 raise TypeError(f"weight {name} is a vector, the operator needs a matrix")
             got = np.shape(weight)
         want = (shape.n,) if shape.k is None else (shape.n, shape.k)
+        if shape.k is None and shape.count > 1:
+            want = (shape.count, shape.n)
         if got != want:
             raise ValueError(f"weight {name} is {list(got)}, the operator needs {list(want)}")
         return weight._matrix if isinstance(weight, PackedMatrix | MappedTable) else weight
