@@ -26,6 +26,7 @@ from ext.kit import (
     rows_batch,
     take,
 )
+from ext.test_mxfp4 import quantised, random_mxfp4
 
 from pace import ops
 from pace.models import plan as ir
@@ -137,8 +138,32 @@ def packed_experts(team: ops.Team, w: Any, gated: bool) -> ops.PackedMatrix:
     return matrix
 
 
+def mxfp4_experts(team: ops.Team, n_experts: int, n: int, k: int) -> ops.PackedMatrix:
+    matrix = ops.PackedMatrix(team, n, k, n_experts, "mxfp4")
+    for e in range(n_experts):
+        blocks, scales = random_mxfp4(n, k, e)
+        matrix.pack_mxfp4(blocks, scales, matrix=e)
+    return matrix
+
+
+def in_bf16(team: ops.Team, matrix: ops.PackedMatrix) -> ops.PackedMatrix:
+    """The same values in panels of bf16."""
+    copy = ops.PackedMatrix(team, matrix.n, matrix.k, matrix.count)
+    for e in range(matrix.count):
+        copy.pack(matrix.unpack(e), "f32", matrix=e)
+    return copy
+
+
+def held(plan: ops.Plan, slot: str, n: int) -> F64:
+    """The values that the first n rows of an int8 slot mean."""
+    width = plan.slot(slot).shape[1]
+    q, scales, _ = quantised(memory(plan, slot)[:n], width)
+    values: F64 = q.astype(np.float64) * np.repeat(scales.astype(np.float64), 32, axis=1)
+    return values
+
+
 class Mixture:
-    """Route, ExpertsIn and ExpertsOut over random weights."""
+    """Route, ExpertsIn and ExpertsOut over random weights, or over `matrices`; with int8, of quantised rows."""
 
     def __init__(
         self,
@@ -151,17 +176,22 @@ class Mixture:
         bias: bool = False,
         add: bool = False,
         scale: float = 1.0,
+        matrices: dict[str, ops.PackedMatrix] | None = None,
+        int8: bool = False,
         **options: Any,
     ) -> None:
         r = rng("mixture", n_experts, width, dim)
-        self.add, self.scale = add, scale
+        self.add, self.scale, self.int8 = add, scale, int8
         filled = -(-width // 32) * 32  # behind width zeros, as a plan has them
         w_in = np.zeros((n_experts, 2, filled, dim), np.float32)
         w_in[:, :, :width] = r.standard_normal((n_experts, 2, width, dim))
         w_in = w_in.reshape(n_experts, 2 * filled, dim)
         w_out = r.standard_normal((n_experts, dim, filled)).astype(np.float32)
         self.on_input = options.get("on_input", False)
-        self.matrices = {"in": packed_experts(team, w_in, True), "out": packed_experts(team, w_out, False)}
+        self.matrices = matrices or {
+            "in": packed_experts(team, w_in, True),
+            "out": packed_experts(team, w_out, False),
+        }
         self.vectors = {
             "in.bias": r.standard_normal((n_experts, 2 * filled)).astype(np.float32),
             "out.bias": r.standard_normal((n_experts, dim)).astype(np.float32),
@@ -170,10 +200,12 @@ class Mixture:
         biases = ("in.bias", "out.bias") if bias else (None, None)
         self.ops = (
             ir.Route("r", "l", "route", top_k, order="softmax", renormalise=True),
-            ir.ExpertsIn("i", "x", "inner", "route", "in", n_experts, filled, biases[0], **options),
+            ir.ExpertsIn(
+                "i", "x8" if int8 else "x", "inner", "route", "in", n_experts, filled, biases[0], **options
+            ),
             ir.ExpertsOut(
                 "o",
-                "inner",
+                "inner8" if int8 else "inner",
                 "y",
                 "route",
                 "out",
@@ -190,16 +222,21 @@ class Mixture:
             ir.Slot("route", 2 * top_k, "f32", "tokens"),
             ir.Slot("x", dim, "bf16", "tokens"),
             ir.Slot("inner", filled, "bf16", "tokens", top_k),
+            *((ir.Slot("x8", dim, "int8", "tokens"),) if int8 else ()),
+            *((ir.Slot("inner8", filled, "int8", "tokens", top_k),) if int8 else ()),
             ir.Slot("y", dim, "f32", "tokens"),
         ]
-        self.plan = build(team, self.ops, slots, self.matrices | self.vectors, kernels=chosen(kernel))
+        route, first, second = self.ops
+        quantising = ir.Quantise("q", "x", "x8"), ir.Quantise("p", "inner", "inner8", top_k)
+        steps = (route, quantising[0], first, quantising[1], second) if int8 else self.ops
+        self.plan = build(team, steps, slots, self.matrices | self.vectors, kernels=chosen(kernel))
 
     def run(self, logits: Any, x: Any, before: Any) -> F64:
         """The result's rows."""
         m = len(logits)
         put(self.plan, "l", logits)
         put(self.plan, "x", x)
-        poison(self.plan, "route", "inner", "y")
+        poison(self.plan, "route", "inner", "y", *(("x8", "inner8") if self.int8 else ()))
         if self.add:
             memory(self.plan, "y")[:m, : before.shape[1]] = before
         self.plan.step(rows_batch(m))
@@ -214,12 +251,13 @@ class Mixture:
         k = ids.shape[1]
         order = np.argsort(ids.reshape(-1), kind="stable")
         rows, expert, weight = order // k, ids.reshape(-1)[order].astype(int), weights.reshape(-1)[order]
-        a = put(self.plan, "x", x)[rows]
+        a = held(self.plan, "x8", m)[rows] if self.int8 else put(self.plan, "x", x)[rows]
         if self.on_input:
             a = bf16(a * weight[:, None])
         inner = take(self.plan, "inner", m * k)
         want = np.full(inner.shape, np.nan)
         tolerance = np.full(inner.shape, np.nan)
+        src = held(self.plan, "inner8", m * k) if self.int8 else inner
         y = before.astype(np.float64) if self.add else np.zeros(got.shape)
         y_size = np.abs(y)
         for e in np.unique(expert):
@@ -244,8 +282,8 @@ class Mixture:
             w = self.matrices["out"].unpack(e).astype(np.float64)
             b = self.vectors["out.bias"][e].astype(np.float64) if self.bias else 0.0
             by = self.scale * (1.0 if self.on_input else weight[own][:, None])
-            y[rows[own]] += by * (inner[own] @ w.T + b)
-            y_size[rows[own]] += np.abs(by) * (np.abs(inner[own]) @ np.abs(w).T + np.abs(b))
+            y[rows[own]] += by * (src[own] @ w.T + b)
+            y_size[rows[own]] += np.abs(by) * (np.abs(src[own]) @ np.abs(w).T + np.abs(b))
         assert_close(inner, want, tolerance)
         assert_close(got, y, (inner.shape[1] + 2 + 3 * k) * U_F32 * y_size)
 
@@ -293,6 +331,36 @@ def test_a_row_is_the_same_in_any_company(kernel: str, team: ops.Team, options: 
         rows = r.permutation(300)[:n]
         got = mixture.run(logits[rows], x[rows], before[rows])
         assert got.tobytes() == whole[rows].tobytes()
+
+
+@pytest.fixture
+def four_bits(kernel: str, team: ops.Team) -> dict[str, ops.PackedMatrix]:
+    """The matrices of a Mixture as gpt-oss has them."""
+    return {"in": mxfp4_experts(team, 8, 128, 96), "out": mxfp4_experts(team, 8, 96, 64)}
+
+
+def test_mxfp4_is_the_same_product(
+    kernel: str, team: ops.Team, four_bits: dict[str, ops.PackedMatrix]
+) -> None:
+    """Bit for bit that with the dequantised matrices, through the same clamps and biases."""
+    options = {"bias": True, "add": True, **CLAMPED}
+    packs = four_bits, {name: in_bf16(team, matrix) for name, matrix in four_bits.items()}
+    packed, plain = (Mixture(team, kernel, matrices=matrices, **options) for matrices in packs)
+    for m in (1, 3) if kernel == "reference" else (1, 2, 3, 17, 70, 300):
+        asking = asked(m)
+        assert packed.run(*asking).tobytes() == plain.run(*asking).tobytes()
+
+
+def test_mxfp4_times_int8_rows(kernel: str, team: ops.Team, four_bits: dict[str, ops.PackedMatrix]) -> None:
+    """Beside float64 over what quantising left, and each row the same bytes in any company."""
+    mixture = Mixture(team, kernel, matrices=four_bits, int8=True, bias=True, add=True, **CLAMPED)
+    for m in (1, 3) if kernel == "reference" else (1, 2, 17, 70, 300):
+        mixture.check(*asked(m))
+    logits, x, before = asked(3 if kernel == "reference" else 300)
+    whole = mixture.run(logits, x, before)
+    for n in (1, len(x) // 7 + 1, len(x) // 2 + 1):
+        rows = rng("company").permutation(len(x))[:n]
+        assert mixture.run(logits[rows], x[rows], before[rows]).tobytes() == whole[rows].tobytes()
 
 
 def test_one_expert_that_everybody_wants(kernel: str, team: ops.Team) -> None:

@@ -183,7 +183,7 @@ static cut cut_experts_in(const pace_plan *p, const pace_op *op, long m) {
 static cut cut_experts_out(const pace_plan *p, const pace_op *op) {
     const long n_panels = op->u.experts_out.weight.n_panels;
     cut c = {.grain = n_panels / (8 * p->n_threads)};
-    c.grain = c.grain < 1 ? 1 : c.grain > 8 ? 8 : c.grain > 4 ? 4 : c.grain;
+    c.grain = c.grain < 1 ? 1 : c.grain >= 8 ? 8 : c.grain >= 4 ? 4 : c.grain;
     c.n = (n_panels + c.grain - 1) / c.grain;
     return c;
 }
