@@ -179,7 +179,9 @@ def test_errors_are_explained() -> None:
     banned = History(ids, ids, np.arange(8, dtype=np.int32), ids, np.empty(0, np.float32), ids)
     errors = ops.sample(with_team, logits, params, [banned, None]).errors
     with_team.close()
-    assert Sampler.explain(errors[0]).startswith("no token is left to draw: structured_outputs, allowed_token_ids")
+    assert Sampler.explain(errors[0]).startswith(
+        "no token is left to draw: structured_outputs, allowed_token_ids"
+    )
     assert Sampler.explain(errors[1]).startswith("the logits hold NaN")
 
 

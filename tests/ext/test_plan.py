@@ -18,7 +18,7 @@ from pace.models import plan as ir
 
 # ---- one description --------------------------------------------------------------------------------------
 
-NOT_THE_KERNELS = {"name", "n_positions", "mapped", "blocks", "columns"}
+NOT_THE_KERNELS = {"name", "n_positions", "mapped", "blocks", "columns", "count", "width", "format"}
 """Fields that say something to the loader of weights alone."""
 
 
