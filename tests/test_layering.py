@@ -152,6 +152,15 @@ def test_no_torch_outside_training() -> None:
             assert name.split(".")[0] not in {"torch", "transformers"}, where(path, line)
 
 
+def test_only_its_command_knows_of_training() -> None:
+    """And only inside a function: `pace --help` must not wait for torch."""
+    for path in sources():
+        unit = unit_of(module_of(path))
+        for line, name in imports(path):
+            if unit != "train" and name.startswith("pace.train"):
+                assert module_of(path) == "pace.commands.train", where(path, line)
+
+
 SERVE = {"starlette", "uvicorn", "uvloop", "msgspec", "prometheus_client"}
 """What `pace[serve]` brings; nothing outside server/ imports it."""
 

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from pace import __version__, console, log
-from pace.commands import bench, chat, evaluate, generate, info, serve
+from pace.commands import bench, chat, evaluate, generate, info, serve, train
 from pace.commands.options import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE
 from pace.config import ENVIRONMENT, PACE_LOG_LEVEL
 from pace.errors import PaceError, one_line
@@ -29,6 +29,7 @@ EXAMPLES = """examples:
   pace bench latency --model ./Llama-3.2-1B --batch-size 1 8 32 --json
   pace bench throughput --model ./Llama-3.2-1B --num-prompts 64 --kv-cache-type paged --profile steps.png
   pace eval perplexity --model demo --data text.txt --json
+  pace train pard --config recipe.toml --out my-draft
 """
 
 
@@ -103,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pace {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (generate, chat, serve, info, bench, evaluate):
+    for command in (generate, chat, serve, info, bench, evaluate, train):
         command.add(commands)
     return parser
 
