@@ -13,7 +13,7 @@ from pace.async_llm import AsyncLLM
 from pace.errors import RequestError
 from pace.llm import LLM
 from pace.outputs import RequestOutput
-from pace.params import SamplingParams
+from pace.params import RequestOutputKind, SamplingParams
 
 pytest.importorskip("llguidance")
 
@@ -135,3 +135,28 @@ def test_async() -> None:
             llm.close()
 
     assert json.loads(asyncio.run(run())).keys() == {"a", "b"}
+
+
+def test_a_forced_call_is_a_call_whole_and_streamed(llm: LLM) -> None:
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{# <tool_call> #}"
+    tools = [{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}]
+    chat = [{"role": "user", "content": "def f(x):\n"}]
+    options: dict[str, Any] = {"tools": tools, "chat_template": template}
+    rule = params(structured_outputs=None, max_tokens=100)
+    options["tool_choice"] = {"type": "function", "function": {"name": "f"}}
+    (output,) = llm.chat(chat, rule, **options)
+    whole = output.outputs[0]
+    assert whole.tool_calls is not None and whole.text == "" and whole.finish_reason == "stop"
+    (call,) = whole.tool_calls
+    assert call.name == "f" and json.loads(call.arguments).keys() == {"a", "b"}
+    parts = [
+        part
+        for streamed in llm.stream_chat(chat, rule.clone(output_kind=RequestOutputKind.DELTA), **options)
+        for part in streamed.outputs[0].tool_calls or ()
+    ]
+    assert len(parts) > 2 and {(part.index, part.name) for part in parts} == {(0, "f")} and parts[0].id
+    assert "".join(part.arguments for part in parts) == call.arguments
+    with pytest.raises(RequestError, match="exclude each other"):
+        llm.chat(chat, params(), **options)
+    with pytest.raises(RequestError, match="can't force calls"):
+        llm.chat(chat, rule, **{**options, "chat_template": "{{ messages[0].content }}"})

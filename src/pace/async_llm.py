@@ -124,9 +124,10 @@ class AsyncLLM(Frontend):
         def encode() -> list[Encoded]:
             return self._inputs.encode_chats([messages], options)
 
-        return self._generate(
-            encode, n_chars(messages) + n_chars(tools), sampling_params, request_id, priority, timeout_s
-        )
+        size = n_chars(messages) + n_chars(tools)
+        if tool_choice not in (None, "auto", "none"):  # a grammar, as below
+            size = MAX_INLINE_CHARS + 1
+        return self._generate(encode, size, sampling_params, request_id, priority, timeout_s)
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests before the next step: their last output has finish_reason "abort".

@@ -19,10 +19,11 @@ from pace.errors import PaceError, RequestError, show
 from pace.params import SamplingParams
 from pace.text.answer import answer_reader
 from pace.text.chat import ChatTemplates
+from pace.text.forced_calls import forced_calls
 from pace.text.preamble import NO_PREAMBLE, Preamble, find_preamble
 from pace.text.readers import Reader
 from pace.text.tokenizer import Tokenizer
-from pace.text.tools import ToolChoice, functions_of
+from pace.text.tools import ToolChoice, find_parser, functions_of
 
 __all__ = ["ChatOptions", "Encoded", "Inputs", "Messages", "Prompt", "deadline", "n_chars", "prompt_list"]
 
@@ -75,6 +76,7 @@ class Encoded:
     cache_salt: Any = None
     reader: Callable[[], Reader] | None = None
     preamble: Preamble = NO_PREAMBLE
+    forced: str | None = None
 
 
 class Inputs:
@@ -120,12 +122,13 @@ class Inputs:
         if self._chat_templates is None:
             self._chat_templates = ChatTemplates.load(self._loaded.tokenizer_directory, self.tokenizer)
         choice = ToolChoice.parse(options.tool_choice, options.tools)
-        if choice.kind == "required":
-            raise RequestError(
-                f"tool_choice is {show(options.tool_choice)}, which can't be enforced yet; use auto"
-            )
         tools = options.tools if choice.offers_tools else None
         template = self._chat_templates.choose(options.chat_template, tools=tools)
+        forced = None
+        if choice.kind == "required":
+            form = options.tool_parser or find_parser(template.source)
+            functions = functions_of(tools or ())
+            forced = forced_calls(form, template.source, functions, choice.name, self.tokenizer)
         encoded = []
         for i, messages in enumerate(conversations):
             with _naming(f"conversation {i}"):
@@ -142,7 +145,10 @@ class Inputs:
                     None,
                     text,
                     reader=_reader(template.source, text, continued, tools, options),
-                    preamble=find_preamble(template.source, text, continued, self.tokenizer),
+                    preamble=find_preamble(
+                        template.source, text, continued, self.tokenizer, is_call=forced is not None
+                    ),
+                    forced=forced,
                 )
             )
         self._encode_texts(encoded, "conversation", Tokenizer.encode_chats)
@@ -218,6 +224,7 @@ class Inputs:
                     cache_salt=prompt.cache_salt,
                     reader=prompt.reader,
                     preamble=prompt.preamble,
+                    forced=prompt.forced,
                 )
             requests.append(request)
         return requests

@@ -99,7 +99,8 @@ class LLM(Frontend):
             tools: JSON schemas of functions that the model may call, as its template wants them.
             include_reasoning: the text is all that the model writes; otherwise it is the final answer, what the model
                 thinks before it is the output's `reasoning`, and calls of the tools are its `tool_calls`.
-            tool_choice: "auto" (None): the model calls tools where it wants to; "none": it is told of none.
+            tool_choice: "auto" (None): the model calls tools where it wants to; "none": it is told of none; "required": its
+                answer is calls; {"type": "function", "function": {"name": ...}}: it is one of this one.
             tool_parser: the form of its calls, see docs/tools-and-structure.md; None: what its template shows.
 
         The other arguments are those of `generate`.

@@ -87,6 +87,7 @@ class Preparer:
         cache_salt: str | None = None,
         reader: Callable[[], Reader] | None = None,
         preamble: Preamble = NO_PREAMBLE,
+        forced: str | None = None,
     ) -> Request:
         """Check a request without accepting it, so that a caller can check many before any of them runs.
 
@@ -102,6 +103,7 @@ class Preparer:
             cache_salt: share cached prompts only with requests of the same salt.
             reader: makes what divides each completion's text; None: it is all the answer.
             preamble: what may stand before the answer that structured_outputs describe.
+            forced: a Lark grammar that the answer follows in their place.
 
         Raises:
             RequestError: an invalid prompt or parameter.
@@ -121,7 +123,7 @@ class Preparer:
                 f"{self.max_cached}; lower max_tokens or shorten the prompt"
             )
         rules = self._rules(params)
-        lark = self._grammar(rules.params, preamble)
+        lark = self._grammar(rules.params, preamble, forced)
         watched = stream and params.output_kind is not RequestOutputKind.FINAL_ONLY
         seqs = [
             Sequence(
@@ -152,12 +154,14 @@ class Preparer:
             arrival_s=time.monotonic(),
         )
 
-    def _grammar(self, params: SamplingParams, preamble: Preamble) -> str | None:
+    def _grammar(self, params: SamplingParams, preamble: Preamble, forced: str | None) -> str | None:
         """The grammar of the whole output, compiled; None: it is free."""
         asked = StructuredOutputsParams.parse(params.structured_outputs)
-        if asked is None:
+        if asked is not None and forced is not None:
+            raise RequestError("structured_outputs and a tool_choice that forces calls exclude each other")
+        lark = forced if asked is None else lark_of(asked)
+        if lark is None:
             return None
-        lark = lark_of(asked)
         if self._grammars is None:
             raise RequestError("structured_outputs need a tokenizer, but there is none")
         self._grammars.compile(lark)  # errors of the caller's grammar, without what is put around it

@@ -203,6 +203,7 @@ def chat_of(request: ChatRequest, *, trust_template: bool) -> Chat:
     return Chat(
         messages=[_message(message) for message in request.messages],
         tools=_tools(request),
+        tool_choice=request.tool_choice if request.tools is not None else None,
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=bool(request.continue_final_message),
         chat_template=template,
@@ -219,13 +220,6 @@ def _tools(request: ChatRequest) -> list[dict[str, Any]] | None:
     for i, tool in enumerate(request.tools):
         if tool.type != "function":
             raise ApiError(400, f"tools[{i}].type is {show(tool.type)}, expected function", param="tools")
-    if choice not in (None, "auto"):
-        raise ApiError(
-            400,
-            f"tool_choice is {show(choice)}, expected none or auto: this server can't force a call",
-            param="tool_choice",
-            code="unsupported_parameter",
-        )
     return [_without_none(msgspec.to_builtins(tool)) for tool in request.tools]
 
 

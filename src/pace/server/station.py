@@ -113,7 +113,7 @@ class Station(Frontend):
         running = self._running[job.id] = _Running(job)
         self._off_loop(
             # A grammar takes long to compile, whatever the prompt.
-            MAX_INLINE_CHARS + 1 if "structured_outputs" in job.params else _size(job.prompt, job.chat),
+            MAX_INLINE_CHARS + 1 if _has_grammar(job) else _size(job.prompt, job.chat),
             partial(self._prepare, job),
             partial(self._start_job, running),
         )
@@ -336,6 +336,13 @@ def _refused(number: int, error: BaseException) -> Refused:
     return Refused(number, "PaceError", one_line(f"{type(error).__name__}: {error}"))
 
 
+def _has_grammar(job: Job) -> bool:
+    chat = job.chat
+    return "structured_outputs" in job.params or (
+        chat is not None and chat.tool_choice not in (None, "auto", "none")
+    )
+
+
 def _size(prompt: object, chat: Chat | None) -> int:
     return n_chars(prompt) if chat is None else n_chars(chat.messages) + n_chars(chat.tools)
 
@@ -348,4 +355,5 @@ def _options(chat: Chat) -> ChatOptions:
         chat_template_kwargs=chat.chat_template_kwargs,
         tools=chat.tools,
         include_reasoning=chat.include_reasoning,
+        tool_choice=chat.tool_choice,
     )

@@ -54,6 +54,7 @@ class Chat(msgspec.Struct, array_like=True):
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     include_reasoning: bool = False
+    tool_choice: str | dict[str, Any] | None = None
 
 
 class Job(Message, tag=1):

@@ -35,11 +35,14 @@ class Preamble(NamedTuple):
 NO_PREAMBLE = Preamble()
 
 
-def find_preamble(template: str, prompt: str, continued: str | None, tokenizer: Tokenizer) -> Preamble:
+def find_preamble(
+    template: str, prompt: str, continued: str | None, tokenizer: Tokenizer, *, is_call: bool = False
+) -> Preamble:
     """What may precede the final text of the answers to a rendered chat; arguments as `answer_reader`.
 
     Args:
         tokenizer: tells which markers are special tokens, that a grammar names apart from text.
+        is_call: not the final text, but a call, which harmony writes on another channel.
     """
 
     def term(text: str) -> str:
@@ -51,7 +54,8 @@ def find_preamble(template: str, prompt: str, continued: str | None, tokenizer: 
         thought = (
             f'{term(CHANNEL)} "analysis" {term(MESSAGE)} /(.|\\n)*/ {term(END)} {term(START)} "assistant"'
         )
-        return Preamble(f'(thought)? {term(CHANNEL)} "final" {term(MESSAGE)}', f"thought: {thought}\n")
+        final = "" if is_call else f' {term(CHANNEL)} "final" {term(MESSAGE)}'
+        return Preamble(f"(thought)?{final}", f"thought: {thought}\n")
     found = first_thought(template, prompt, continued)
     if found is None or found[2] == FINAL:
         return NO_PREAMBLE
