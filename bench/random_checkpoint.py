@@ -3,7 +3,8 @@
     python bench/random_checkpoint.py llama-3.2-1b DIRECTORY
 
 The tokenizer is the embedded model's: token ids mean nothing here. Matrices are N(0, 0.02) in bf16, norms multiply by
-one, biases are zero; 2.5 GB for llama-3.2-1b, written in about half a minute, tensor by tensor.
+one, biases are zero; experts in MXFP4 have random codes and a scale that gives them the same size. 2.5 GB for
+llama-3.2-1b, written in about half a minute, tensor by tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 
 from pace.models.decoder import lower
 from pace.models.registry import parse_config
-from pace.models.weights import tensor_shapes
+from pace.models.weights import TensorShape, tensor_shapes
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -148,21 +149,76 @@ SHAPES: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
         },
     },
+    "gpt-oss-20b": COMMON
+    | {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "vocab_size": 201088,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 150000.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        "sliding_window": 128,
+        "tie_word_embeddings": False,
+        "quantization_config": {"quant_method": "mxfp4"},
+    },
+    "qwen3-30b-a3b-8-layers": COMMON
+    | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": False,
+    },
 }
 
 
-def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def shapes(config: dict[str, Any]) -> dict[str, TensorShape]:
     """Every tensor of a checkpoint and its shape, as its architecture reads them."""
     spec, weight_map = parse_config(config)
-    tensors = tensor_shapes(lower(spec, 1), weight_map, len(spec.layers))
-    return {name: shape for name, (_, shape) in tensors.items()}
+    return tensor_shapes(lower(spec, 1), weight_map, len(spec.layers))
 
 
 PIECE = 1 << 24  # values that are drawn at a time: Gemma 4's table has 2.3 G
 
 
-def values(shape: tuple[int, ...], rng: np.random.Generator, vector: float) -> Iterator[bytes]:
-    """The tensor's bytes in bf16, in pieces."""
+def values(tensor: TensorShape, rng: np.random.Generator, vector: float) -> Iterator[bytes]:
+    """The tensor's bytes, in pieces."""
+    shape = tensor.shape
+    if tensor.dtype == "u8":
+        n = int(np.prod(shape))
+        for at in range(0, n, PIECE):
+            size = min(PIECE, n - at)
+            # Codes (blocks are the ones with 16 bytes) have a mean square of 9.6, and 0.02^2 is 9.6 * 2^(2 * -7.3).
+            yield rng.bytes(size) if shape[-1] == 16 and len(shape) == 4 else bytes([120]) * size
+        return
     if len(shape) == 1:
         yield np.full(shape, int(np.float32(vector).view(np.uint32)) >> 16, np.uint16).tobytes()
         return
@@ -184,9 +240,9 @@ def write(model: str, directory: Path, seed: int = 0) -> None:
     header: dict[str, Any] = {}
     at = 0
     tensors = shapes(config)
-    for name, shape in tensors.items():
-        size = 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
+    for name, tensor in tensors.items():
+        size = int(np.prod(tensor.shape)) * (1 if tensor.dtype == "u8" else 2)
+        header[name] = {"dtype": tensor.dtype.upper(), "shape": tensor.shape, "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -195,8 +251,8 @@ def write(model: str, directory: Path, seed: int = 0) -> None:
     one = 0.0 if spec.norm.kind == "rms1" else 1.0
     with (directory / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for name, shape in tensors.items():
-            file.writelines(values(shape, rng, 0.0 if name.endswith("bias") else one))
+        for name, tensor in tensors.items():
+            file.writelines(values(tensor, rng, 0.0 if name.endswith(("bias", "sinks")) else one))
 
 
 if __name__ == "__main__":

@@ -186,12 +186,16 @@ SHARED = {
     "common",
     "config",
     "decoder",
+    "experts",
     "names",
     "operators",
     "plan",
     "registry",
     "rope",
+    "sources",
     "spec",
+    "tensors",
+    "weight_map",
     "weights",
 }
 """Files of models/ that are no family's."""

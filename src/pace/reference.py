@@ -386,6 +386,12 @@ def route(op: Route, logits: Array, choice: Array | None) -> tuple[I32Array, Arr
         np.put_along_axis(mask, kept, True, axis=-1)
         by = np.where(mask[:, :, None], groups, -np.inf).reshape(by.shape)
     ids = np.argsort(-by, axis=-1, kind="stable")[:, : op.top_k].astype(np.int32)
+    return ids, weigh(op, logits, ids)
+
+
+def weigh(op: Route, logits: Array, ids: I32Array) -> Array:
+    """Weights [T, k] of the experts `ids` of rows with these logits [T, E]."""
+    scores = 1 / (1 + np.exp(-logits)) if op.order == "sigmoid" else logits
     chosen = np.take_along_axis(scores, ids, axis=-1)
     if op.order == "sigmoid":
         weights = chosen
@@ -395,7 +401,7 @@ def route(op: Route, logits: Array, choice: Array | None) -> tuple[I32Array, Arr
         weights = np.exp(chosen - top) / np.exp(over - top).sum(axis=-1, keepdims=True)
     if op.renormalise:
         weights = weights / (weights.sum(axis=-1, keepdims=True) + (1e-20 if op.order == "sigmoid" else 0))
-    return ids, np.asarray(op.scale * weights)
+    return np.asarray(op.scale * weights)
 
 
 def norm(

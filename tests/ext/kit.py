@@ -62,9 +62,11 @@ def rng(*key: object) -> np.random.Generator:
 
 
 def packed(team: ops.Team, w: Array) -> ops.PackedMatrix:
-    """A matrix [n, k] packed from float32."""
-    matrix = ops.PackedMatrix(team, *w.shape)
-    matrix.pack(np.ascontiguousarray(w, np.float32), "f32")
+    """A matrix [n, k], or several [count, n, k], packed from float32."""
+    each = w if w.ndim == 3 else w[None]
+    matrix = ops.PackedMatrix(team, *each.shape[1:], count=len(each))
+    for i, one in enumerate(each):
+        matrix.pack(np.ascontiguousarray(one, np.float32), "f32", matrix=i)
     return matrix
 
 
@@ -231,10 +233,13 @@ class OneTable(ops.Plan):
 
 def pack_model(team: ops.Team, model: Model) -> Packed:
     """Pack every matrix; they hold bf16 values already, so this loses nothing."""
-    weights = {
-        name: packed(team, value) if value.ndim == 2 else np.ascontiguousarray(value, np.float32)
-        for name, value in model.weights.items()
-    }
+    weights: dict[str, Any] = {}
+    for name, shape in model.plan.weights().items():
+        value = model.weights[name]
+        if shape.k is None:
+            weights[name] = np.ascontiguousarray(value, np.float32)
+        else:
+            weights[name] = packed(team, value)
     return Packed(model, weights)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,11 +13,11 @@ import numpy.typing as npt
 
 from pace.checkpoint.safetensors import Checkpoint
 from pace.models.decoder import lower
-from pace.models.plan import Batch, Plan, Runner
+from pace.models.plan import Batch, ExpertsIn, ExpertsOut, Plan, Route, Runner
 from pace.models.registry import parse_config
 from pace.models.spec import DecoderSpec
 from pace.models.weights import DenseSink, Tensors, WeightMap, load_weights, settle_head
-from pace.reference import Reference
+from pace.reference import Reference, route, weigh
 
 Array = npt.NDArray[Any]
 
@@ -104,6 +104,65 @@ def in_chunks(runner: Runner | Reference, tokens: Sequence[int], chunk: int, tab
         for at in range(0, len(tokens), chunk)
     ]
     return np.concatenate(rows)
+
+
+def apart(model: Model) -> Model:
+    """The model with a slot for every router's choices, to be read behind a step."""
+    slots, ops, last = dict(model.plan.slots), [], ""
+    for op in model.plan.ops:
+        if isinstance(op, Route):
+            last = op.name
+            slots[last] = replace(slots[op.dst], name=last)
+            op = replace(op, dst=last)
+        elif isinstance(op, ExpertsIn | ExpertsOut):
+            op = replace(op, route=last)
+        ops.append(op)
+    return replace(model, plan=replace(model.plan, slots=slots, ops=tuple(ops)))
+
+
+class Followed(Reference):
+    """The float64 interpreter with others' choices of experts, which it weighs by itself.
+
+    Rounding turns choices between experts that are nearly as good, and with them the result; `gap` is how much worse, in
+    logits or scores, the worst of them was than the best that was passed over, beside the largest logit.
+    """
+
+    choices: Mapping[str, Array]
+    gap = 0.0
+
+    def _route(self, op: Route) -> None:
+        logits = self._slots[op.src]
+        own = route(op, logits, self._vector(op.choice))[0]
+        ids = self.choices[op.name][: len(logits), : op.top_k].astype(np.int32)
+        size = logits.shape[1] // op.n_groups
+        for row in np.flatnonzero((np.sort(own) != np.sort(ids)).any(axis=-1)):
+            if set(own[row] // size) != set(ids[row] // size):
+                continue  # another group, of whose experts none need be nearly as good
+            by = logits[row]
+            if op.choice is not None:
+                by = 1 / (1 + np.exp(-by)) + self.weights[op.choice]
+            gap = by[np.setdiff1d(own[row], ids[row])].max() - by[np.setdiff1d(ids[row], own[row])].min()
+            self.gap = max(self.gap, float(gap / np.abs(logits).max()))
+        weights = weigh(op, logits, ids)
+        if op.expert_scale is not None:
+            weights = weights * self.weights[op.expert_scale][ids]
+        self._store(op.dst, np.concatenate([ids.astype(self.dtype), weights], axis=1))
+
+
+def followed(model: Model, choices: Mapping[str, Array], rounding: Literal["bf16"] | None = None) -> Followed:
+    """An interpreter that takes these choices."""
+    reference = Followed(model.plan, model.weights, 16, BLOCK_SIZE, rounding=rounding)
+    reference.choices = choices
+    return reference
+
+
+def choices_of(runner: Any) -> dict[str, Array]:
+    """What every router of an executor's last step has chosen; its plan is that of `apart`."""
+    return {
+        op.name: np.array(runner._plan.view(runner._slots[op.dst]))
+        for op in runner.ir.ops
+        if isinstance(op, Route)
+    }
 
 
 def relative_error(got: Array, want: Array) -> float:

@@ -39,12 +39,14 @@ class Case:
         config: the whole config.json.
         max_model_len: of the engine; equals the prompt's length where transformers' tables depend on that.
         gain: of the projections of q, k and v: large ones make scores that saturate.
+        shift: what every bias of a router is lowered by.
     """
 
     config: dict[str, Any]
     max_model_len: int = N_TOKENS
     tags: tuple[str, ...] = field(default=())
     gain: float = 1.0
+    shift: float = 0.0
 
 
 def _config(architecture: str, model_type: str, **changes: Any) -> dict[str, Any]:
@@ -212,24 +214,39 @@ def to_bf16(values: F32Array) -> npt.NDArray[np.uint16]:
     return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
 
 
-def tensors(name: str, case: Case | None = None) -> dict[str, npt.NDArray[np.uint16]]:
-    """Every tensor of a case's checkpoint as bf16 bits, by its transformers name."""
+def tensors(name: str, case: Case | None = None) -> dict[str, npt.NDArray[Any]]:
+    """Every tensor of a case's checkpoint as bf16 bits, by its transformers name; blocks and scales as bytes."""
     case = CASES[name] if case is None else case
     spec, weight_map = parse_config(case.config)
-    shapes = tensor_shapes(lower(spec, case.max_model_len), weight_map, len(spec.layers))
-    prefix = "model.language_model." if "multimodal" in case.tags else "model."
-    out = {}
-    for tensor, (weight, shape) in shapes.items():
-        values = rng_of(f"{name}/{tensor}").standard_normal(shape)
+    plan = lower(spec, case.max_model_len)
+    widths = {weight: shape.k for weight, shape in plan.weights().items()}
+    shapes = tensor_shapes(plan, weight_map, len(spec.layers))
+    prefix = "model." if "multimodal" not in case.tags else "model.language_model."
+    if case.config["model_type"] == "llama4":
+        prefix = "language_model.model."
+    out: dict[str, npt.NDArray[Any]] = {}
+    for tensor, (weight, shape, dtype) in shapes.items():
+        rng = rng_of(f"{name}/{tensor}")
         key = tensor.replace("model.", prefix, 1) if tensor.startswith("model.") else tensor
-        out[key] = to_bf16(_scaled(values, weight, spec, case.gain).astype(np.float32))
+        if prefix.startswith("language_model."):
+            key = key.replace("lm_head.", "language_model.lm_head.")
+        if dtype == "u8":
+            # Codes have a mean square of 9.6; scales 127 + e of 2^e, here all unequal to their neighbours.
+            middle = 127 - round(float(np.log2(9.6 * (widths[weight] or 1)) / 2))
+            low, high = (0, 256) if len(shape) == 4 else (middle - 1, middle + 2)
+            out[key] = rng.integers(low, high, shape, np.uint8)
+            continue
+        values = rng.standard_normal(shape)
+        out[key] = to_bf16(_scaled(values, weight, spec, case, widths[weight]).astype(np.float32))
     return out
 
 
-def _scaled(values: npt.NDArray[Any], weight: str, spec: DecoderSpec, gain: float) -> npt.NDArray[Any]:
+def _scaled(
+    values: npt.NDArray[Any], weight: str, spec: DecoderSpec, case: Case, width: int | None
+) -> npt.NDArray[Any]:
     """Standard normal values made those of a plan weight: the stream keeps a variance of about 1."""
-    if weight.endswith(".bias"):
-        return 0.3 * values
+    if weight.endswith((".bias", ".sinks", ".choice")):
+        return 0.3 * values - (case.shift if weight.endswith(".router.bias") else 0.0)
     if spec.scale == 1.0 and weight.endswith(("q_norm", "k_norm")):
         # Nothing else scales these scores down: trained norms do, or attention would see one key and magnify roundings.
         return (0.2 * values + 1.0) * len(values) ** -0.25
@@ -237,20 +254,30 @@ def _scaled(values: npt.NDArray[Any], weight: str, spec: DecoderSpec, gain: floa
         return 0.2 * values + (0.0 if spec.norm.kind == "rms1" else 1.0)
     if weight == "positions":
         return 0.5 * values
-    width = values.shape[1]
     if weight == "embed":
         # A tied table is also the LM head, whose rows have unit length; otherwise the stream has variance 1.
-        return values / np.sqrt(width) if spec.tied else values / spec.embed_scale
+        return values / np.sqrt(values.shape[1]) if spec.tied else values / spec.embed_scale
     if weight == "inputs.table":
         return values / np.sqrt(spec.per_layer_dim or 1)
-    return values / np.sqrt(width) * (1.3 * gain if weight.endswith(".qkv") else 1.0)
+    if weight.endswith(".router"):
+        return 2 * values / np.sqrt(values.shape[1])  # choices that rounding does not turn
+    gain = 1.3 * case.gain if weight.endswith(".qkv") else 1.0
+    return gain * values / np.sqrt(values.shape[1] if values.ndim == 2 else width or 1)
+
+
+_TYPES = ((np.uint16, "BF16"), (np.float16, "F16"), (np.float32, "F32"), (np.uint8, "U8"))
 
 
 def write_safetensors(
     path: Path, arrays: dict[str, npt.NDArray[Any]], dtypes: dict[str, str] | None = None
 ) -> None:
     """Write arrays as one safetensors file; uint16 arrays are BF16 unless `dtypes` says otherwise."""
-    names = {np.dtype(np.uint16): "BF16", np.dtype(np.float16): "F16", np.dtype(np.float32): "F32"}
+    names = {
+        np.dtype(np.uint16): "BF16",
+        np.dtype(np.float16): "F16",
+        np.dtype(np.float32): "F32",
+        np.dtype(np.uint8): "U8",
+    }
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, array in arrays.items():

@@ -28,20 +28,47 @@ INERT = {
 LENGTHS = {"max_position_embeddings", "n_positions"}
 
 
+USES_WINDOWS = ("qwen2", "qwen3", "smollm3", "qwen2_moe", "qwen3_moe")
+
+
+def _has_dense_layer(config: dict[str, Any]) -> bool:
+    """Whether intermediate_size is the width of anything."""
+    sparse = config.get("decoder_sparse_step", 1) == 1 and not config.get("mlp_only_layers")
+    if config["model_type"] in ("qwen2_moe", "qwen3_moe"):
+        return not sparse
+    return (
+        config["model_type"] not in ("glm4_moe", "sarvam_moe") or config.get("first_k_dense_replace", 1) > 0
+    )
+
+
 def unused(config: dict[str, Any], key: str) -> bool:
     """Whether another key, or the file, makes this one say nothing; transformers ignores it as well."""
     nested = any(isinstance(v, dict) for v in (config.get("rope_parameters") or {}).values())
     return {
         "attn_logit_softcapping": config["model_type"] == "gemma3_text",  # its forward pass has none
+        "attention_chunk_size": "layer_types" in config and "chunked_attention" not in config["layer_types"],
+        # Of attn_temperature_tuning, which may be off.
+        "attn_scale": config.get("attn_temperature_tuning") is False,
+        "floor_scale": config.get("attn_temperature_tuning") is False,
+        "swiglu_limit": config.get("swiglu_limit", 7.0) > 5,  # nothing here is as large
+        "intermediate_size_mlp": config.get("interleave_moe_layer_step", 1) == 1
+        and "moe_layers" not in config,
+        "interleave_moe_layer_step": "moe_layers" in config,
+        "moe_intermediate_size": config["model_type"] == "gemma4_text" and not config.get("enable_moe_block"),
+        "n_shared_experts": "num_shared_experts" in config,
+        "top_k_experts": not config.get("enable_moe_block"),
         "global_head_dim": "per_layer_config" in config,
         "max_window_layers": "layer_types" in config or not config.get("use_sliding_window"),
-        "no_rope_layer_interval": "no_rope_layers" in config,
+        # A router that takes all experts takes them in whatever order; groups that are all kept choose nothing.
+        "n_group": config.get("n_group", 1) == config.get("topk_group", 1) == 1,
+        "no_rope_layer_interval": bool(config.get("no_rope_layers")),
+        "intermediate_size": not _has_dense_layer(config),
         "num_global_key_value_heads": not config.get("attention_k_eq_v"),
         "rope_theta": nested,
         "use_double_wide_mlp": not config.get("num_kv_shared_layers"),
         "rope_local_base_freq": nested,
         "sliding_window": config.get("use_sliding_window", True) is False
-        or (config["model_type"] in ("qwen2", "qwen3", "smollm3") and not config.get("use_sliding_window"))
+        or (config["model_type"] in USES_WINDOWS and not config.get("use_sliding_window"))
         or "sliding_attention" not in config.get("layer_types", ["sliding_attention"]),
         "sliding_window_pattern": "layer_types" in config or config.get("sliding_window", 1) is None,
         "tie_word_embeddings": config.get("tie_word_embeddings") is False,  # a head in the file settles it
@@ -58,6 +85,9 @@ ALTERED: dict[str, Any] = {
     "per_layer_config": {"0": {"head_dim": 8}},
     "no_rope_layers": [0] * 9,
     "no_rope_layer_interval": 3,
+    "attn_type_list": [0, 1],
+    "mlp_only_layers": [0],
+    "moe_layers": [0],
     "text_config": {"hidden_size": 8},
     "vision_config": {"hidden_size": 8},
     "audio_config": {"hidden_size": 8},

@@ -12,10 +12,11 @@ import pytest
 from golden import tiny
 
 from pace.errors import WeightsError
-from pace.models import weights
+from pace.models import tensors as module
 from pace.models.decoder import lower
-from pace.models.plan import Plan, gated_rows
+from pace.models.plan import Plan, WeightShape, gated_rows
 from pace.models.registry import ARCHITECTURES, parse_config
+from pace.models.weight_map import expand
 from pace.models.weights import DenseSink, SourcePart, Tensors, WeightMap, load_weights, to_f32
 
 Array = npt.NDArray[Any]
@@ -61,7 +62,7 @@ class Memory:
 class NoSink:
     """A sink that must never be called."""
 
-    def matrix(self, name: str, n: int, k: int, parts: Iterator[SourcePart]) -> None:
+    def matrix(self, name: str, shape: WeightShape, parts: Iterator[SourcePart]) -> None:
         raise AssertionError(f"matrix {name} was loaded from a broken checkpoint")
 
     def vector(self, name: str, values: npt.NDArray[np.float32]) -> None:
@@ -253,16 +254,17 @@ def test_a_tied_head_is_told_by_content() -> None:
 @pytest.mark.parametrize("name", [name for name, known in ARCHITECTURES.items() if known.weights])
 def test_every_architecture_names_the_pair_that_may_be_one(name: str) -> None:
     weight_map = ARCHITECTURES[name].weights
-    (embed,), (head,) = weight_map["embed"], weight_map["lm_head"]
+    table = expand(weight_map, 1)
+    (embed,), (head,) = table["embed"].layouts[0], table["lm_head"].layouts[0]
     matrix = np.zeros((4, 4), np.uint16)
     for other in (matrix, matrix + 1):
         memory = Memory({f"module.{embed.name}": matrix, f"_orig_mod.{head.name}": other})
         assert Tensors(memory, weight_map, 1).head_is_tied() is (other is matrix)
 
 
-@pytest.mark.parametrize("at", [0, -1, weights._COMPARED - 1, weights._COMPARED])
+@pytest.mark.parametrize("at", [0, -1, module._COMPARED - 1, module._COMPARED])
 def test_a_head_that_differs_anywhere_is_not_tied(at: int) -> None:
-    embed = np.zeros((3, weights._COMPARED // 2), np.uint16)
+    embed = np.zeros((3, module._COMPARED // 2), np.uint16)
     head = embed.copy()
     head.reshape(-1)[at] = 1
     memory = {**tiny.tensors("qwen2-tied"), EMBED: embed}

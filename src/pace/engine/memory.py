@@ -8,9 +8,9 @@ from pathlib import Path
 
 from pace.engine.kv_memory import GroupMemory, KVMemory, plan_groups
 from pace.errors import CapacityError
-from pace.models.plan import Plan, WeightShape
+from pace.models.plan import Embed, ExpertsIn, ExpertsOut, Gemm, Plan, WeightShape
 
-__all__ = ["MemoryPlan", "available_bytes", "packed_bytes", "plan_memory", "slot_bytes"]
+__all__ = ["MemoryPlan", "available_bytes", "packed_bytes", "plan_memory", "read_bytes", "slot_bytes"]
 
 KV_SHARE = 0.4
 """Of the available memory, what the KV pool takes by default; the rest is for the host program."""
@@ -19,6 +19,11 @@ SLACK_BYTES = 64 << 20
 """Tokenizer, staging, thread stacks and Python."""
 
 PANEL = 64  # rows that a packed matrix is padded to at most
+SPARSE = 0.8
+"""Share of the weights below which it is worth telling how much of them a token reads."""
+PAGE = 4096  # at which each expert's matrix begins
+BITS = {"bf16": 16, "mxfp4": 4.25}
+"""Of a packed weight, scales included."""
 SLOT_BYTES = {"f32": 4, "bf16": 2, "int8": 1.25}
 NO_LIMIT = 1 << 60  # cgroup v1 writes "no limit" as a number near 2^63
 
@@ -43,6 +48,7 @@ class MemoryPlan:
     max_model_len: int
     kv_cache_type: str = "slab"
     kv_cache_dtype: str = "bf16"
+    read_bytes: int = 0
 
     @property
     def kv_bytes(self) -> int:
@@ -57,8 +63,10 @@ class MemoryPlan:
                 f"{group.n_layers} layers of {group.n_kv_heads} x {group.head_dim}: {gib(group.n_bytes)} in {text}"
                 for group, text in zip(self.kv.groups, groups, strict=True)
             ]
+        sparse = self.read_bytes < SPARSE * self.weights_bytes
+        read = f" (a token reads {gib(self.read_bytes)} of them)" if sparse else ""
         return (
-            f"weights {gib(self.weights_bytes)}, activations {gib(self.activation_bytes)}, KV cache "
+            f"weights {gib(self.weights_bytes)}{read}, activations {gib(self.activation_bytes)}, KV cache "
             f"{gib(self.kv_bytes)} ({self.kv_cache_type}, {self.kv_cache_dtype}, {'; '.join(groups)}), of "
             f"{gib(self.available_bytes)} available; max_model_len {self.max_model_len}"
         )
@@ -159,12 +167,28 @@ def plan_memory(
         wanted_len,
         kv_cache_type,
         kv_cache_dtype,
+        read_bytes(plan),
     )
 
 
 def packed_bytes(plan: Plan) -> int:
     """Bytes of a plan's weights."""
     return sum(_packed_bytes(shape) for shape in plan.weights().values())
+
+
+def read_bytes(plan: Plan, n_rows: int = 1) -> int:
+    """Bytes of weights that a step of `n_rows` rows reads: of experts those that it takes, if no two rows take the same;
+    no embedding, unless it is the LM head too.
+    """
+    total = packed_bytes(plan)
+    shapes = plan.weights()
+    for op in plan.ops:
+        if isinstance(op, ExpertsIn | ExpertsOut):
+            taken = min(op.count, n_rows * (plan.slots[op.route].width // 2))
+            total -= _packed_bytes(shapes[op.weight]) * (op.count - taken) // op.count
+    read = {op.weight for op in plan.ops if isinstance(op, Gemm)}
+    tables = {op.weight for op in plan.ops if isinstance(op, Embed)} - read
+    return total - sum(_packed_bytes(shapes[name]) for name in tables if name is not None)
 
 
 def slot_bytes(plan: Plan, max_tokens: int, max_logit_rows: int) -> int:
@@ -184,8 +208,11 @@ def available_bytes() -> int:
 def _packed_bytes(shape: WeightShape) -> int:
     if shape.mapped:
         return 0  # a row is read where the file has it; its pages are the page cache's and can be dropped
-    n, k = shape.n, shape.k
-    return 4 * n if k is None else -(-n // PANEL) * PANEL * (k + k % 2) * 2
+    if shape.k is None:
+        return 4 * shape.n * shape.count
+    bits = BITS[shape.format]
+    one = int(-(-shape.n // PANEL) * PANEL * (shape.k + shape.k % 2) * bits / 8)
+    return one if shape.count == 1 else shape.count * -(-one // PAGE) * PAGE
 
 
 def _meminfo_available() -> int:

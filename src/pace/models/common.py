@@ -139,23 +139,25 @@ def bf16(value: float) -> float:
     return float(struct.unpack(">f", rounded.to_bytes(4, "big"))[0])
 
 
-def layer_kinds(config: Config, n_layers: int, default: Callable[[int], bool]) -> list[str]:
-    """full_attention or sliding_attention for each layer: what `layer_types` says, else `default`.
+def layer_kinds(
+    config: Config, n_layers: int, default: Callable[[int], bool], other: str = SLIDING
+) -> list[str]:
+    """full_attention or `other` for each layer: what `layer_types` says, else `default`.
 
     Args:
-        default: whether layer i slides in a config without `layer_types`.
+        default: whether layer i is of the other kind in a config without `layer_types`.
 
     Raises:
-        UnsupportedModel: another kind of layer.
+        UnsupportedModel: a third kind of layer.
     """
     if not config.has("layer_types"):
         config.skip("layer_types")
-        return [SLIDING if default(i) else FULL for i in range(n_layers)]
+        return [other if default(i) else FULL for i in range(n_layers)]
     kinds = config.texts("layer_types", n_layers)
     for kind in kinds:
-        if kind not in (FULL, SLIDING):
+        if kind not in (FULL, other):
             raise UnsupportedModel(
-                f"{config.where}: layer_types has {show(kind)}; supported are {FULL} and {SLIDING}"
+                f"{config.where}: layer_types has {show(kind)}; supported are {FULL} and {other}"
             )
     return list(kinds)
 

@@ -121,6 +121,13 @@ class Config:
             raise self.error(key, value, f"a list of {length} zeros and ones")
         return tuple(bool(v) for v in value)
 
+    def indices(self, key: str, length: int) -> tuple[int, ...]:
+        """A list of numbers from 0 to `length` - 1."""
+        value = self._get(key, REQUIRED)
+        if not isinstance(value, list) or not all(type(v) is int and 0 <= v < length for v in value):
+            raise self.error(key, value, f"a list of numbers from 0 to {length - 1}")
+        return tuple(value)
+
     def table(self, key: str) -> Config:
         """A nested object."""
         value = self._get(key, REQUIRED)
@@ -237,6 +244,17 @@ NEUTRAL: Final[Mapping[str, tuple[object, ...]]] = {
     "num_local_experts": (0, 1),
     "num_experts": (0, 1),
     "n_routed_experts": (0,),
+    "n_shared_experts": (0,),
+    "num_shared_experts": (0,),
+    "shared_expert_intermediate_size": (0,),
+    "routed_scaling_factor": (1, 1.0),
+    "n_group": (0, 1),
+    "topk_group": (0, 1),
+    "moe_layers": (),
+    "mlp_only_layers": (),
+    "decoder_sparse_step": (1,),
+    "interleave_moe_layer_step": (1,),
+    "first_k_dense_replace": (0,),
     "enable_moe_block": (False,),
     "no_rope_layers": (),
     "attn_temperature_tuning": (False,),

@@ -27,6 +27,8 @@ from pace.models.plan import (
     Blocks,
     Dtype,
     Embed,
+    ExpertsIn,
+    ExpertsOut,
     Gemm,
     KVLayer,
     Norm,
@@ -34,11 +36,12 @@ from pace.models.plan import (
     PartName,
     Plan,
     RopeKV,
+    Route,
     Rows,
     Select,
     Slot,
 )
-from pace.models.spec import AttentionSpec, Bias, DecoderSpec, DenseSpec, LearnedPositions, Placement
+from pace.models.spec import AttentionSpec, Bias, DecoderSpec, DenseSpec, LearnedPositions, MoESpec, Placement
 
 STEP = 16
 """Heads and the inner columns of MLPs are filled with zeros to a multiple of what the kernels read at once; every
@@ -73,7 +76,10 @@ def lower(spec: DecoderSpec, max_model_len: int, taps: tuple[int, ...] = ()) -> 
             inputs = None if inputs is None else model.select(inputs)
         model.project_out(i, layer.mixer, attended, x)
         h = h if parallel else model.enter(f"layers.{i}.mlp", x)
-        model.mlp(i, layer.ffn, h, x)
+        if isinstance(layer.ffn, MoESpec):
+            model.experts(i, layer.ffn, h, x)
+        else:
+            model.mlp(i, layer.ffn, h, x)
         if inputs is not None:
             model.add_input(i, inputs, x)
         if i + 1 < len(spec.layers):
@@ -100,8 +106,8 @@ def kv_layers(spec: DecoderSpec) -> tuple[KVLayer, ...]:
     layers = []
     for owner in _owners(spec):
         mixers = [m for i, m in enumerate(_mixers(spec)) if i == owner or m.kv_from == owner]
-        windows = [m.window for m in mixers]
-        reach = None if None in windows else max(w for w in windows if w is not None)
+        reaches = [min((n for n in (m.window, m.chunk) if n is not None), default=None) for m in mixers]
+        reach = None if None in reaches else max(n for n in reaches if n is not None)
         layers.append(KVLayer(mixers[0].n_kv_heads, padded(mixers[0].head_dim), reach))
     return tuple(layers)
 
@@ -188,6 +194,7 @@ class _Lowering:
         self.ops.append(Gemm(f"{at}.qkv", h.name, qkv.name, f"{at}.qkv", bias, blocks=rows))
         q = self.slot("q", mixer.n_heads * head_dim, "bf16", h.rows)
         norm, own = mixer.norm, mixer.kv_from is None
+        weighted = norm is not None and norm.weight
         normed = norm is not None or mixer.v_norm
         self.ops.append(
             RopeKV(
@@ -200,8 +207,8 @@ class _Lowering:
                 append=own,
                 k_is_v=mixer.k_is_v,
                 qk_norm="none" if norm is None else norm.kind,
-                q_norm=None if norm is None else f"{at}.q_norm",
-                k_norm=None if norm is None or not own else f"{at}.k_norm",
+                q_norm=f"{at}.q_norm" if weighted else None,
+                k_norm=f"{at}.k_norm" if weighted and own else None,
                 norm_scope="head" if norm is None else norm.scope,
                 norm_eps=spec.norm.eps if normed else 0.0,
                 norm_width=mixer.head_dim if normed and mixer.head_dim != head_dim else None,
@@ -220,7 +227,9 @@ class _Lowering:
                 kv,
                 spec.scale,
                 window=mixer.window,
+                chunk=mixer.chunk,
                 softcap=spec.softcap,
+                sinks=f"{at}.sinks" if mixer.sinks else None,
             )
         )
         return attended
@@ -243,10 +252,17 @@ class _Lowering:
 
     def mlp(self, i: int, ffn: DenseSpec, h: Slot, x: Slot) -> None:
         """x += down_proj(act(gate_proj(h)) * up_proj(h)), or without the gate."""
-        at, filled = f"layers.{i}", padded(ffn.width)
+        inner = self.inner(i, "", ffn, h)
+        bias = self.bias_of(Bias.MLP, f"layers.{i}.down.bias")
+        columns = Blocks("all", 1, ffn.width, inner.width)
+        self.leave(f"layers.{i}.down", f"layers.{i}.mlp", inner, bias, x, columns, self.last_scalar(i))
+
+    def inner(self, i: int, which: str, ffn: DenseSpec, h: Slot) -> Slot:
+        """act(gate_proj(h)) * up_proj(h) of an MLP of layer i: bf16 [rows, width]."""
+        filled = padded(ffn.width)
         inner = self.slot("mlp", filled, "bf16", h.rows)
         parts: tuple[PartName, ...] = ("gate", "up") if ffn.gated else ("all",)
-        name = f"{at}.gate_up" if ffn.gated else f"{at}.up"
+        name = f"layers.{i}.{which}" + ("gate_up" if ffn.gated else "up")
         self.ops.append(
             Gemm(
                 name,
@@ -259,11 +275,124 @@ class _Lowering:
                 blocks=tuple(Blocks(part, 1, ffn.width, filled) for part in parts),
             )
         )
-        last = self.spec.layers[i].scalar and self.spec.per_layer_dim is None
-        scalar = f"{at}.scalar" if last else None
-        columns = Blocks("all", 1, ffn.width, filled)
-        bias = self.bias_of(Bias.MLP, f"{at}.down.bias")
-        self.leave(f"{at}.down", f"{at}.mlp", inner, bias, x, columns, scalar)
+        return inner
+
+    def experts(self, i: int, ffn: MoESpec, h: Slot, x: Slot) -> None:
+        """x += sum of weight_e * expert_e(h) over the chosen e, + shared(h)."""
+        if ffn.dense is not None:
+            self.mixed(i, ffn, ffn.dense, h, x)
+            return
+        route = self.route(i, ffn, h)
+        scale = self.spec.residual_scale
+        self.chosen(i, ffn, route, h, x, scale)
+        if ffn.shared is not None:
+            self.shared(i, ffn.shared, ffn.shared_gate, h, x)
+
+    def shared(self, i: int, ffn: DenseSpec, gated: bool, h: Slot, x: Slot) -> None:
+        """x += mlp(h), or x += sigmoid(gate(h)) * mlp(h)."""
+        at = f"layers.{i}.shared"
+        inner, gate = self.inner(i, "shared.", ffn, h), None
+        if gated:
+            gate = self.slot("gate", 1, "f32", h.rows).name
+            self.ops.append(Gemm(f"{at}_gate", h.name, gate, f"{at}_gate", act="sigmoid"))
+        self.ops.append(
+            Gemm(
+                f"{at}.down",
+                inner.name,
+                x.name,
+                f"{at}.down",
+                epilogue="add",
+                scale=self.spec.residual_scale,
+                other=gate,
+                columns=Blocks("all", 1, ffn.width, inner.width),
+            )
+        )
+
+    def mixed(self, i: int, ffn: MoESpec, dense: DenseSpec, h: Slot, x: Slot) -> None:
+        """x += norm(norm(mlp(h)) + norm(experts(norm(x)))), times the layer's scalar."""
+        at = f"layers.{i}"
+        inner = self.inner(i, "", dense, h)
+        y, z = (self.slot(name, x.width, "f32", x.rows) for name in ("y", "z"))
+        columns = Blocks("all", 1, dense.width, inner.width)
+        self.ops.append(Gemm(f"{at}.down", inner.name, y.name, f"{at}.down", columns=columns))
+        self.norm(f"{at}.dense_post_norm", y, y)
+        h = self.slot("h", x.width, "bf16", x.rows)
+        self.norm(f"{at}.router.norm", x, h)
+        route = self.route(i, ffn, h)
+        self.norm(f"{at}.experts_norm", x, h)
+        self.chosen(i, ffn, route, h, z, 1.0, add=False)
+        self.norm(f"{at}.experts_post_norm", z, y, add=True)
+        self.norm(f"{at}.mlp_post_norm", y, x, add=True, scalar=self.last_scalar(i))
+
+    def route(self, i: int, ffn: MoESpec, h: Slot) -> Slot:
+        """The experts that each row takes and their weights: f32 [rows, 2 * top_k]."""
+        name, router = f"layers.{i}.router", ffn.router
+        logits = self.slot("scores", ffn.n_experts, "f32", h.rows)
+        route = self.slot("route", 2 * ffn.top_k, "f32", h.rows)
+        bias = f"{name}.bias" if router.bias else None
+        scale = self.spec.dim**-0.5 if router.own_norm else 1.0
+        self.ops += [
+            Gemm(name, h.name, logits.name, name, bias, scale=scale),
+            Route(
+                f"{name}.choose",
+                logits.name,
+                route.name,
+                ffn.top_k,
+                order=router.order,
+                choice=f"{name}.choice" if router.choice else None,
+                expert_scale=f"{name}.expert_scale" if router.own_norm else None,
+                n_groups=router.n_groups,
+                top_groups=router.top_groups,
+                renormalise=router.renormalise,
+                scale=router.scale,
+            ),
+        ]
+        return route
+
+    def chosen(
+        self, i: int, ffn: MoESpec, route: Slot, h: Slot, dst: Slot, scale: float, add: bool = True
+    ) -> None:
+        """dst += scale * sum of weight_e * down_e(act(gate_e(h)) * up_e(h)); without `add`, dst = that."""
+        at, filled = f"layers.{i}.experts", padded(ffn.width)
+        inner = self.slot("experts", filled, "bf16", h.rows, ffn.top_k)
+        alpha, limit = ffn.clamp or (0.0, 0.0)
+        self.ops += [
+            ExpertsIn(
+                f"{at}.gate_up",
+                h.name,
+                inner.name,
+                route.name,
+                f"{at}.gate_up",
+                ffn.n_experts,
+                ffn.width,
+                bias=f"{at}.gate_up.bias" if ffn.bias else None,
+                act=ffn.activation,
+                alpha=alpha,
+                limit=limit,
+                on_input=ffn.on_input,
+                format=ffn.format,
+            ),
+            ExpertsOut(
+                f"{at}.down",
+                inner.name,
+                dst.name,
+                route.name,
+                f"{at}.down",
+                ffn.n_experts,
+                columns=Blocks("all", 1, ffn.width, filled),
+                bias=f"{at}.down.bias" if ffn.bias else None,
+                scale=scale,
+                add=add,
+                weigh=not ffn.on_input,
+                format=ffn.format,
+            ),
+        ]
+
+    def last_scalar(self, i: int) -> str | None:
+        """The layer's scalar, where the feed-forward is the last that adds to the stream."""
+        return (
+            f"layers.{i}.scalar" if self.spec.layers[i].scalar and self.spec.per_layer_dim is None else None
+        )
 
     def add_input(self, i: int, inputs: Slot, x: Slot) -> None:
         """x += norm(out(act(gate(x)) * input_i)), times the layer's scalar."""
@@ -384,12 +513,13 @@ class _Lowering:
         """The bias's weight name if the decoder has it."""
         return name if which in self.spec.bias else None
 
-    def slot(self, name: str, width: int, dtype: Dtype, rows: Rows) -> Slot:
+    def slot(self, name: str, width: int, dtype: Dtype, rows: Rows, times: int = 1) -> Slot:
         """The slot of that name, row set and width; layers reuse each other's."""
         if rows == "logits" and name != "logits":
             name = f"{name}.out"
-        found = self.slots.setdefault(name, Slot(name, width, dtype, rows))
-        if found.width != width:  # layers of several shapes
-            name = f"{name}.{width}"
-            found = self.slots.setdefault(name, Slot(name, width, dtype, rows))
+        slot = Slot(name, width, dtype, rows, times)
+        found = self.slots.setdefault(name, slot)
+        if found.width != width or found.times != times:  # layers of several shapes
+            slot = replace(slot, name=f"{name}.{width}" + (f"x{times}" if times > 1 else ""))
+            found = self.slots.setdefault(slot.name, slot)
         return found

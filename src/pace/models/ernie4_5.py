@@ -9,7 +9,7 @@ from pace.models import rope
 from pace.models.common import decoder
 from pace.models.config import Config
 from pace.models.spec import Bias, DecoderSpec
-from pace.models.weights import WeightMap
+from pace.models.weight_map import WeightMap
 
 
 def ernie4_5(config: Config) -> DecoderSpec:

@@ -9,7 +9,7 @@ from pace.models import olmo
 from pace.models.common import SLIDING, decoder, layer_kinds, windows
 from pace.models.config import Config
 from pace.models.spec import DecoderSpec, HeadNorm, Placement
-from pace.models.weights import WeightMap
+from pace.models.weight_map import WeightMap
 
 
 def exaone4(config: Config) -> DecoderSpec:

@@ -9,7 +9,7 @@ from pace.models import rope
 from pace.models.common import FULL, SLIDING, Ropes, bf16, decoder, layer_kinds, windows
 from pace.models.config import Config
 from pace.models.spec import DecoderSpec, HeadNorm, NormSpec, Placement, RopeSpec
-from pace.models.weights import WeightMap
+from pace.models.weight_map import WeightMap
 
 DEFAULTS = {
     "hidden_size": 2304,

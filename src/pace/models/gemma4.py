@@ -1,11 +1,11 @@
-"""Gemma 4: E2B, E4B, 12B (unified) and 31B; text, and the text tower of multimodal files."""
+"""Gemma 4: E2B, E4B, 12B (unified), 31B and 26B-A4B; text, and the text tower of multimodal files."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from pace.errors import UnsupportedModel
-from pace.models import gemma, rope
+from pace.models import gemma, gemma4_experts, rope
 from pace.models import llama as base
 from pace.models.common import (
     FULL,
@@ -19,7 +19,7 @@ from pace.models.common import (
 )
 from pace.models.config import Config
 from pace.models.spec import DecoderSpec, HeadNorm, Placement
-from pace.models.weights import Part, WeightMap
+from pace.models.weight_map import Part, WeightMap
 
 DEFAULTS = {k: v for k, v in gemma.GEMMA3.items() if k != "query_pre_attn_scalar"} | {
     "vocab_size": 262144,
@@ -32,7 +32,7 @@ def gemma4(config: Config) -> DecoderSpec:
     """The E models and 31B: per-layer inputs unless `hidden_size_per_layer_input` is 0."""
     spec = unified({"sliding_window": 512, "max_position_embeddings": 131072}, config)
     config = config.family(DEFAULTS)
-    config.only("enable_moe_block", False)
+    spec = gemma4_experts.beside(config, spec)
     width = config.integer("hidden_size_per_layer_input", default=256, low=0)
     rows = config.integer("vocab_size_per_layer_input", default=262144)
     if width and rows != spec.vocab_size:
@@ -141,4 +141,5 @@ WEIGHTS: WeightMap = {
     "inputs.proj": (Part("model.per_layer_model_projection.weight"),),
     "inputs.norm": (Part("model.per_layer_projection_norm.weight"),),
     "inputs.table": (Part("model.embed_tokens_per_layer.weight"),),
+    **gemma4_experts.WEIGHTS,
 }

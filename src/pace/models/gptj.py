@@ -7,7 +7,7 @@ from dataclasses import replace
 from pace.models.common import MAX_WIDTH, decoder, plain_heads
 from pace.models.config import Config
 from pace.models.spec import Bias, DecoderSpec, NormSpec, Placement, RopeSpec
-from pace.models.weights import Part, WeightMap
+from pace.models.weight_map import Part, WeightMap
 
 ALIASES = {
     "hidden_size": "n_embd",

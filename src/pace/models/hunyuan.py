@@ -9,7 +9,7 @@ from pace.models import rope
 from pace.models.common import decoder
 from pace.models.config import Config
 from pace.models.spec import DecoderSpec, HeadNorm, RopeSpec
-from pace.models.weights import Part, WeightMap
+from pace.models.weight_map import Part, WeightMap
 
 FIXED = ("alpha", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 """With `alpha` its dynamic scaling depends on no length; the files carry the rest without use."""

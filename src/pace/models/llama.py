@@ -9,7 +9,7 @@ from dataclasses import replace
 from pace.models.common import decoder
 from pace.models.config import Config
 from pace.models.spec import Bias, DecoderSpec
-from pace.models.weights import Part, WeightMap
+from pace.models.weight_map import Part, WeightMap
 
 
 def llama(config: Config) -> DecoderSpec:

@@ -8,7 +8,7 @@ from pace.models import rope
 from pace.models.common import decoder, layer_kinds, one_window, windows
 from pace.models.config import Config
 from pace.models.spec import DecoderSpec
-from pace.models.weights import WeightMap
+from pace.models.weight_map import WeightMap
 
 
 def mistral(config: Config) -> DecoderSpec:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Container, Iterable
 from typing import Final
 
 # Modules that stand between a model and its layers: torch.compile, FSDP, activation checkpointing.
@@ -46,7 +46,7 @@ _FOREIGN: Final = tuple(
 )
 
 
-def canonical(name: str, wanted: Collection[str]) -> str:
+def canonical(name: str, wanted: Container[str]) -> str:
     """The architecture's name of a tensor; its own without wrappers where it is none of `wanted`.
 
     Only what tools are known to add is taken off, and `model.` or `transformer.` put where a model was saved without

@@ -1,15 +1,16 @@
-"""OLMo 2 and OLMo 3."""
+"""OLMo 2, OLMo 3 and OLMoE."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from pace.models import experts as moe
 from pace.models import llama as base
 from pace.models import rope
 from pace.models.common import FULL, SLIDING, Ropes, decoder, layer_kinds, windows
 from pace.models.config import Config
-from pace.models.spec import DecoderSpec, HeadNorm, Placement, RopeSpec
-from pace.models.weights import WeightMap
+from pace.models.spec import DecoderSpec, HeadNorm, Placement, RopeSpec, RouterSpec
+from pace.models.weight_map import WeightMap
 
 
 def olmo2(config: Config, ropes: Ropes | None = None) -> DecoderSpec:
@@ -26,6 +27,13 @@ def olmo3(config: Config) -> DecoderSpec:
     return spec.with_mixers(window=window, rope=[int(kind == SLIDING) for kind in kinds])
 
 
+def olmoe(config: Config) -> DecoderSpec:
+    """Llama with experts, and OLMo 2's norms of q and k."""
+    router = RouterSpec(renormalise=config.flag("norm_topk_prob", default=False))
+    spec = decoder(config).with_experts(moe.experts(config, router, width="intermediate_size"))
+    return replace(spec, bias=base.attention_bias(config)).with_mixers(norm=HeadNorm(scope="full"))
+
+
 def ropes(config: Config, head_dim: int) -> list[RopeSpec]:
     """For full and for sliding layers."""
     return [
@@ -39,3 +47,5 @@ WEIGHTS: WeightMap = {
     **{name: parts for name, parts in base.SANDWICH.items() if name.endswith("post_norm")},
     **base.QK_NORMS,
 }
+
+MOE_WEIGHTS: WeightMap = {**moe.WEIGHTS, **base.QK_NORMS}

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pace.models.common import decoder, plain_heads
 from pace.models.config import Config
 from pace.models.spec import Bias, DecoderSpec, LearnedPositions, NormSpec, Placement
-from pace.models.weights import Part, WeightMap
+from pace.models.weight_map import Part, WeightMap
 
 ALIASES = {"intermediate_size": "ffn_dim", "hidden_act": "activation_function"}
 

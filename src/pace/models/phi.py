@@ -9,7 +9,7 @@ from pace.models import rope
 from pace.models.common import decoder
 from pace.models.config import Config
 from pace.models.spec import Bias, DecoderSpec, NormSpec, Placement
-from pace.models.weights import Part, WeightMap
+from pace.models.weight_map import Part, WeightMap
 
 
 def phi(config: Config) -> DecoderSpec:

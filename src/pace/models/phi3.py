@@ -7,7 +7,7 @@ from pace.models import rope
 from pace.models.common import decoder, one_window
 from pace.models.config import Config
 from pace.models.spec import DecoderSpec
-from pace.models.weights import Part, WeightMap
+from pace.models.weight_map import Part, WeightMap
 
 
 def phi3(config: Config) -> DecoderSpec:

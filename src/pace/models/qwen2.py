@@ -8,7 +8,7 @@ from pace.models import llama as base
 from pace.models.common import decoder, upper_windows
 from pace.models.config import Config
 from pace.models.spec import Bias, DecoderSpec
-from pace.models.weights import WeightMap
+from pace.models.weight_map import WeightMap
 
 
 def qwen2(config: Config) -> DecoderSpec:

@@ -18,24 +18,29 @@ from pace.models import (
     gemma,
     gemma4,
     glm4,
+    glm4_moe,
+    gpt_oss,
     gptj,
     granite,
     hunyuan,
     llama,
+    llama4,
     mistral,
+    mixtral,
     olmo,
     opt,
     phi,
     phi3,
     qwen2,
     qwen3,
+    qwen_moe,
     seed_oss,
     smollm3,
     stablelm,
 )
 from pace.models.config import Config
 from pace.models.spec import DecoderSpec
-from pace.models.weights import WeightMap
+from pace.models.weight_map import WeightMap
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +60,8 @@ class Architecture:
     text: tuple[str, ...] = ()
 
 
-def _multimodal(model_type: str, *text: str) -> Architecture:
-    return Architecture(model_type, lambda config: _text_tower(config, text), {}, text)
+def _multimodal(model_type: str, *text: str, tied: bool = True) -> Architecture:
+    return Architecture(model_type, lambda config: _text_tower(config, text, tied), {}, text)
 
 
 ARCHITECTURES: Final[Mapping[str, Architecture]] = MappingProxyType(
@@ -94,6 +99,17 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = MappingProxyType(
         "Glm4ForCausalLM": Architecture("glm4", glm4.glm4, glm4.WEIGHTS),
         "Ernie4_5ForCausalLM": Architecture("ernie4_5", ernie4_5.ernie4_5, ernie4_5.WEIGHTS),
         "Cohere2ForCausalLM": Architecture("cohere2", cohere2.cohere2, cohere2.WEIGHTS),
+        "Qwen2MoeForCausalLM": Architecture("qwen2_moe", qwen_moe.qwen2_moe, qwen_moe.WEIGHTS2),
+        "Qwen3MoeForCausalLM": Architecture("qwen3_moe", qwen_moe.qwen3_moe, qwen_moe.WEIGHTS3),
+        "MixtralForCausalLM": Architecture("mixtral", mixtral.mixtral, mixtral.WEIGHTS),
+        "GptOssForCausalLM": Architecture("gpt_oss", gpt_oss.gpt_oss, gpt_oss.WEIGHTS),
+        "Llama4ForCausalLM": Architecture("llama4_text", llama4.llama4, llama4.WEIGHTS),
+        "Llama4ForConditionalGeneration": _multimodal("llama4", "Llama4ForCausalLM", tied=False),
+        "Glm4MoeForCausalLM": Architecture("glm4_moe", glm4_moe.glm4_moe, glm4_moe.WEIGHTS),
+        "SarvamMoEForCausalLM": Architecture("sarvam_moe", glm4_moe.sarvam, glm4_moe.SARVAM_WEIGHTS),
+        "OlmoeForCausalLM": Architecture("olmoe", olmo.olmoe, olmo.MOE_WEIGHTS),
+        "GraniteMoeForCausalLM": Architecture("granitemoe", granite.granite_moe, granite.MOE_WEIGHTS),
+        "MiniMaxM2ForCausalLM": Architecture("minimax_m2", mixtral.minimax_m2, mixtral.MINIMAX_WEIGHTS),
     }
 )
 
@@ -128,7 +144,7 @@ def parse_config(values: object, where: str = "config.json") -> tuple[DecoderSpe
     return spec, weights
 
 
-def _text_tower(config: Config, allowed: tuple[str, ...]) -> DecoderSpec:
+def _text_tower(config: Config, allowed: tuple[str, ...], tied: bool) -> DecoderSpec:
     """The text model of a multimodal checkpoint; the parts that see and hear are not run."""
     text = config.table("text_config")
     config.skip("vision_config", "audio_config")
@@ -138,8 +154,8 @@ def _text_tower(config: Config, allowed: tuple[str, ...]) -> DecoderSpec:
         raise text.error("model_type", model_type, " or ".join(map(repr, known)))
     spec = known[model_type].spec(text)
     text.refuse_unread(spec.max_len)
-    # The outer key counts, true by default; a file with a head of its own settles it.
-    return replace(spec, tied=config.flag("tie_word_embeddings", default=True))
+    # The outer key counts; a file with a head of its own settles it.
+    return replace(spec, tied=config.flag("tie_word_embeddings", default=tied))
 
 
 def _architecture(config: Config) -> Architecture:

@@ -9,7 +9,7 @@ from pace.models import rope
 from pace.models.common import SLIDING, decoder, layer_kinds, windows
 from pace.models.config import Config
 from pace.models.spec import DecoderSpec
-from pace.models.weights import WeightMap
+from pace.models.weight_map import WeightMap
 
 
 def smollm3(config: Config) -> DecoderSpec:

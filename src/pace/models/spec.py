@@ -8,11 +8,12 @@ needs it; another kind of mixer or feed-forward is another class beside `Attenti
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, Flag, auto
 from typing import Any, Literal
 
-from pace.models.plan import Activation, NormKind, NormScope
+from pace.models.plan import Activation, NormKind, NormScope, RouterOrder, WeightFormat
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional"]
 
@@ -62,11 +63,13 @@ class HeadNorm:
         scope: "head": each head by itself, one weight for all; "head_own": each with its own weight; "full": one
             norm over all heads of q, and one over those of k.
         after_rope: the rotation comes first.
+        weight: whether it has weights.
     """
 
     kind: NormKind = "rms"
     scope: NormScope = "head"
     after_rope: bool = False
+    weight: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,24 +115,28 @@ class AttentionSpec:
         n_heads, n_kv_heads: query and key/value heads; n_heads is a multiple of n_kv_heads.
         head_dim: columns of a head, 2 to 512.
         window: tokens that a query sees, its own included; None: all.
+        chunk: of all positions; a query sees what lies in its own. None: all.
         rope: index into `DecoderSpec.ropes`, or None for no rotation.
         norm: of queries and keys, or None.
         v_norm: weightless RMS norm of each value head.
         k_is_v: there is no v projection; v is k before its norm and rotation.
         kv_from: the layer whose keys and values this one reads instead of its own; None: it has its own.
         temperature: (scale, floor, offset): queries times 1 + scale * log(1 + floor((position + offset) / floor)).
+        sinks: a logit per head joins the softmax, and nothing is read for it.
     """
 
     n_heads: int
     n_kv_heads: int
     head_dim: int
     window: int | None = None
+    chunk: int | None = None
     rope: int | None = 0
     norm: HeadNorm | None = None
     v_norm: bool = False
     k_is_v: bool = False
     kv_from: int | None = None
     temperature: tuple[float, float, float] | None = None
+    sinks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +153,67 @@ class DenseSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class RouterSpec:
+    """How a row chooses experts, and what each of them weighs. l are its logits.
+
+    softmax: p = softmax(l), the best of p.
+    chosen: the best of l, and the softmax of those.
+    sigmoid: s = sigmoid(l), the best of s + choice; s weighs.
+
+    Args:
+        bias: of the logits.
+        choice: a bias of the scores, for the choice alone.
+        n_groups, top_groups: experts stand in groups of equal size, and only those count that have the best sums of their
+            two best scores.
+        renormalise: weights are divided by their sum.
+        scale: of the weights, after that.
+        own_norm: the router reads scale * weightless RMS norm of the stream * dim^-0.5, and each expert has a number that
+            its weight is multiplied by.
+    """
+
+    order: RouterOrder = "softmax"
+    bias: bool = False
+    choice: bool = False
+    n_groups: int = 1
+    top_groups: int = 1
+    renormalise: bool = False
+    scale: float = 1.0
+    own_norm: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MoESpec:
+    """A mixture of gated MLPs, of which each row takes some.
+
+    Args:
+        n_experts, top_k: how many there are, and how many a row takes.
+        width: columns between the halves of an expert.
+        clamp: (alpha, limit): (up + 1) * gate * sigmoid(alpha * gate) in place of the activation, gate at most limit and up
+            within it; None: act(gate) * up.
+        on_input: a weight multiplies its expert's input; otherwise the result.
+        bias: of the experts' projections.
+        shared: an MLP that every row takes, or None.
+        shared_gate: its result is multiplied by sigmoid(W h).
+        dense: an MLP beside all that, whose result and the experts' each pass a norm of their own before they are added;
+            the experts then have a norm of the stream of their own. None: there is none.
+        format: of the experts' matrices.
+    """
+
+    n_experts: int
+    top_k: int
+    width: int
+    activation: Activation
+    router: RouterSpec
+    clamp: tuple[float, float] | None = None
+    on_input: bool = False
+    bias: bool = False
+    shared: DenseSpec | None = None
+    shared_gate: bool = False
+    dense: DenseSpec | None = None
+    format: WeightFormat = "bf16"
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSpec:
     """One layer.
 
@@ -154,7 +222,7 @@ class LayerSpec:
     """
 
     mixer: AttentionSpec
-    ffn: DenseSpec
+    ffn: DenseSpec | MoESpec
     scalar: bool = False
 
 
@@ -218,6 +286,15 @@ class DecoderSpec:
     def with_ffns(self, **changes: Any) -> DecoderSpec:
         """The same for the feed-forwards."""
         return self._with("ffn", changes)
+
+    def with_experts(self, experts: MoESpec, sparse: Sequence[bool] | None = None) -> DecoderSpec:
+        """A copy whose layers, or those that are sparse, have experts."""
+        layers = [
+            replace(layer, ffn=experts) if sparse is None or sparse[i] else layer
+            for i, layer in enumerate(self.layers)
+        ]
+        shared: dict[LayerSpec, LayerSpec] = {}
+        return replace(self, layers=tuple(shared.setdefault(layer, layer) for layer in layers))
 
     def _with(self, part: str, changes: dict[str, Any]) -> DecoderSpec:
         shared: dict[LayerSpec, LayerSpec] = {}

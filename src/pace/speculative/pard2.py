@@ -12,6 +12,7 @@ from pace.checkpoint import Checkpoint
 from pace.engine.packing import PackedSink
 from pace.errors import CheckpointError, show
 from pace.log import logger
+from pace.models.plan import WeightShape
 from pace.models.spec import DecoderSpec
 from pace.models.weights import SourcePart
 from pace.speculative.features import PROJECTION
@@ -120,7 +121,9 @@ class Pard2:
                     )
             weight = checkpoint.tensor(f"{PROJECTION}.weight")
             dtype: Any = checkpoint.info(f"{PROJECTION}.weight").dtype.lower()
-            sink.matrix(PROJECTION, dim, self.width, iter([SourcePart(weight, dtype, 0, "rows")]))
+            sink.matrix(
+                PROJECTION, WeightShape(dim, self.width), iter([SourcePart(weight, dtype, 0, "rows")])
+            )
             if self.bias:
                 values = checkpoint.tensor(f"{PROJECTION}.bias")
                 if values.dtype == np.uint16:

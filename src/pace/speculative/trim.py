@@ -18,7 +18,7 @@ from pace import ops
 from pace.checkpoint import read_json
 from pace.engine.packing import PackedSink
 from pace.errors import ConfigError, show
-from pace.models.plan import Gemm, I32Array, Plan
+from pace.models.plan import Gemm, I32Array, Plan, WeightShape
 from pace.models.weights import SourcePart
 
 __all__ = ["TrimmingSink", "read_ids", "trimmed"]
@@ -85,10 +85,10 @@ class TrimmingSink(PackedSink):
         # A tied head is the embedding, which is needed whole.
         self._is_shared = sum(getattr(op, "weight", None) == self._weight for op in plan.ops) > 1
 
-    def matrix(self, name: str, n: int, k: int, parts: Iterator[SourcePart]) -> None:
-        """Pack a matrix [n, k] part by part, of the head the chosen rows."""
+    def matrix(self, name: str, shape: WeightShape, parts: Iterator[SourcePart]) -> None:
+        """Pack matrices [n, k] part by part, of the head the chosen rows."""
         if name != self._weight:
-            super().matrix(name, n, k, parts)
+            super().matrix(name, shape, parts)
             return
         kept: list[tuple[npt.NDArray[Any], str]] = []
 
@@ -99,11 +99,11 @@ class TrimmingSink(PackedSink):
                 yield part
 
         if self._is_shared:
-            super().matrix(name, n, k, chosen())
+            super().matrix(name, shape, chosen())
         else:
             for _ in chosen():
                 pass
-        packed = ops.PackedMatrix(self.team, len(self._ids), k)
+        packed = ops.PackedMatrix(self.team, len(self._ids), shape.k or 1)
         packed.pack(np.concatenate([rows for rows, _ in kept]), kept[0][1])
         self.weights[HEAD] = packed
 
