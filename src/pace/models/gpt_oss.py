@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from pace.errors import UnsupportedModel, show
 from pace.models import experts as moe
@@ -10,7 +11,6 @@ from pace.models import llama as base
 from pace.models import rope
 from pace.models.common import decoder, layer_kinds, windows
 from pace.models.config import Config
-from pace.models.plan import WeightFormat
 from pace.models.spec import Bias, DecoderSpec, RouterSpec
 from pace.models.weight_map import Part, WeightMap, expert_weights
 
@@ -44,7 +44,7 @@ def gpt_oss(config: Config) -> DecoderSpec:
     )
 
 
-def weight_format(config: Config) -> WeightFormat:
+def weight_format(config: Config) -> Literal["bf16", "mxfp4"]:
     """MXFP4, or bf16 where nothing is quantised."""
     if not config.has("quantization_config"):
         return "bf16"
