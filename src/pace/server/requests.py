@@ -27,20 +27,11 @@ _SAMPLING = (
     "speculative",
 )  # fmt: skip
 
-_ENGINE_FIELDS = frozenset(SamplingParams.__dataclass_fields__)
-
 
 def _sampling(request: Sampling) -> dict[str, Any]:
     values = {name: value for name in _SAMPLING if (value := getattr(request, name)) is not None}
     structured = _structured(request)
     if structured is not None:
-        if "structured_outputs" not in _ENGINE_FIELDS:
-            raise ApiError(
-                400,
-                "this server has no structured outputs; leave response_format, structured_outputs and guided_* out",
-                param="response_format",
-                code="unsupported_parameter",
-            )
         values["structured_outputs"] = structured
     if request.stream_options is not None and not request.stream:
         raise ApiError(400, "stream_options is only for requests with stream: true", param="stream_options")
