@@ -156,6 +156,7 @@ def shell(script: str, model: str, **env: str) -> tuple[int, str, str]:
     """Run a script with `$PACE` and `$MODEL`; exit code, stdout, stderr."""
     source = str(Path(cli.__file__).parents[1])
     values = {"PACE": f"{sys.executable} -m pace.cli", "MODEL": model, "PYTHONPATH": source, **env}
+    values["PYTHONUNBUFFERED"] = ""  # set in many containers, it hides what stays in buffers
     done = subprocess.run(
         ["sh", "-c", script], env=os.environ | values, capture_output=True, timeout=60, check=False
     )
@@ -173,6 +174,14 @@ def test_a_closed_stderr_leaves_stdout_to_the_answer(model: str, capsys: pytest.
         "",
         "",
     )
+
+
+def test_what_a_full_stderr_did_not_take_is_lost_at_exit() -> None:
+    """Left in the buffer it made the exit status 120."""
+    write = "import sys; from pace import console; sys.stderr.write('half a line')"
+    for settle, status in (("console.settle_stderr()", 0), ("pass", 120)):
+        script = f'{sys.executable} -c "{write}; {settle}" 2>/dev/full'
+        assert shell(script, "") == (status, "", "")
 
 
 def test_a_failed_import_is_no_answer(model: str) -> None:

@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"internal error: {type(error).__name__}: {one_line(error)}; PACE_LOG_LEVEL=debug shows where"
         )
         return EXIT_FAILURE
+    finally:
+        console.settle_stderr()
 
 
 def _complain(line: str) -> None:

@@ -13,7 +13,16 @@ from typing import Any
 
 from pace.errors import PaceError
 
-__all__ = ["OutputError", "abandon_stdout", "err", "is_terminal", "open_missing", "out", "progress_bar"]
+__all__ = [
+    "OutputError",
+    "abandon_stdout",
+    "err",
+    "is_terminal",
+    "open_missing",
+    "out",
+    "progress_bar",
+    "settle_stderr",
+]
 
 
 class OutputError(PaceError):
@@ -114,3 +123,14 @@ def abandon_stdout() -> None:
     """Write no more to stdout: Python flushes it once more at exit, and would complain."""
     with suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def settle_stderr() -> None:
+    """Lose what a full stderr would not take: Python flushes it once more at exit, and would end with status 120."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        with suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    except (ValueError, AttributeError):  # closed, None, or no file
+        pass
