@@ -226,7 +226,7 @@ def test_keys_tls_unix_sockets_and_a_full_queue(tmp_path: Path) -> None:
             openai.OpenAI(api_key="wrong", **base).models.list()
         client = openai.OpenAI(api_key="the key", max_retries=0, **base)
         options = {"model": "demo", "prompt": "x", "temperature": 0, "extra_body": {"ignore_eos": True}}
-        stream = client.completions.create(**options, max_tokens=400, stream=True)
+        stream = client.completions.create(**options, max_tokens=2000, stream=True)  # for seconds
         next(stream)
         with pytest.raises(openai.RateLimitError) as raised:
             client.completions.create(**options, max_tokens=2)
