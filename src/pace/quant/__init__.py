@@ -1,0 +1,1 @@
+"""Weights in few bits: what checkpoints hold, read exactly, and what `pace quantize` writes."""
