@@ -1,6 +1,7 @@
 """Write a checkpoint with random weights in the exact shapes of a known model, for benchmarks.
 
     python bench/random_checkpoint.py llama-3.2-1b DIRECTORY
+    python bench/random_checkpoint.py qwen3-30b-a3b DIRECTORY --layers 6        # 8.5 GB instead of 61
 
 The tokenizer is the embedded model's: token ids mean nothing here. Matrices are N(0, 0.02) in bf16, norms multiply by
 one, biases are zero; experts in MXFP4 have random codes and a scale that gives them the same size. 2.5 GB for
@@ -177,14 +178,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         "quantization_config": {"quant_method": "mxfp4"},
     },
-    "qwen3-30b-a3b-8-layers": COMMON
+    "qwen3-30b-a3b": COMMON
     | {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
         "hidden_size": 2048,
         "intermediate_size": 6144,
         "moe_intermediate_size": 768,
-        "num_hidden_layers": 8,
+        "num_hidden_layers": 48,
         "num_attention_heads": 32,
         "num_key_value_heads": 4,
         "head_dim": 128,
@@ -229,9 +230,11 @@ def values(tensor: TensorShape, rng: np.random.Generator, vector: float) -> Iter
         yield ((x.view(np.uint32) + 0x8000) >> 16).astype(np.uint16).tobytes()
 
 
-def write(model: str, directory: Path, seed: int = 0) -> None:
+def write(model: str, directory: Path, seed: int = 0, layers: int | None = None) -> None:
     """Write config.json, model.safetensors and the embedded tokenizer into `directory`."""
     config = SHAPES[model]
+    if layers:
+        config = config | {"num_hidden_layers": layers}
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config, indent=1))
     demo = Path(__file__).parents[1] / "src" / "pace" / "demo" / "target"
@@ -260,5 +263,6 @@ if __name__ == "__main__":
     parser.add_argument("model", choices=sorted(SHAPES))
     parser.add_argument("directory", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", type=int, help="so many of the model's layers instead of all")
     args = parser.parse_args()
-    write(args.model, args.directory, args.seed)
+    write(args.model, args.directory, args.seed, args.layers)

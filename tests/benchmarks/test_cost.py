@@ -98,3 +98,57 @@ def test_layers_that_share_keys_attend_with_the_last_rows_only() -> None:
     pairs = 4 * 4 * 16 * (50 * 51 / 2 - 50)  # attention of all rows against that of one
     # The layer before the shared ones now ends behind its attention, as the last one did.
     assert own.n_flops - shared.n_flops == 2 * (49 * per_row + 50 * keys + pairs)
+
+
+QWEN_MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+
+
+def test_a_step_reads_the_experts_that_its_rows_chose() -> None:
+    moe = lower(parse_config(QWEN_MOE)[0], 64)
+    one, nine = (step_cost(moe, [1] * n, [1] * n, n) for n in (1, 9))
+    expert, dense = 3 * 64 * 32, 64 * (2 * 64 + 2 * 32) + 64 * 16  # q, o, k, v and the router
+    head, kv, row = 64 * 128, 2 * 2 * 2 * 16 * 2, 64 * 2
+    assert one.n_bytes == 2 * (2 * (dense + 4 * expert) + head) + kv + row
+    assert nine.n_bytes == 2 * (2 * (dense + 16 * expert) + head) + 9 * (kv + row)
+    assert nine.n_flops == 9 * one.n_flops
+    names = [op.name for op in moe.ops if op.operator.startswith("experts_")]
+    told = step_cost(moe, [1] * 9, [1] * 9, 9, experts=dict.fromkeys(names, 7))
+    assert nine.n_bytes - told.n_bytes == 2 * 2 * (16 - 7) * expert
+
+
+def test_four_bits_count_as_four_bits() -> None:
+    config = QWEN_MOE | {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "intermediate_size": 64,
+        "num_local_experts": 16,
+        "sliding_window": 32,
+        "quantization_config": {"quant_method": "mxfp4"},
+    }
+    for key in ("num_experts", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"):
+        del config[key]
+    oss = lower(parse_config(config)[0], 64)
+    names = [op.name for op in oss.ops if op.operator.startswith("experts_")]
+    few, many = (step_cost(oss, [1], [1], 1, experts=dict.fromkeys(names, n)) for n in (4, 5))
+    assert many.n_bytes - few.n_bytes == 2 * 3 * 64 * 64 * 4.25 / 8

@@ -370,6 +370,7 @@ def test_one_expert_that_everybody_wants(kernel: str, team: ops.Team) -> None:
     logits[:] = -1
     logits[:, 5] = 1
     mixture.check(logits, x, before)
+    assert set(mixture.plan.op_experts().values()) == {1}
 
 
 def test_a_nan_row_is_nan_and_alone(kernel: str, team: ops.Team) -> None:

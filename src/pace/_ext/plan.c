@@ -30,6 +30,7 @@ void pace_plan_free(pace_plan *p) {
     for (int i = 0; i < p->n_lists; i++) pace_list_free(&p->lists[i]);
     free(p->ops);
     free(p->op_s);
+    free(p->op_experts);
     for (int tid = 0; p->sorted && tid < p->n_threads; tid++) pace_sorted_free(&p->sorted[tid]);
     free(p->sorted);
     for (int i = 0; i < 2; i++) pace_work_destroy(&p->ring[i]);
@@ -98,6 +99,9 @@ static int grow(pace_plan *p, const pace_op *op) {
         double *op_s = realloc(p->op_s, (size_t)cap * sizeof *op_s);
         if (!op_s) return ENOMEM;
         p->op_s = op_s;
+        long *op_experts = realloc(p->op_experts, (size_t)cap * sizeof *op_experts);
+        if (!op_experts) return ENOMEM;
+        p->op_experts = op_experts;
         p->cap_ops = cap;
     }
     const size_t gemm = kernels->gemm_scratch + gather_bytes(op);
@@ -114,6 +118,7 @@ int pace_plan_add(pace_plan *p, const pace_op *op) {
     if (!e) e = grow(p, op);
     if (e) return e;
     p->op_s[p->n_ops] = 0.0;
+    p->op_experts[p->n_ops] = 0;
     p->ops[p->n_ops++] = added;
     return 0;
 }
@@ -339,6 +344,7 @@ static void step_worker(void *arg, int tid, pace_team *team) {
         if (tid == 0) {
             const double now = seconds();
             p->op_s[i] = now - last;
+            p->op_experts[i] = route ? p->sorted[0].c.n_active : 0;
             last = now;
         }
     }

@@ -32,6 +32,7 @@ typedef struct {
     pace_work ring[2];
     size_t scratch_bytes;  // a worker's, which the team keeps
     double *op_s;          // seconds of every operator in the last step, as worker 0 saw it
+    long *op_experts;      // and the experts that its rows chose; 0 where it has none
 } pace_plan;
 
 int pace_plan_init(pace_plan *p, pace_team *team, long max_tokens, long max_seqs, long max_logits);  // 0, or ENOMEM

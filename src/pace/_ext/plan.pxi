@@ -26,6 +26,7 @@ cdef extern from "plan.h" nogil:
         long n_ops, max_tokens, max_seqs, max_logits
         pace_batch batch
         double *op_s
+        long *op_experts
     int pace_plan_init(pace_plan *p, pace_team *team, long max_tokens, long max_seqs, long max_logits)
     void pace_plan_free(pace_plan *p)
     int pace_plan_add(pace_plan *p, const pace_op *op)
@@ -314,3 +315,6 @@ cdef class Plan:
 
     def op_seconds(self):
         return [self.p.op_s[i] for i in range(self.p.n_ops)]
+
+    def op_experts(self):
+        return [self.p.op_experts[i] for i in range(self.p.n_ops)]

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pace.models.plan import Attention, Embed, Gemm, KVLayer, Norm, Op, Plan, RopeKV, Select
+from pace.engine.memory import BITS
+from pace.models.plan import (
+    Attention,
+    Embed,
+    ExpertsIn,
+    ExpertsOut,
+    Gemm,
+    KVLayer,
+    Norm,
+    Op,
+    Plan,
+    RopeKV,
+    Select,
+    WeightShape,
+)
 
 __all__ = ["Cost", "op_cost", "op_kind", "rowwise_bytes", "step_cost"]
 
@@ -37,6 +51,7 @@ def step_cost(
     kv_len: Sequence[int],
     n_logit_rows: int,
     kv_cache_dtype: str = "bf16",
+    experts: Mapping[str, float] | None = None,
 ) -> Cost:
     """Count a step.
 
@@ -46,7 +61,10 @@ def step_cost(
         n_logit_rows: rows that need logits; the LM head, and whatever follows the last attention, runs on
             these only.
         kv_cache_dtype: "bf16" or "int8".
+        experts: how many the rows chose, by operator (`ops.Plan.op_experts`); where an operator is not named, as many as
+            there are if no two rows chose the same.
     """
+    experts = experts or {}
     total = Cost()
     seen: dict[
         tuple[int | None, int, KVLayer, str], Cost
@@ -58,7 +76,9 @@ def step_cost(
                 seen[shape] = op_cost(plan, op, q_len, kv_len, n_logit_rows, kv_cache_dtype)
             total += seen[shape]
         else:
-            total += op_cost(plan, op, q_len, kv_len, n_logit_rows, kv_cache_dtype)
+            total += op_cost(
+                plan, op, q_len, kv_len, n_logit_rows, kv_cache_dtype, experts.get(op.name)
+            )
     return total
 
 
@@ -69,6 +89,7 @@ def op_cost(
     kv_len: Sequence[int],
     n_logit_rows: int,
     kv_cache_dtype: str = "bf16",
+    experts: float | None = None,
 ) -> Cost:
     """Count one operator of a step; arguments as `step_cost`. Row-wise operators cost nothing here."""
     n_rows = {"tokens": sum(q_len), "logits": n_logit_rows}
@@ -76,7 +97,13 @@ def op_cost(
         src, dst = plan.slots[op.src], plan.slots[op.dst]
         n_params = src.width * dst.width * (2 if op.epilogue == "gated" else 1)
         rows = n_rows[src.rows]
-        return Cost(float(n_params * DTYPE_BYTES["bf16"]) if rows else 0.0, 2.0 * n_params * rows)
+        return Cost(_weight_bytes(plan, op, n_params) if rows else 0.0, 2.0 * n_params * rows)
+    if isinstance(op, ExpertsIn | ExpertsOut):
+        src, dst, top_k = plan.slots[op.src], plan.slots[op.dst], plan.slots[op.route].width // 2
+        n_params = 2 * src.width * op.width if isinstance(op, ExpertsIn) else src.width * dst.width
+        choices = n_rows[src.rows] * top_k
+        read = min(op.count, choices) if experts is None else experts
+        return Cost(read * _weight_bytes(plan, op, n_params), 2.0 * n_params * choices)
     if isinstance(op, Embed):
         return Cost(float(n_rows["tokens"] * plan.slots[op.dst].width * DTYPE_BYTES["bf16"]))
     if isinstance(op, Attention):
@@ -116,6 +143,12 @@ def op_kind(name: str) -> str:
     parts = name.split(".")
     last = parts[0] if parts[0] in ("select", "angles") else parts[-1]
     return "norm" if last.endswith("norm") else KINDS.get(last, last)
+
+
+def _weight_bytes(plan: Plan, op: Gemm | ExpertsIn | ExpertsOut, n_params: int) -> float:
+    """Of so many of an operator's weights, in the format that they have in memory."""
+    (shape,) = (s for field, s in op.needs(plan) if field == "weight" and isinstance(s, WeightShape))
+    return n_params * BITS[shape.format] / 8
 
 
 def _kv_token_bytes(layer: KVLayer, kv_cache_dtype: str) -> int:

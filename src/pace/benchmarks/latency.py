@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -191,6 +191,7 @@ class _Bench:
         self.max_num_batched_tokens = config.max_num_batched_tokens
         self.profile = profile
         self.profiles: list[StepProfile] = []
+        self.experts: list[dict[str, int]] = []  # that each step chose, by operator
         self.rng = np.random.default_rng(0)
         self.n_requests = 0
 
@@ -199,11 +200,10 @@ class _Bench:
         self.drain()
 
     def prefill(self, n_tokens: int, repeat: int) -> Phase:
-        cost = self.cost([n_tokens], [n_tokens], 1)
-
         def once() -> Cost:
             self.drain()
-            return cost
+            # A prompt may be several steps, which could have read each expert once.
+            return self.cost([n_tokens], [n_tokens], 1, max)
 
         def prepare() -> None:
             self.submit(1, n_tokens, 1)
@@ -232,7 +232,7 @@ class _Bench:
                 )
             # The step in the middle stands for its repetition, and the mean length for all.
             kv_len = round((after["n_tokens"] - before["n_tokens"]) / n_seqs - n_steps / 2)
-            return self.cost([1] * n_seqs, [kv_len] * n_seqs, n_seqs)
+            return self.cost([1] * n_seqs, [kv_len] * n_seqs, n_seqs, mean)
 
         phase = self.measure("decode", n_seqs, n_context, n_seqs, n_steps, repeat, once, lambda: None)
         for request_id in ids:
@@ -256,6 +256,7 @@ class _Bench:
         profiler = Profiler(self.loaded, self.kv_cache_dtype) if self.profile else None
         for _ in range(repeat):
             prepare()
+            self.experts.clear()
             python_s = self.llm.stats()["python_s"]
             with profiler or nullcontext():
                 start = time.perf_counter()
@@ -283,13 +284,19 @@ class _Bench:
         for output in self.engine.step():
             if output.outputs[0].finish_reason == "error":
                 raise PaceError(f"a step failed: {output.outputs[0].stop_reason}")
+        self.experts.append(self.loaded.plan.op_experts())
 
     def drain(self) -> None:
         while self.engine.has_unfinished:
             self.step()
 
-    def cost(self, q_len: list[int], kv_len: list[int], n_logit_rows: int) -> Cost:
-        return step_cost(self.loaded.plan.ir, q_len, kv_len, n_logit_rows, self.kv_cache_dtype)
+    def cost(
+        self, q_len: list[int], kv_len: list[int], n_logit_rows: int, of: Callable[[list[int]], float]
+    ) -> Cost:
+        """Of a step, or of all since the last repetition, whose counts of chosen experts `of` makes one of."""
+        steps = self.experts
+        experts = {name: of([step.get(name, 0) for step in steps]) for name in steps[-1]}
+        return step_cost(self.loaded.plan.ir, q_len, kv_len, n_logit_rows, self.kv_cache_dtype, experts)
 
     def roofs(self) -> tuple[float, float]:
         return measure_read(self.loaded.team), measure_dot(self.loaded.team)

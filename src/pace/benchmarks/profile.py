@@ -84,6 +84,7 @@ class _Step:
     n_logit_rows: int
     op_s: npt.NDArray[np.float64]
     run_s: float
+    experts: dict[str, int]
     sample_s: float = 0.0
     step_s: float = 0.0
 
@@ -126,7 +127,12 @@ class Profiler:
         end = time.perf_counter()
         op_s = np.array([seconds for _, seconds in self._loaded.plan.op_times()])
         self._current = _Step(
-            np.diff(batch.q_start), batch.kv_len.copy(), len(batch.logit_rows), op_s, end - start
+            np.diff(batch.q_start),
+            batch.kv_len.copy(),
+            len(batch.logit_rows),
+            op_s,
+            end - start,
+            self._loaded.plan.op_experts(),
         )
         self._hidden_s = time.perf_counter() - end
         return logits
@@ -198,7 +204,8 @@ class Profiler:
                         attention[op.window] = op_cost(plan, op, q_len, kv_len, n_logit_rows, dtype)
                     cost = attention[op.window]
                 else:
-                    cost = op_cost(plan, op, q_len, kv_len, n_logit_rows, dtype)
+                    experts = step.experts.get(op.name)
+                    cost = op_cost(plan, op, q_len, kv_len, n_logit_rows, dtype, experts)
                     cost += Cost(float(rowwise_bytes(plan, op, sum(q_len), n_logit_rows, dtype)))
                 kind = op_kind(op.name)
                 totals[kind] = totals.get(kind, Cost()) + cost

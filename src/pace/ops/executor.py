@@ -250,6 +250,11 @@ class Plan:
         """Name and seconds of every operator of the last step, in order."""
         return list(zip(self._op_names, self._plan.op_seconds(), strict=True))
 
+    def op_experts(self) -> dict[str, int]:
+        """How many experts the last step's rows chose, by name of each operator that multiplies by theirs."""
+        chosen = zip(self._op_names, self._plan.op_experts(), strict=True)
+        return {name: n for name, n in chosen if n}
+
 
 def check_kernels(kernels: Mapping[str, str]) -> dict[str, str]:
     """An engine's `kernels` mapping, checked.
