@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pace.llm import LLM
     from pace.outputs import CompletionOutput, Logprob, RequestOutput, ToolCall
     from pace.params import RequestOutputKind, SamplingParams
+    from pace.pooling_params import PoolingParams
     from pace.structured_outputs import StructuredOutputsParams
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "AsyncLLM",
     "CompletionOutput",
     "Logprob",
+    "PoolingParams",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
@@ -36,6 +38,7 @@ _LAZY = {
     "AsyncLLM": "pace.async_llm",
     "SamplingParams": "pace.params",
     "RequestOutputKind": "pace.params",
+    "PoolingParams": "pace.pooling_params",
     "StructuredOutputsParams": "pace.structured_outputs",
     "ToolCall": "pace.outputs",
     "Logprob": "pace.outputs",

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,10 @@ from pace.driver import Notify, Ticket
 from pace.engine.request import Request
 from pace.errors import RequestError, show
 from pace.frontend import Frontend
-from pace.inputs import ChatOptions, Encoded, Messages, Prompt, deadline, n_chars
-from pace.outputs import RequestOutput
+from pace.inputs import ChatOptions, Encoded, Messages, Prompt, deadline, embedding_of, n_chars
+from pace.outputs import EmbeddingRequestOutput, RequestOutput
 from pace.params import SamplingParams
+from pace.pooling_params import PoolingParams
 from pace.vllm_names import REQUEST_OPTIONS, takes_names
 
 __all__ = ["AsyncLLM"]
@@ -77,7 +78,8 @@ class AsyncLLM(Frontend):
         def encode() -> list[Encoded]:
             return self._inputs.encode([prompt])
 
-        return self._generate(encode, n_chars(prompt), sampling_params, request_id, priority, timeout_s)
+        size = n_chars(prompt)
+        return self._complete(encode, size, sampling_params, request_id, priority, timeout_s)
 
     @takes_names(REQUEST_OPTIONS)
     def chat(
@@ -127,7 +129,46 @@ class AsyncLLM(Frontend):
         size = n_chars(messages) + n_chars(tools)
         if tool_choice not in (None, "auto", "none"):  # a grammar, as below
             size = MAX_INLINE_CHARS + 1
-        return self._generate(encode, size, sampling_params, request_id, priority, timeout_s)
+        return self._complete(encode, size, sampling_params, request_id, priority, timeout_s)
+
+    @takes_names(REQUEST_OPTIONS)
+    async def embed(
+        self,
+        prompt: Prompt,
+        pooling_params: PoolingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
+    ) -> EmbeddingRequestOutput:
+        """Turn a text into a vector: `await llm.embed(...)`; see `LLM.embed`.
+
+        Cancelling it ends the request before the next step.
+
+        Args:
+            prompt: see `Prompt`.
+            pooling_params: as `LLM.embed`.
+            request_id, priority, timeout_s: as `generate`.
+
+        Raises:
+            RequestError, CapacityError, CheckpointError, EngineDeadError, PaceError: as `LLM.embed`.
+            QueueFullError: max_num_waiting sequences wait already.
+        """
+
+        def make(number: str, deadline_s: float | None) -> Request:
+            (request,) = self._inputs.embedding_requests(
+                self._inputs.encode([prompt]),
+                pooling_params,
+                iter([number]),
+                priority=priority,
+                deadline_s=deadline_s,
+            )
+            return request
+
+        outputs = self._generate(make, n_chars(prompt), request_id, timeout_s)
+        async with aclosing(outputs):
+            last = [output async for output in outputs][-1]
+        return embedding_of(last)
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests before the next step: their last output has finish_reason "abort".
@@ -164,7 +205,7 @@ class AsyncLLM(Frontend):
         self._encoders = ThreadPoolExecutor(N_ENCODERS, thread_name_prefix="pace-encode")
         self._preparing: dict[str, _Preparing] = {}  # by request id: what the engine does not know yet
 
-    async def _generate(
+    def _complete(
         self,
         encode: Callable[[], list[Encoded]],
         size: int,
@@ -173,30 +214,42 @@ class AsyncLLM(Frontend):
         priority: int,
         timeout_s: float | None,
     ) -> AsyncGenerator[RequestOutput, None]:
+        def make(number: str, deadline_s: float | None) -> Request:
+            (request,) = self._inputs.requests(
+                encode(), params, iter([number]), stream=True, priority=priority, deadline_s=deadline_s
+            )
+            return request
+
+        # A grammar takes long to compile, and the first one reads the whole vocabulary.
+        if getattr(params, "structured_outputs", None) is not None:
+            size = MAX_INLINE_CHARS + 1
+        return self._generate(make, size, request_id, timeout_s)
+
+    async def _generate(
+        self,
+        make: Callable[[str, float | None], Request],
+        size: int,
+        request_id: str | None,
+        timeout_s: float | None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Run the request that `make` makes of its id and deadline; off the event loop if `size` says it takes long."""
         self._driver.check()
         if request_id is None:
             request_id = f"request-{next(self._ids)}"
         elif not isinstance(request_id, str) or not request_id:
             raise RequestError(f"request_id is {show(request_id)}, expected a non-empty string, or None")
         deadline_s = deadline(timeout_s)
-
-        def make() -> Request:
-            (request,) = self._inputs.requests(
-                encode(), params, iter([request_id]), stream=True, priority=priority, deadline_s=deadline_s
-            )
-            return request
-
         preparing = _Preparing()
         if self._preparing.setdefault(request_id, preparing) is not preparing:
             raise RequestError(f"request id {show(request_id)} is in use; choose another")
         loop = asyncio.get_running_loop()
         try:
             encoding = None
-            # A grammar takes long to compile, and the first one reads the whole vocabulary.
-            if size > MAX_INLINE_CHARS or getattr(params, "structured_outputs", None) is not None:
+            if size > MAX_INLINE_CHARS:
                 with suppress(RuntimeError):  # no thread can be started: then it takes the loop's time
-                    encoding = loop.run_in_executor(self._encoders, make)
-            ticket = _AsyncTicket(make() if encoding is None else await encoding, _Waker(loop))
+                    encoding = loop.run_in_executor(self._encoders, make, request_id, deadline_s)
+            request = make(request_id, deadline_s) if encoding is None else await encoding
+            ticket = _AsyncTicket(request, _Waker(loop))
         except BaseException:
             del self._preparing[request_id]
             raise

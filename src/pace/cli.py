@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from pace import __version__, console, log
-from pace.commands import bench, chat, evaluate, generate, info, serve, train
+from pace.commands import bench, chat, config_file, evaluate, generate, info, serve, train
 from pace.commands.options import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE
 from pace.config import ENVIRONMENT, PACE_LOG_LEVEL
 from pace.errors import PaceError, one_line
@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0: done; 1: it failed; 2: wrong usage or input; 130: interrupted.
     """
     console.open_missing()
-    args = _parse(sys.argv[1:] if argv is None else argv)
     try:
+        args = _parse(sys.argv[1:] if argv is None else argv)
         log.configure()
         return int(args.run(args))
     except KeyboardInterrupt:
@@ -85,7 +85,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         for arg, name in zip(argv, names, strict=False)
     ]
     parser = _parser()
-    args, unknown = parser.parse_known_args([*dashed, *argv[end:]])
+    arguments = [*dashed, *argv[end:]]
+    args, unknown = parser.parse_known_args(arguments)
     if unknown:
         name = unknown[0].partition("=")[0].removeprefix("--").replace("-", "_")
         foreign = (ENGINE_OPTIONS | SAMPLING_FIELDS).get(name)
@@ -93,6 +94,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             "" if foreign is None else f"; pace does not have --{name.replace('_', '-')}: {foreign.instead}"
         )
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    own = getattr(args, "config_parser", None)  # of a command whose options may stand in a file
+    if own is not None and args.config is not None:
+        return config_file.merged(args.config, own, arguments[1:])
     return args
 
 

@@ -8,24 +8,37 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from pace.checkpoint import read_pooling
 from pace.engine.loader import Loaded
 from pace.engine.request import Request
 from pace.errors import PaceError, RequestError, show
+from pace.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
 from pace.params import SamplingParams
+from pace.pooling_params import PoolingParams
 from pace.text.answer import answer_reader
 from pace.text.chat import ChatTemplates
 from pace.text.forced_calls import forced_calls
 from pace.text.preamble import NO_PREAMBLE, Preamble, find_preamble
 from pace.text.readers import Reader
 from pace.text.tokenizer import Tokenizer
-from pace.text.tools import ToolChoice, find_parser, functions_of
+from pace.text.tools import PARSER_ALIASES, ToolChoice, find_parser, functions_of
 
-__all__ = ["ChatOptions", "Encoded", "Inputs", "Messages", "Prompt", "deadline", "n_chars", "prompt_list"]
+__all__ = [
+    "ChatOptions",
+    "Encoded",
+    "Inputs",
+    "Messages",
+    "Prompt",
+    "deadline",
+    "embedding_of",
+    "n_chars",
+    "prompt_list",
+]
 
 Prompt = str | Seq[int] | Mapping[str, Any]
 """Text, token ids, {"prompt": text} or {"prompt_token_ids": [...]} (optionally with the text it came from).
@@ -55,7 +68,7 @@ lists of Python integers all at once (1.3 GiB; as int32 they take 34 MB)."""
 
 @dataclass(frozen=True, slots=True)
 class ChatOptions:
-    """How conversations become prompts; one for each field of the same name of `LLM.chat`."""
+    """How conversations become prompts, and answers are read; one for each field of the same name of `LLM.chat`."""
 
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
@@ -65,6 +78,8 @@ class ChatOptions:
     include_reasoning: bool = False
     tool_choice: str | Mapping[str, Any] | None = None
     tool_parser: str | None = None
+    reasoning_parser: str | None = None
+    """Of `REASONING_PARSERS`; an option of the server, not of `LLM.chat`: templates nearly always show the form."""
 
 
 @dataclass(slots=True)
@@ -126,7 +141,8 @@ class Inputs:
         template = self._chat_templates.choose(options.chat_template, tools=tools)
         forced = None
         if choice.kind == "required":
-            form = options.tool_parser or find_parser(template.source)
+            named = options.tool_parser
+            form = find_parser(template.source) if named is None else PARSER_ALIASES.get(named, named)
             functions = functions_of(tools or ())
             forced = forced_calls(form, template.source, functions, choice.name, self.tokenizer)
         encoded = []
@@ -146,7 +162,12 @@ class Inputs:
                     text,
                     reader=_reader(template.source, text, continued, tools, options),
                     preamble=find_preamble(
-                        template.source, text, continued, self.tokenizer, is_call=forced is not None
+                        template.source,
+                        text,
+                        continued,
+                        self.tokenizer,
+                        is_call=forced is not None,
+                        thoughts=options.reasoning_parser,
                     ),
                     forced=forced,
                 )
@@ -229,6 +250,64 @@ class Inputs:
             requests.append(request)
         return requests
 
+    def embedding_requests(
+        self,
+        prompts: Seq[Encoded],
+        params: PoolingParams | None,
+        request_ids: Iterator[str],
+        *,
+        priority: object = 0,
+        deadline_s: float | None = None,
+    ) -> list[Request]:
+        """Check every request for an embedding; nothing is accepted yet.
+
+        Args:
+            params: of all of them; a pooling that it leaves open is the checkpoint's.
+            The others: as `requests`.
+
+        Raises:
+            RequestError, CapacityError: a prompt or parameter is invalid; the message names its index.
+            CheckpointError: the checkpoint's own pooling is none of pace's.
+        """
+        if params is not None and not isinstance(params, PoolingParams):
+            raise RequestError(f"pooling_params is {show(params)}, expected PoolingParams")
+        complete = PoolingParams() if params is None else params
+        if complete.pooling is None:
+            complete = replace(complete, pooling=read_pooling(self._loaded.directory))
+        requests = []
+        for i, (prompt, rank) in enumerate(
+            zip(prompts, _one_each("priority", priority, len(prompts)), strict=True)
+        ):
+            with _naming(f"prompt {i}"):
+                request = self._loaded.engine.prepare_embedding(
+                    next(request_ids),
+                    prompt.ids,
+                    complete,
+                    prompt=prompt.text,
+                    priority=0 if rank is None else rank,
+                    deadline_s=deadline_s,
+                    cache_salt=prompt.cache_salt,
+                )
+            requests.append(request)
+        return requests
+
+
+def embedding_of(output: RequestOutput) -> EmbeddingRequestOutput:
+    """The embedding that a request has led to.
+
+    Raises:
+        PaceError: it has led to none.
+    """
+    if output.embedding is None:
+        (end,) = output.outputs
+        raise PaceError(f"no embedding: {end.stop_reason or end.finish_reason}")
+    return EmbeddingRequestOutput(
+        output.request_id,
+        EmbeddingOutput(output.embedding),
+        output.prompt_token_ids,
+        num_cached_tokens=output.num_cached_tokens,
+    )
+
 
 def _reader(
     template: str,
@@ -240,7 +319,10 @@ def _reader(
     """What divides the answers to a rendered conversation into reasoning, calls and final text; None: nothing."""
     if options.include_reasoning:
         return None
-    return answer_reader(template, prompt, continued, functions_of(tools or ()), options.tool_parser)
+    functions = functions_of(tools or ())
+    return answer_reader(
+        template, prompt, continued, functions, options.tool_parser, options.reasoning_parser
+    )
 
 
 def _continued(messages: Messages, options: ChatOptions) -> str | None:

@@ -1,4 +1,4 @@
-"""`LLM`: load a model, generate, chat, stream."""
+"""`LLM`: load a model, generate, chat, stream, embed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from typing import Any
 
 from pace.console import progress_bar
 from pace.driver import Inbox, Ticket
+from pace.engine.request import Request
 from pace.errors import PaceError, RequestError, show
 from pace.frontend import Frontend
-from pace.inputs import ChatOptions, Encoded, Messages, Prompt, deadline, prompt_list
-from pace.outputs import RequestOutput
+from pace.inputs import ChatOptions, Encoded, Messages, Prompt, deadline, embedding_of, prompt_list
+from pace.outputs import EmbeddingRequestOutput, RequestOutput
 from pace.params import SamplingParams
+from pace.pooling_params import PoolingParams
 from pace.vllm_names import REQUEST_OPTIONS, takes_names
 
 __all__ = ["LLM", "Messages", "Prompt"]
@@ -187,6 +189,53 @@ class LLM(Frontend):
         prompts = self._inputs.encode_chats([messages], options)
         return self._stream(prompts, sampling_params, priority, timeout_s)
 
+    @takes_names(REQUEST_OPTIONS)
+    def embed(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        use_tqdm: UseTqdm = None,
+        *,
+        pooling_params: PoolingParams | None = None,
+        priority: int | Seq[int] = 0,
+        timeout_s: float | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """Turn one text or many into vectors.
+
+        An embedding is made of the hidden states behind the model's last norm, in the bits that it has alone, whatever runs
+        beside it.
+
+        Args:
+            prompts: as `generate`; a prompt may fill max_model_len.
+            use_tqdm: as `generate`.
+            pooling_params: for all prompts; None: the checkpoint's own pooling, else that of the last token, normalised.
+            priority: as `generate`.
+            timeout_s: as `generate`; prompts that were not read in time are an error.
+
+        Returns:
+            One embedding per prompt, in order.
+
+        Raises:
+            RequestError, CapacityError: as `generate`.
+            CheckpointError: the checkpoint asks for a pooling that pace does not have.
+            PaceError: there is no embedding of a prompt; the message names its index.
+            EngineDeadError: the engine failed as a whole.
+        """
+        self._driver.check()
+        requests = self._inputs.embedding_requests(
+            self._inputs.encode(prompt_list(prompts)),
+            pooling_params,
+            map(str, self._ids),
+            priority=priority,
+            deadline_s=deadline(timeout_s),
+        )
+        embeddings = []
+        for i, output in enumerate(self._wait_for(requests, use_tqdm)):
+            try:
+                embeddings.append(embedding_of(output))
+            except PaceError as error:
+                raise PaceError(f"prompt {i}: {error}") from None
+        return embeddings
+
     def __enter__(self) -> LLM:
         return self
 
@@ -209,6 +258,10 @@ class LLM(Frontend):
             priority=priority,
             deadline_s=deadline(timeout_s),
         )
+        return self._wait_for(requests, use_tqdm)
+
+    def _wait_for(self, requests: Seq[Request], use_tqdm: UseTqdm) -> list[RequestOutput]:
+        """Let requests run; returns their last outputs, in order."""
         inbox: Inbox = SimpleQueue()
         notify = inbox.put
         tickets = [Ticket(request, notify) for request in requests]

@@ -7,9 +7,21 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import TYPE_CHECKING, NoReturn
 
+import numpy as np
+import numpy.typing as npt
+
 from pace.vllm_names import OUTPUT_FIELDS, refuse_attribute
 
-__all__ = ["CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput", "SpeculativeMetrics", "ToolCall"]
+__all__ = [
+    "CompletionOutput",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
+    "Logprob",
+    "RequestMetrics",
+    "RequestOutput",
+    "SpeculativeMetrics",
+    "ToolCall",
+]
 
 
 @dataclass(frozen=True)
@@ -204,6 +216,7 @@ class RequestOutput(_Output):
             of kind DELTA one has them.
         num_cached_tokens: tokens of the prompt that were found in the prefix cache.
         speculative: how drafts of its tokens fared, over all completions; None where none was verified.
+        embedding: f32 [dimensions], where an embedding was asked for and the prompt has been read.
     """
 
     request_id: str
@@ -215,3 +228,34 @@ class RequestOutput(_Output):
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
     speculative: SpeculativeMetrics | None = None
+    embedding: npt.NDArray[np.float32] | None = None
+
+
+@dataclass
+class EmbeddingOutput(_Output):
+    """A text as a vector.
+
+    Attributes:
+        embedding: f32 [dimensions].
+    """
+
+    embedding: npt.NDArray[np.float32]
+
+
+@dataclass
+class EmbeddingRequestOutput(_Output):
+    """What `LLM.embed` returns for a prompt.
+
+    Attributes:
+        request_id: unique within the engine.
+        outputs: the embedding.
+        prompt_token_ids: the prompt as the model saw it.
+        finished: True.
+        num_cached_tokens: tokens of the prompt that were found in the prefix cache.
+    """
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: Sequence[int]
+    finished: bool = True
+    num_cached_tokens: int = 0

@@ -150,10 +150,47 @@ def test_conversations_reach_the_template_in_its_shape() -> None:
     assert job.chat.chat_template_kwargs == {"enable_thinking": True}
 
 
+TOOLS = [{"name": "add", "input_schema": {"type": "object"}}]
+
+
+@pytest.mark.parametrize(
+    ("choice", "told"),
+    [
+        (None, "auto"),
+        ({"type": "auto", "disable_parallel_tool_use": True}, "auto"),
+        ({"type": "any"}, "required"),
+        ({"type": "tool", "name": "add"}, {"type": "function", "function": {"name": "add"}}),
+        ({"type": "none"}, None),
+    ],
+)
+def test_tool_choice_reaches_the_engine(choice: Any, told: Any) -> None:
+    body = QUESTION | {"tools": TOOLS} | ({} if choice is None else {"tool_choice": choice})
+    _, backend = scripted(a_call, "POST", "/v1/messages", json=body)
+    chat = backend.jobs[0].chat
+    assert chat is not None and chat.tool_choice == told and (chat.tools is None) == (told is None)
+
+
+def test_one_tool_use_where_parallel_ones_are_disabled() -> None:
+    def two(job: Job) -> list[list[Event]]:
+        calls = [ToolCallDelta(i, f"call_{i}", "add", "{}") for i in range(2)]
+        return [[Delta(job.id, 0, "", [1], tool_calls=calls, finish_reason="stop"), Done(job.id, 3, 0, 1)]]
+
+    for disabled in (False, True):
+        choice = {"type": "auto", "disable_parallel_tool_use": disabled}
+        body = QUESTION | {"tools": TOOLS, "tool_choice": choice}
+        response, _ = scripted(two, "POST", "/v1/messages", json=body)
+        assert [block["id"] for block in response.json()["content"]] == ["call_0", "call_1"][: 2 - disabled]
+        response, _ = scripted(two, "POST", "/v1/messages", json=body | {"stream": True})
+        assert response.text.count("content_block_start") == 2 * (2 - disabled)
+
+
 @pytest.mark.parametrize(
     "body",
     [
         {"messages": [{"role": "system", "content": "x"}]},
+        {"messages": [{"role": "user", "content": "x"}], "tool_choice": {"type": "any"}},
+        {"messages": [{"role": "user", "content": "x"}], "tools": TOOLS, "tool_choice": {"type": "tool"}},
+        {"messages": [{"role": "user", "content": "x"}], "tools": TOOLS, "tool_choice": {"type": "all"}},
         {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
         {"messages": [{"role": "user", "content": 5}]},
         {"messages": [{"role": "user", "content": "x"}], "container": "c"},

@@ -149,16 +149,6 @@ def test_bad_json_is_400(name: str) -> None:
     assert status == 400 and error["type"] == "invalid_request_error" and len(error["message"]) < 1000
 
 
-def test_calls_in_messages_reach_templates_as_objects() -> None:
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
-    messages = [{"role": "assistant", "content": None, "tool_calls": [call]}]
-    job = job_of("/v1/chat/completions", {"messages": messages})
-    assert job.chat is not None
-    assert job.chat.messages[0]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
-    call["function"] = {"name": "f", "arguments": "{"}
-    assert error_of("/v1/chat/completions", json={"messages": messages})[0] == 400
-
-
 def test_tools_reach_the_template_unless_the_choice_is_none() -> None:
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
     job = job_of("/v1/chat/completions", CHAT | {"tools": tools})

@@ -22,6 +22,11 @@ QWEN = (
     '<parameter=o>\n{"k": ["</tool_call>"]}\n</parameter>\n<parameter=s>\nnull\n</parameter>\n</function>\n</tool_call>'
 )
 QWEN_ARGUMENTS = '{"a": "one\\n two", "n": 5, "o": {"k": ["</tool_call>"]}, "s": null}'
+GLM = (
+    "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>one\n two</arg_value>\n<arg_key>n</arg_key>\n<arg_value>5</arg_value>\n"
+    '<arg_key>o</arg_key>\n<arg_value>{"k": ["</tool_call>"]}</arg_value>\n</tool_call>\n<tool_call>g\n</tool_call>'
+)
+GLM_ARGUMENTS = '{"a": "one\\n two", "n": 5, "o": {"k": ["</tool_call>"]}}'
 GEMMA = '<|tool_call>call:f{a:<|"|>x "y" \\ z<|"|>,n:5,o:{k:[true,null,<|"|>a<|"|>]}}<tool_call|>'
 
 MINIMAX = (
@@ -136,6 +141,20 @@ CASES = {
     "Mistral, text": ("mistral", "[TOOL_CALLS] is a token", "[TOOL_CALLS] is a token", []),
     "DeepSeek": ("deepseek", "Hm.\n" + DEEPSEEK, "Hm.", [F_AB, G]),
     "Qwen3-Coder": ("qwen3_coder", "ok\n" + QWEN, "ok", [("f", QWEN_ARGUMENTS)]),
+    "GLM": ("glm", "Hm.\n" + GLM, "Hm.", [("f", GLM_ARGUMENTS), G]),
+    "GLM without line breaks": (
+        "glm",
+        "<tool_call>f<arg_key>a</arg_key><arg_value>b</arg_value></tool_call><tool_call>g</tool_call>",
+        "",
+        [F_AB, G],
+    ),
+    "GLM, cut in a value": (
+        "glm",
+        "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>on",
+        "",
+        [("f", '{"a": "on')],
+    ),
+    "GLM, another function": ("glm", "<tool_call>h\n</tool_call>", "<tool_call>h\n</tool_call>", []),
     "Qwen3-Coder, no outer tag": ("qwen3_coder", "<function=g>\n</function>\n</tool_call>", "", [G]),
     "Qwen3-Coder, cut": (
         "qwen3_coder",

@@ -27,7 +27,7 @@ from pace.text.tools import ToolChoice, find_parser, functions_of, make_call_rea
         ("<|start_header_id|><|python_tag|>", "llama"),
         ("<|header_start|><|python_start|>", "llama"),
         ("<|start|><|channel|>final<|message|>", "harmony"),
-        ("<tool_call>{{ name }}<arg_key>", None),
+        ("<tool_call>{{ name }}<arg_key>", "glm"),
         ("<|im_start|>{{ role }}", None),
     ],
 )  # fmt: skip

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from pace.checkpoint.pooling_config import POOLING_CONFIG
 from pace.errors import CheckpointError, one_line, show
 
 __all__ = ["DEMO_MODEL", "resolve"]
@@ -24,7 +25,13 @@ _TOKENIZER_FILES = (
     "additional_chat_templates/*.jinja",
 )
 # model*: repositories also carry the same weights as consolidated.safetensors and under original/.
-_MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
+_MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    POOLING_CONFIG,
+)
 
 
 def resolve(

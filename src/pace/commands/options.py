@@ -93,12 +93,13 @@ def add_engine_options(
     """What an engine is built from; where nothing is given, the command or `EngineConfig` decides.
 
     Args:
-        positional: the model is the first argument, without its name.
+        positional: the model is the first argument, without its name; it may come from a file (`config_file`), so that the
+            command has to look whether there is one.
     """
     group = parser.add_argument_group("model")
     text = "a checkpoint folder, a hub id org/name, or demo for the embedded model"
     if positional:
-        group.add_argument("model", metavar="MODEL", help=text)
+        group.add_argument("model", metavar="MODEL", nargs="?", help=text)
     else:
         group.add_argument("--model", required=True, help=text)
     group.add_argument("--revision", help="branch, tag or commit of a hub id")

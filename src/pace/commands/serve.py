@@ -7,13 +7,40 @@ from typing import Any
 
 from pace.commands import options
 from pace.errors import ConfigError
+from pace.text.reasoning import REASONING_PARSERS
+from pace.text.tools import PARSER_ALIASES, TOOL_PARSERS
 
 
 def add(commands: Any) -> None:
     """Describe the command."""
     text = "serve a model to clients of OpenAI's API"
     parser = options.add_command(commands, "serve", run, text, "pace serve ./Llama-3.2-1B --port 8000")
+    parser.set_defaults(config_parser=parser)
     options.add_engine_options(parser, positional=True)
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML with the names of these options, model among them; what is given here wins",
+    )
+    group = parser.add_argument_group("chats")
+    group.add_argument(
+        "--tool-call-parser",
+        choices=sorted({*TOOL_PARSERS, *PARSER_ALIASES}),
+        metavar="FORM",
+        help=f"of tool calls: {', '.join(sorted(TOOL_PARSERS))}, or vLLM's name (default: what the chat template shows)",
+    )
+    group.add_argument(
+        "--reasoning-parser",
+        choices=sorted(REASONING_PARSERS),
+        metavar="FORM",
+        help="of reasoning: think, mistral, seed_oss, gemma4, or vLLM's name; none: it stays in the text (default: what "
+        "the chat template shows)",
+    )
+    group.add_argument(
+        "--enable-auto-tool-choice",
+        action="store_true",
+        help="changes nothing, for callers of vLLM: models may always call tools",
+    )
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
     group.add_argument("--port", type=_port, default=8000, metavar="N", help="default: 8000; 0: any free one")
@@ -126,7 +153,10 @@ def run(args: argparse.Namespace) -> int:
         ) from None
     from pace.server.keys import read_keys
     from pace.server.service import Limits
+    from pace.server.wire import Parsers
 
+    if args.model is None:
+        raise ConfigError("which model? name it behind serve, or as model in the file of --config")
     keys = [*args.api_key, *([] if args.api_key_file is None else read_keys(args.api_key_file))]
     return serve(
         ServeOptions(
@@ -148,6 +178,7 @@ def run(args: argparse.Namespace) -> int:
             data_parallel=args.data_parallel,
             restarts=args.on_engine_death == "restart",
             stall_timeout_s=args.stall_timeout,
+            parsers=Parsers(args.tool_call_parser, args.reasoning_parser),
             limits=Limits(
                 max_body_bytes=args.max_body_bytes,
                 body_timeout_s=args.body_timeout,

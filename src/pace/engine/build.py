@@ -82,6 +82,7 @@ def build_engine(
         ),
         scheduler,
         vocab_size=plan.vocab_size,
+        dim=plan.dim,
         max_model_len=memory.max_model_len,
         max_num_waiting=config.max_num_waiting,
         max_logprobs=config.max_logprobs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence as Seq
 
 from pace.engine.intake import Intake
 from pace.engine.logprobs import LogprobRecorder
@@ -14,6 +15,7 @@ from pace.engine.scheduler import Scheduler
 from pace.engine.sequence import Sequence, Status
 from pace.engine.speculation import Speculation
 from pace.errors import ForkError, PaceError, one_line
+from pace.models.plan import Bf16Array
 from pace.outputs import RequestOutput
 
 __all__ = ["FATAL", "Committer"]
@@ -184,6 +186,26 @@ class Committer:
                     if scores.errors[i]:
                         raise PaceError(self._sampler.explain(int(scores.errors[i])))
                     self._logprobs.add_scored(request, seq, scores, i)
+            except FATAL:
+                raise
+            except BaseException as error:
+                self.fail(seq, error)
+
+    def pool(self, rows: Seq[tuple[Sequence, Bf16Array]]) -> None:
+        """Add hidden states to their sequences' embeddings, and end those that have all.
+
+        Args:
+            rows: bf16 [n, dim] of each.
+        """
+        for seq, states in rows:
+            try:
+                if seq.pool is None:
+                    raise RuntimeError("hidden states of a sequence that wants none")
+                seq.pool.add(states)
+                seq.n_scored += len(states)
+                if seq.n_scored == seq.n_prompt:
+                    self._intake.requests[seq.request_id].embedding = seq.pool.embedding()
+                    self.finish(seq, "stop", None)
             except FATAL:
                 raise
             except BaseException as error:

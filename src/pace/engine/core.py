@@ -21,6 +21,7 @@ from pace.log import logger
 from pace.models.plan import F32Array, I32Array
 from pace.outputs import RequestOutput
 from pace.params import SamplingParams
+from pace.pooling_params import PoolingParams
 from pace.text.tokenizer import Tokenizer
 
 __all__ = ["Engine"]
@@ -50,6 +51,7 @@ class Engine:
         sampler: draws tokens.
         scheduler: chooses who runs.
         vocab_size: columns of the logits; token ids must be below it.
+        dim: columns of the hidden states.
         max_model_len: longest prompt and output together, in tokens.
         max_num_waiting: sequences that may wait to run.
         max_logprobs: most log probabilities that a request may ask for; -1: all.
@@ -67,6 +69,7 @@ class Engine:
         scheduler: Scheduler,
         *,
         vocab_size: int,
+        dim: int = 0,
         max_model_len: int,
         max_num_waiting: int = 1 << 16,
         max_logprobs: int = -1,
@@ -82,6 +85,7 @@ class Engine:
         self.speculation = speculation
         self.preparer = Preparer(
             vocab_size=vocab_size,
+            dim=dim,
             max_model_len=max_model_len,
             max_cached=scheduler.tables.capacity,
             max_logprobs=max_logprobs,
@@ -108,6 +112,12 @@ class Engine:
     ) -> Request:
         """Check a request without accepting it; see `Preparer.prepare`."""
         return self.preparer.prepare(request_id, prompt_ids, params, **options)
+
+    def prepare_embedding(
+        self, request_id: str, prompt_ids: Seq[int] | I32Array, params: PoolingParams, **options: Any
+    ) -> Request:
+        """Check a request without accepting it; see `Preparer.prepare_embedding`."""
+        return self.preparer.prepare_embedding(request_id, prompt_ids, params, **options)
 
     def submit(self, request: Request, *, bounded: bool = True) -> None:
         """Accept a prepared request; see `Intake.submit`."""
@@ -215,6 +225,8 @@ class Engine:
             self.committer.add_prompt_logprobs(result.scores)
         if drawn is not None:
             self.committer.commit(result.sampled, drawn)
+        if result.pooled:
+            self.committer.pool(result.pooled)
 
     def _execute_alone(self, step: Schedule, error: BaseException) -> None:
         """A step failed, and which of its sequences was the reason can't be known: run each by itself.

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from pace.engine.pooling import Pool, check_dimensions
 from pace.engine.request import Request
 from pace.engine.sampler import Constraints, bad_word_ids
 from pace.engine.sequence import Sequence
 from pace.errors import CapacityError, RequestError, show
 from pace.models.plan import I32Array
 from pace.params import RequestOutputKind, SamplingParams
+from pace.pooling_params import PoolingParams
 from pace.structured_outputs import StructuredOutputsParams
 from pace.text.preamble import NO_PREAMBLE, Preamble
 from pace.text.readers import Reader
@@ -30,6 +32,11 @@ __all__ = ["Preparer"]
 
 MAX_SALT = 1024  # characters
 MAX_INT32 = (1 << 31) - 1
+
+READ_ONLY = SamplingParams(
+    temperature=0.0, max_tokens=1, speculative="off", output_kind=RequestOutputKind.FINAL_ONLY
+)
+"""Of a prompt that is read for its hidden states; nothing is drawn."""
 
 
 class _Rules(NamedTuple):
@@ -45,6 +52,7 @@ class Preparer:
 
     Args:
         vocab_size: token ids must be below it.
+        dim: columns of the hidden states.
         max_model_len: longest prompt and output together, in tokens.
         max_cached: tokens that the whole KV cache holds.
         max_logprobs: most log probabilities that a request may ask for; -1: all.
@@ -57,6 +65,7 @@ class Preparer:
         self,
         *,
         vocab_size: int,
+        dim: int = 0,
         max_model_len: int,
         max_cached: int,
         max_logprobs: int = -1,
@@ -66,6 +75,7 @@ class Preparer:
     ) -> None:
         self.max_draft_tokens = max_draft_tokens
         self.vocab_size = vocab_size
+        self.dim = dim
         self.max_model_len = max_model_len
         self.max_cached = max_cached
         self.max_logprobs = vocab_size if max_logprobs == -1 else min(max_logprobs, vocab_size)
@@ -111,10 +121,7 @@ class Preparer:
         """
         ids = self.check_prompt(prompt_ids)
         priority = _check_priority(priority)
-        if cache_salt is not None and not (isinstance(cache_salt, str) and 0 < len(cache_salt) <= MAX_SALT):
-            raise RequestError(
-                f"cache_salt is {show(cache_salt)}, expected a string of 1 to {MAX_SALT} characters"
-            )
+        _check_salt(cache_salt)
         room = self.max_model_len - len(ids)
         max_output = room if params.max_tokens is None else min(params.max_tokens, room)
         if len(ids) + max_output - 1 > self.max_cached:
@@ -154,6 +161,55 @@ class Preparer:
             arrival_s=time.monotonic(),
         )
 
+    def prepare_embedding(
+        self,
+        request_id: str,
+        prompt_ids: Seq[int] | I32Array,
+        params: PoolingParams,
+        *,
+        prompt: str | None = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        cache_salt: str | None = None,
+    ) -> Request:
+        """Check a request for an embedding; arguments as those of `prepare`.
+
+        Args:
+            prompt_ids: i32 [n], ids below vocab_size, 1 <= n <= max_model_len.
+            params: complete: `pooling` is set.
+
+        Raises:
+            RequestError, CapacityError: as `prepare`.
+        """
+        ids = self.check_prompt(prompt_ids, n_output=0)
+        priority = _check_priority(priority)
+        _check_salt(cache_salt)
+        check_dimensions(params, self.dim)
+        if len(ids) > self.max_cached:
+            raise CapacityError(
+                f"the prompt has {len(ids)} tokens, the KV cache holds {self.max_cached}; shorten it"
+            )
+        rules = self._rules(READ_ONLY)
+        seq = Sequence(
+            request_id,
+            ids,
+            rules.params,
+            max_output=1,
+            priority=priority,
+            constraints=rules.constraints,
+            cache_salt=cache_salt,
+            pool=Pool(params),
+        )
+        return Request(
+            request_id,
+            ids,
+            rules.params,
+            [seq],
+            prompt=prompt,
+            deadline_s=deadline_s,
+            arrival_s=time.monotonic(),
+        )
+
     def _grammar(self, params: SamplingParams, preamble: Preamble, forced: str | None) -> str | None:
         """The grammar of the whole output, compiled; None: it is free."""
         asked = StructuredOutputsParams.parse(params.structured_outputs)
@@ -169,8 +225,11 @@ class Preparer:
         self._grammars.compile(lark)
         return lark
 
-    def check_prompt(self, prompt_ids: Seq[int] | I32Array) -> I32Array:
+    def check_prompt(self, prompt_ids: Seq[int] | I32Array, n_output: int = 1) -> I32Array:
         """The prompt as i32 [n].
+
+        Args:
+            n_output: tokens at least for which max_model_len must have room behind it: 1, or 0.
 
         Raises:
             RequestError: it is empty, too long, or has an id outside the vocabulary.
@@ -180,10 +239,12 @@ class Preparer:
             raise RequestError("the prompt is empty; expected at least one token")
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise RequestError(_explain(prompt_ids))
-        if len(ids) >= self.max_model_len:
+        most = self.max_model_len - n_output
+        if len(ids) > most:
+            why = " and the output needs one" if n_output else ""
             raise RequestError(
-                f"the prompt has {len(ids)} tokens, expected at most {self.max_model_len - 1}: max_model_len "
-                f"is {self.max_model_len} and the output needs one; shorten it or raise max_model_len"
+                f"the prompt has {len(ids)} tokens, expected at most {most}: max_model_len is {self.max_model_len}{why}; "
+                "shorten it or raise max_model_len"
             )
         if ids.min() < 0 or ids.max() >= self.vocab_size:
             at = int(((ids < 0) | (ids >= self.vocab_size)).argmax())
@@ -254,6 +315,13 @@ class Preparer:
                 "spaces_between_special_tokens is False, which this tokenizer's decoder can't; leave it True"
             )
         return _Rules(params, stop_ids, Constraints(params, stop_ids | self.eos_token_ids, bad_words))
+
+
+def _check_salt(cache_salt: object) -> None:
+    if cache_salt is not None and not (isinstance(cache_salt, str) and 0 < len(cache_salt) <= MAX_SALT):
+        raise RequestError(
+            f"cache_salt is {show(cache_salt)}, expected a string of 1 to {MAX_SALT} characters"
+        )
 
 
 def _check_priority(priority: object) -> int:

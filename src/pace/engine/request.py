@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pace.engine.sequence import Sequence
-from pace.models.plan import I32Array
+from pace.models.plan import F32Array, I32Array
 from pace.outputs import Logprob, RequestMetrics, RequestOutput, SpeculativeMetrics
 from pace.params import RequestOutputKind, SamplingParams
 
@@ -28,6 +28,7 @@ class Request:
         "_prompt_token_ids",
         "arrival_s",
         "deadline_s",
+        "embedding",
         "finished_s",
         "first_token_s",
         "is_dirty",
@@ -63,6 +64,7 @@ class Request:
         self.n_unfinished = len(seqs)
         self.stream = stream and params.output_kind is not RequestOutputKind.FINAL_ONLY
         self.deadline_s = deadline_s
+        self.embedding: F32Array | None = None  # of a prompt that is pooled, when it has been
         self.is_dirty = False  # has something to emit after this step
         # The first token has no past that could predict it.
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = (
@@ -113,6 +115,7 @@ class Request:
             prompt_logprobs=prompt_logprobs,
             num_cached_tokens=seqs[0].n_cached or 0,
             speculative=self._speculative(),
+            embedding=self.embedding,
         )
 
     def _speculative(self) -> SpeculativeMetrics | None:

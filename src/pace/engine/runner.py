@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -15,9 +15,11 @@ from pace.engine.schedule import Schedule
 from pace.engine.sequence import Sequence
 from pace.kvcache import GroupTables, blocks_for
 from pace.models import plan
-from pace.models.plan import Batch, F32Array, I32Array
+from pace.models.plan import Batch, Bf16Array, F32Array, I32Array
 
 __all__ = ["PromptScores", "Runner", "Score", "StepLogits", "TableGatherer"]
+
+NO_TOKENS = np.empty(0, np.int32)
 
 Score: TypeAlias = Callable[[F32Array, I32Array, int], LogprobsResult]
 """score(logits f32 [P, vocab_size], tokens i32 [P], n): what `Sampler.prompt_logprobs` returns."""
@@ -48,11 +50,36 @@ class StepLogits:
         logits: f32 [R, vocab_size], a row for each of `sampled` and, behind it, for each of its drafted tokens.
         sampled: sequences of which no pending token is left, so that the next one can be sampled.
         scores: of the prompt tokens whose log probabilities were asked for; None where none were.
+        pooled: hidden states, bf16 [n, dim], of the next rows that each of these sequences wants; copies.
     """
 
     logits: F32Array
     sampled: list[Sequence]
-    scores: PromptScores | None
+    scores: PromptScores | None = None
+    pooled: list[tuple[Sequence, Bf16Array]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """For whom the logit rows of a step are.
+
+    Attributes:
+        sampled, sampled_rows: who draws from rows, and the numbers of these.
+        scored: whose prompt has rows to be scored, and how many; in order they are all the others, but for
+        pooled: whose prompt has rows whose hidden states are wanted, and which.
+    """
+
+    sampled: list[Sequence]
+    sampled_rows: list[int] = field(default_factory=list)
+    scored: list[tuple[Sequence, int]] = field(default_factory=list)
+    pooled: list[tuple[Sequence, range]] = field(default_factory=list)
+
+    def prompt(self, seq: Sequence, rows: range) -> None:
+        """Rows of a prompt."""
+        if seq.pool is None:
+            self.scored.append((seq, len(rows)))
+        else:
+            self.pooled.append((seq, rows))
 
 
 class Runner:
@@ -95,63 +122,68 @@ class Runner:
         Args:
             score: called with the logits of prompt rows, where log probabilities of a prompt were asked for.
         """
-        batch, sampled, sampled_rows, scored = self._batch(step)
+        batch, wanted = self._batch(step)
         start = time.perf_counter()
         logits = self.executor.step(batch)
         self.run_s += time.perf_counter() - start
-        if not scored:
-            return StepLogits(logits, sampled, None)
-        return self._score(logits, len(batch.logit_rows), sampled, sampled_rows, scored, score)
+        if not (wanted.scored or wanted.pooled):
+            return StepLogits(logits, wanted.sampled)
+        result = self._part_by_part(logits, len(batch.logit_rows), wanted, score)
+        if wanted.pooled:
+            hidden = self.executor.hidden()
+            result.pooled = [(seq, hidden[rows.start : rows.stop].copy()) for seq, rows in wanted.pooled]
+        return result
 
-    def _score(
-        self,
-        logits: F32Array,
-        n_rows: int,
-        sampled: list[Sequence],
-        sampled_rows: list[int],
-        scored: list[tuple[Sequence, int]],
-        score: Score,
-    ) -> StepLogits:
-        """Score the rows of prompts, a part at a time, and copy the others, which lie between them."""
+    def _part_by_part(self, logits: F32Array, n_rows: int, wanted: _Wanted, score: Score) -> StepLogits:
+        """Score the rows of prompts, a part at a time, and copy those that are sampled, which lie between them.
+
+        Rows whose hidden states are wanted need no logits: parts of nothing else are left out.
+        """
+        scored = wanted.scored
         is_sampled = np.zeros(n_rows, dtype=bool)
-        is_sampled[sampled_rows] = True
+        is_sampled[wanted.sampled_rows] = True
+        is_scored = ~is_sampled
+        for _, rows in wanted.pooled:
+            is_scored[rows.start : rows.stop] = False
         tokens = np.concatenate(
-            [seq.tokens[seq.n_scored + 1 : seq.n_scored + 1 + n_new] for seq, n_new in scored]
+            [NO_TOKENS, *(seq.tokens[seq.n_scored + 1 : seq.n_scored + 1 + n_new] for seq, n_new in scored)]
         )
-        n = max(seq.params.prompt_logprobs or 0 for seq, _ in scored)
+        n = max((seq.params.prompt_logprobs or 0 for seq, _ in scored), default=0)
         kept, parts = [], []
         at = 0  # of the tokens
         for first in range(0, n_rows, self._max_logit_rows):
+            part = slice(first, first + self._max_logit_rows)
+            if not (is_sampled[part].any() or is_scored[part].any()):
+                continue
             if first:
                 start = time.perf_counter()
                 logits = self.executor.logits_from(first)
                 self.run_s += time.perf_counter() - start
-            mask = is_sampled[first : first + len(logits)]
-            kept.append(np.compress(mask, logits, axis=0))
-            rows = np.compress(~mask, logits, axis=0)
-            if len(rows):
-                parts.append(score(rows, tokens[at : at + len(rows)], n))
-            at += len(rows)
-        scores = PromptScores(
-            scored,
-            np.concatenate([part.logprobs for part in parts]),
-            np.concatenate([part.ranks for part in parts]),
-            np.concatenate([part.top_ids for part in parts]),
-            np.concatenate([part.top_logprobs for part in parts]),
-            np.concatenate([part.errors for part in parts]),
-        )
-        return StepLogits(np.concatenate(kept), sampled, scores)
+            kept.append(np.compress(is_sampled[part], logits, axis=0))
+            prompt_logits = np.compress(is_scored[part], logits, axis=0)
+            if len(prompt_logits):
+                parts.append(score(prompt_logits, tokens[at : at + len(prompt_logits)], n))
+            at += len(prompt_logits)
+        scores = None
+        if scored:
+            scores = PromptScores(
+                scored,
+                np.concatenate([part.logprobs for part in parts]),
+                np.concatenate([part.ranks for part in parts]),
+                np.concatenate([part.top_ids for part in parts]),
+                np.concatenate([part.top_logprobs for part in parts]),
+                np.concatenate([part.errors for part in parts]),
+            )
+        return StepLogits(np.concatenate(kept) if kept else logits[:0], wanted.sampled, scores)
 
-    def _batch(self, step: Schedule) -> tuple[Batch, list[Sequence], list[int], list[tuple[Sequence, int]]]:
+    def _batch(self, step: Schedule) -> tuple[Batch, _Wanted]:
         if step.n_decode == len(step.seqs) and not step.n_draft:
-            return self._decode_batch(step.seqs), step.seqs, [], []
+            return self._decode_batch(step.seqs), _Wanted(step.seqs)
         n_seqs = len(step.seqs)
         token_ids = self._token_ids
         q_start, kv_len, rows = [0], [], []
         logit_rows: list[int] = []
-        sampled: list[Sequence] = []
-        sampled_rows: list[int] = []  # which of the logits are theirs
-        scored: list[tuple[Sequence, int]] = []
+        wanted = _Wanted([])
         at = 0
         for seq, n_new in zip(step.seqs, step.n_new, strict=True):
             first = seq.n_computed
@@ -160,22 +192,22 @@ class Runner:
                 token_ids[at] = seq.tokens[first]
             else:
                 token_ids[at : at + n_new] = seq.tokens[first:end]
-            if not seq.is_scored:
-                # A preempted sequence runs rows again that were scored before.
-                n_scored = min(end, seq.n_prompt - 1) - seq.n_scored
+            if seq.pool is not None or not seq.is_scored:
+                # A preempted sequence runs rows again that have given what they had to.
+                n_scored = min(end, seq.n_prompt - (seq.pool is None)) - seq.n_scored
                 if n_scored > 0:
                     start = at + seq.n_scored - first
                     logit_rows += range(start, start + n_scored)
-                    scored.append((seq, n_scored))
+                    wanted.prompt(seq, range(len(logit_rows) - n_scored, len(logit_rows)))
             at += n_new
             q_start.append(at)
             kv_len.append(end)
             rows.append(seq.row)
             n_rows = 1 + seq.n_draft
-            if end == seq.n_tokens + seq.n_draft:
-                sampled_rows += range(len(logit_rows), len(logit_rows) + n_rows)
+            if end == seq.n_tokens + seq.n_draft and seq.pool is None:
+                wanted.sampled_rows += range(len(logit_rows), len(logit_rows) + n_rows)
                 logit_rows += range(at - n_rows, at)
-                sampled.append(seq)
+                wanted.sampled.append(seq)
         # One conversion per array: assigning Python integers to elements one by one costs three times as
         # much.
         self._q_start[: n_seqs + 1] = q_start
@@ -188,7 +220,7 @@ class Runner:
             block_tables=self._gather(rows, kv_len),
             logit_rows=self._logit_rows[: len(logit_rows)],
         )
-        return batch, sampled, sampled_rows, scored
+        return batch, wanted
 
     def _decode_batch(self, seqs: list[Sequence]) -> Batch:
         """One row for each sequence, its last token: most steps, and without the general way's cases."""

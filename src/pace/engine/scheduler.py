@@ -155,7 +155,7 @@ class Scheduler:
         while at < len(running):  # preemption shortens the list from its end
             seq = running[at]
             at += 1
-            if seq.n_tokens - seq.n_computed > 1:
+            if seq.n_tokens - seq.n_computed > 1 or seq.pool is not None:
                 prompts.append(seq)
             elif self._extend(seq):
                 step.add(seq, 1)

@@ -8,6 +8,7 @@ from enum import Enum, auto
 
 import numpy as np
 
+from pace.engine.pooling import Pool
 from pace.engine.sampler import Constraints
 from pace.models.plan import I32Array
 from pace.outputs import CompletionOutput, Logprob, SpeculativeMetrics, ToolCall
@@ -60,6 +61,7 @@ class Sequence:
         cache_salt: sequences share cached prompts only with those of the same salt.
         reader: makes what divides the output's text; None: it is all the answer.
         matcher: the grammar that the output follows, its own; None: it is free.
+        pool: takes the prompt's hidden states: the sequence ends with its prompt and draws nothing; None: it is completed.
     """
 
     __slots__ = (
@@ -88,6 +90,7 @@ class Sequence:
         "n_tokens",
         "output_ids",
         "params",
+        "pool",
         "priority",
         "reader",
         "request_id",
@@ -118,6 +121,7 @@ class Sequence:
         cache_salt: str | None = None,
         reader: Callable[[], Reader] | None = None,
         matcher: Matcher | None = None,
+        pool: Pool | None = None,
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -132,6 +136,7 @@ class Sequence:
         self.cache_salt = cache_salt
         self.reader = reader
         self.matcher = matcher
+        self.pool = pool
         self.text: TextStream | None = None  # of the output; made when the sequence starts
         self.n_text = 0  # output tokens that the text covers
         self.has_stops = bool(params.stop)
@@ -148,8 +153,10 @@ class Sequence:
         self.n_cached: int | None = (
             None  # prompt tokens found in the prefix cache; None before the first start
         )
-        # Prompt rows whose log probabilities are known. The last row predicts the first output token.
-        self.n_scored = 0 if params.prompt_logprobs is not None and index == 0 else self.n_prompt - 1
+        # Prompt rows of which nothing is wanted any more: neither log probabilities (the last row predicts the first output
+        # token) nor hidden states.
+        wants_all = params.prompt_logprobs is not None and index == 0 if pool is None else pool.needs_all
+        self.n_scored = 0 if wants_all else self.n_prompt - 1
         self.row = NO_ROW  # of the block tables and of the sampler's parameters, while running
         self.output_ids = NO_IDS
         self.cumulative_logprob: float | None = None if params.logprobs is None else 0.0
@@ -186,7 +193,7 @@ class Sequence:
 
     @property
     def is_scored(self) -> bool:
-        """Whether every log probability of the prompt that was asked for is known."""
+        """Whether every row of the prompt but the last has given what was asked of it, so that it may come from a cache."""
         return self.n_scored >= self.n_prompt - 1
 
     def start(self, row: int, n_computed: int) -> None:

@@ -93,6 +93,7 @@ def lower(spec: DecoderSpec, max_model_len: int, taps: tuple[int, ...] = ()) -> 
         vocab_size=spec.vocab_size,
         dim=spec.dim,
         logits=logits.name,
+        hidden=model.hidden,
     )
 
 
@@ -138,6 +139,7 @@ class _Lowering:
         self.taps = taps
         self.owners = _owners(spec)
         self.slots: dict[str, Slot] = {}
+        self.hidden = ""  # behind the last norm
         self.ops: list[Op] = []
 
     def embed(self) -> Slot:
@@ -429,6 +431,7 @@ class _Lowering:
             self.ops.append(Norm("norm", x.name, h.name, None, kind="none"))
         if x.rows == "tokens":
             h = self.select(h)
+        self.hidden = h.name
         if spec.embed_dim is not None:
             narrow = self.slot("unembedded", spec.embed_dim, "bf16", h.rows)
             self.ops.append(Gemm("embed.out", h.name, narrow.name, "embed.out"))

@@ -58,6 +58,7 @@ __all__ = [
     "Activation",
     "Attention",
     "Batch",
+    "Bf16Array",
     "Blocks",
     "Dtype",
     "Embed",
@@ -96,6 +97,7 @@ PartMode = Literal["rows", "gate", "up"]
 
 F32Array = npt.NDArray[np.float32]
 I32Array = npt.NDArray[np.int32]
+Bf16Array = npt.NDArray[np.uint16]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,6 +127,7 @@ class Plan:
         ropes: rotary tables that RopeKV refers to by index.
         kv: the layers that own keys and values.
         logits: name of the f32 slot [R, vocab_size] that holds the result.
+        hidden: name of the bf16 slot [R, dim] that holds what the last norm made of the same rows; "": there is none.
     """
 
     slots: dict[str, Slot]
@@ -134,6 +137,7 @@ class Plan:
     vocab_size: int
     dim: int
     logits: str
+    hidden: str = ""
 
     def weights(self) -> dict[str, WeightShape]:
         """Every weight that the operators name, with its shape, in order of first use.
@@ -254,6 +258,10 @@ class Executor(Runner, Protocol):
 
     def logits_from(self, first: int) -> F32Array:
         """Those of the last step's logit rows from `first` on, as many as it keeps; they overwrite the last ones."""
+        ...
+
+    def hidden(self) -> Bf16Array:
+        """bf16 as u16 [R, dim]: what the last norm made of all logit rows of the last step; valid until the next."""
         ...
 
 

@@ -221,6 +221,11 @@ class Plan:
         self._stepped = self._logits[: self._n_logit_rows - first]
         return self._stepped
 
+    def hidden(self) -> ir.Bf16Array:
+        """bf16 as u16 [R, dim]: what the last norm made of all logit rows of the last step, a view that the next one
+        overwrites."""
+        return self.slot(self.ir.hidden)[: self._n_logit_rows]
+
     def sample(
         self,
         logits: F32,

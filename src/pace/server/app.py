@@ -15,6 +15,7 @@ from pace.server import openapi
 from pace.server.endpoints import models, operations, tokens
 from pace.server.endpoints.chat import chat_completions
 from pace.server.endpoints.completions import completions
+from pace.server.endpoints.embeddings import embeddings
 from pace.server.endpoints.messages import count_tokens, messages
 from pace.server.endpoints.responses import responses
 from pace.server.gate import CLIENT_CLOSED, Gate, answer_to
@@ -22,6 +23,7 @@ from pace.server.http import Disconnected, error_response, json_response
 from pace.server.protocol.chat import ChatCompletion, ChatRequest
 from pace.server.protocol.common import ModelCard, ModelList
 from pace.server.protocol.completions import Completion, CompletionRequest
+from pace.server.protocol.embeddings import Embeddings, EmbeddingsRequest
 from pace.server.protocol.errors import ApiError, api_error
 from pace.server.protocol.messages import AnthropicMessage, CountTokensRequest, MessagesRequest, TokenCount
 from pace.server.protocol.responses import ResponseObject, ResponsesRequest
@@ -58,6 +60,7 @@ ROUTES: tuple[Entry, ...] = (
     Entry("POST", "/v1/responses", responses, ResponsesRequest, ResponseObject),
     Entry("POST", "/v1/messages", messages, MessagesRequest, AnthropicMessage),
     Entry("POST", "/v1/messages/count_tokens", count_tokens, CountTokensRequest, TokenCount),
+    Entry("POST", "/v1/embeddings", embeddings, EmbeddingsRequest, Embeddings),
     Entry("GET", "/v1/models", models.models, None, ModelList),
     Entry("GET", MODEL_PATH + "{name}", models.model, None, ModelCard),
     Entry("POST", "/tokenize", tokens.tokenize, TokenizeRequest, Tokenized),

@@ -17,6 +17,7 @@ from pace.server.wire import (
     Delta,
     Detokenize,
     Done,
+    Embedded,
     Event,
     Failed,
     Info,
@@ -28,7 +29,7 @@ from pace.server.wire import (
 
 __all__ = ["Backend", "Call", "Health", "error_of"]
 
-_OF_JOBS = (Delta, Done, Accepted, Scores, Failed)
+_OF_JOBS = (Delta, Done, Accepted, Scores, Failed, Embedded)
 
 
 def error_of(refused: Refused) -> PaceError:

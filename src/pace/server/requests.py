@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import msgspec
 
-from pace.errors import RequestError, show
+from pace.errors import show
 from pace.params import SamplingParams
 from pace.server.protocol.chat import ChatRequest
 from pace.server.protocol.common import Sampling
@@ -15,7 +14,7 @@ from pace.server.protocol.completions import CompletionRequest
 from pace.server.protocol.errors import ApiError
 from pace.server.wire import Chat
 
-__all__ = ["chat_of", "chat_params", "completion_params", "prompts_of"]
+__all__ = ["MAX_FAN_OUT", "chat_of", "chat_params", "checked", "completion_params", "prompts_of", "texts_of"]
 
 MAX_PROMPTS = 64  # of one request
 MAX_FAN_OUT = 256  # prompts x n: sequences of one request
@@ -117,20 +116,7 @@ def prompts_of(request: CompletionRequest) -> list[str | list[int]]:
     Raises:
         ApiError: empty, mixed, or too many.
     """
-    given = request.prompt
-    prompts: list[str | list[int]]
-    if isinstance(given, str):
-        prompts = [given]
-    elif given and all(isinstance(item, int) for item in given):
-        prompts = [given]  # type: ignore[list-item]  # just checked
-    elif given and {type(item) for item in given} in ({str}, {list}):
-        prompts = given  # type: ignore[assignment]  # just checked
-    else:
-        raise ApiError(
-            400,
-            "prompt is empty or mixed, expected text, token ids, or a list of one of them",
-            param="prompt",
-        )
+    prompts = texts_of(request.prompt, "prompt")
     n = max(1, request.n or 1)
     if len(prompts) > MAX_PROMPTS or len(prompts) * n > MAX_FAN_OUT:
         raise ApiError(
@@ -140,6 +126,23 @@ def prompts_of(request: CompletionRequest) -> list[str | list[int]]:
             param="prompt",
         )
     return prompts
+
+
+def texts_of(given: str | list[str | int | list[int]], name: str) -> list[str | list[int]]:
+    """One text, one list of ids, or a list of either, as a list.
+
+    Raises:
+        ApiError: empty or mixed.
+    """
+    if isinstance(given, str):
+        return [given]
+    if given and all(isinstance(item, int) for item in given):
+        return [given]  # type: ignore[list-item]  # just checked
+    if given and {type(item) for item in given} in ({str}, {list}):
+        return given  # type: ignore[return-value]  # just checked
+    raise ApiError(
+        400, f"{name} is empty or mixed, expected text, token ids, or a list of one of them", param=name
+    )
 
 
 def checked(values: dict[str, Any]) -> dict[str, Any]:
@@ -192,7 +195,7 @@ def chat_of(request: ChatRequest, *, trust_template: bool) -> Chat:
     if request.reasoning_effort is not None:
         variables.setdefault("reasoning_effort", request.reasoning_effort)
     return Chat(
-        messages=[_message(message) for message in request.messages],
+        messages=request.messages,
         tools=_tools(request),
         tool_choice=request.tool_choice if request.tools is not None else None,
         add_generation_prompt=request.add_generation_prompt,
@@ -219,23 +222,3 @@ def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_none(item) for key, item in value.items() if item is not None}
     return value
-
-
-def _message(message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose calls have their arguments as objects, which is what most templates expect."""
-    calls = message.get("tool_calls")
-    if not isinstance(calls, list):
-        return message
-    return {**message, "tool_calls": [_call(call) for call in calls]}
-
-
-def _call(call: Any) -> Any:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    text = function["arguments"]
-    try:
-        arguments = json.loads(text)
-    except (ValueError, RecursionError):
-        raise RequestError(f"a tool call's arguments are {show(text)}, expected JSON") from None
-    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call

@@ -13,7 +13,19 @@ from pace.config import EngineConfig
 from pace.errors import EngineDeadError, PaceError, QueueFullError
 from pace.log import logger
 from pace.server.backend import Backend, Call, Health
-from pace.server.wire import Abort, Answer, Configure, Detokenize, Done, Event, Failed, Job, Refused, Tokenize
+from pace.server.wire import (
+    Abort,
+    Answer,
+    Configure,
+    Detokenize,
+    Done,
+    Event,
+    Failed,
+    Job,
+    Parsers,
+    Refused,
+    Tokenize,
+)
 from pace.server.workers import WATCH_S, Worker
 
 __all__ = ["Affinity", "Router", "prefix_keys"]
@@ -78,6 +90,7 @@ class Router(Backend):
         restarts: start an engine that died again; False: give up at once.
         on_fatal: called once where the server can't go on.
         stall_timeout_s: see `Worker`.
+        parsers: how they read answers.
     """
 
     def __init__(
@@ -89,6 +102,7 @@ class Router(Backend):
         restarts: bool,
         on_fatal: Callable[[PaceError], None],
         stall_timeout_s: float,
+        parsers: Parsers | None = None,
     ) -> None:
         super().__init__()
         self._config = config
@@ -97,6 +111,7 @@ class Router(Backend):
         self._restarts = restarts
         self._on_fatal = on_fatal
         self._stall_timeout_s = stall_timeout_s
+        self._parsers = Parsers() if parsers is None else parsers
         self._workers: list[Worker] = []
         self._owners: dict[int, Worker] = {}  # by job or question
         self._affinity = Affinity()
@@ -135,7 +150,7 @@ class Router(Backend):
             config.pop("cpus", None)
         return Worker(
             index,
-            Configure(_plain(config), cpus, index == 0 and not self.n_restarts),
+            Configure(_plain(config), cpus, index == 0 and not self.n_restarts, self._parsers),
             self._hear,
             self._on_state,
             self._stall_timeout_s,

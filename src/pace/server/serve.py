@@ -24,6 +24,7 @@ from pace.server.keys import Keys
 from pace.server.placement import place
 from pace.server.router import Router
 from pace.server.service import Limits, Service
+from pace.server.wire import Parsers
 
 __all__ = ["ServeOptions", "serve", "warn_if_open"]
 
@@ -51,6 +52,7 @@ class ServeOptions:
         data_parallel: engines; None: one per NUMA node.
         restarts: start an engine that died again; False: end the server.
         stall_timeout_s: an engine that makes no step for so long, though it should, is taken for dead.
+        parsers: how engines read tool calls and reasoning.
     """
 
     config: EngineConfig
@@ -72,6 +74,7 @@ class ServeOptions:
     data_parallel: int | None = None
     restarts: bool = True
     stall_timeout_s: float = 300.0
+    parsers: Parsers = field(default_factory=Parsers)
 
 
 class _Server(uvicorn.Server):
@@ -162,6 +165,7 @@ class _Run:
             restarts=options.restarts,
             on_fatal=self._on_fatal,
             stall_timeout_s=options.stall_timeout_s,
+            parsers=options.parsers,
         )
         keys = Keys(options.api_keys, options.max_open_per_key)
         service = Service(backend, options.names, options.limits, keys)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
+import msgspec
+
 from pace.driver import Ticket
 from pace.engine.request import Request
 from pace.errors import PaceError, RequestError, one_line
@@ -19,6 +21,7 @@ from pace.inputs import ChatOptions, Encoded, n_chars
 from pace.log import logger
 from pace.outputs import CompletionOutput, Logprob, RequestOutput
 from pace.params import RequestOutputKind, SamplingParams
+from pace.pooling_params import PoolingParams
 from pace.server.wire import (
     Accepted,
     Answer,
@@ -26,10 +29,12 @@ from pace.server.wire import (
     Delta,
     Detokenize,
     Done,
+    Embedded,
     Event,
     Failed,
     Info,
     Job,
+    Parsers,
     Refused,
     Scores,
     Tokenize,
@@ -64,6 +69,9 @@ class _Running:
 
 class Station(Frontend):
     """A model that takes jobs. After `open`, all methods belong to one event loop's thread."""
+
+    parsers = Parsers()
+    """How answers are read; set before `open`."""
 
     def open(self, loop: asyncio.AbstractEventLoop, sink: Callable[[list[Event]], None]) -> None:
         """Take jobs from now on.
@@ -131,7 +139,7 @@ class Station(Frontend):
 
         def work() -> object:
             if question.chat is not None:
-                (encoded,) = self._inputs.encode_chats([question.chat.messages], _options(question.chat))
+                (encoded,) = self._inputs.encode_chats([question.chat.messages], self._options(question.chat))
                 ids = [int(i) for i in encoded.ids]
             else:
                 ids = self._inputs.tokenizer.encode(
@@ -183,18 +191,35 @@ class Station(Frontend):
         then(*attempt())
 
     def _prepare(self, job: Job) -> Request:
-        params = params_of(job.params)
         if job.chat is not None:
-            (encoded,) = self._inputs.encode_chats([job.chat.messages], _options(job.chat))
+            (encoded,) = self._inputs.encode_chats([job.chat.messages], self._options(job.chat))
         elif isinstance(job.prompt, str):
             (encoded,) = self._inputs.encode([job.prompt])
         else:
             encoded = Encoded(job.prompt)
         encoded.cache_salt = job.cache_salt
-        (request,) = self._inputs.requests(
-            [encoded], params, iter([f"{job.request_id}/{job.id}"]), stream=True, priority=job.priority
-        )
+        number = iter([f"{job.request_id}/{job.id}"])
+        if job.pooling is not None:
+            pooling = PoolingParams(**msgspec.structs.asdict(job.pooling))
+            (request,) = self._inputs.embedding_requests([encoded], pooling, number, priority=job.priority)
+        else:
+            (request,) = self._inputs.requests(
+                [encoded], params_of(job.params), number, stream=True, priority=job.priority
+            )
         return request
+
+    def _options(self, chat: Chat) -> ChatOptions:
+        return ChatOptions(
+            add_generation_prompt=chat.add_generation_prompt,
+            continue_final_message=chat.continue_final_message,
+            chat_template=chat.chat_template,
+            chat_template_kwargs=chat.chat_template_kwargs,
+            tools=chat.tools,
+            include_reasoning=chat.include_reasoning,
+            tool_choice=chat.tool_choice,
+            tool_parser=self.parsers.tools,
+            reasoning_parser=self.parsers.reasoning,
+        )
 
     def _start_job(self, running: _Running, request: Request | None, error: BaseException | None) -> None:
         job = running.job
@@ -264,6 +289,8 @@ class Station(Frontend):
 
     def _events(self, running: _Running, output: RequestOutput) -> list[Event]:
         number = running.job.id
+        if running.job.pooling is not None:
+            return _embedded(number, output)
         events: list[Event] = []
         if output.prompt_logprobs is not None:
             scores = [None if one is None else self._logprobs(one) for one in output.prompt_logprobs]
@@ -308,6 +335,14 @@ class Station(Frontend):
         ]
 
 
+def _embedded(number: int, output: RequestOutput) -> list[Event]:
+    if output.embedding is None:
+        (end,) = output.outputs
+        return [Failed(number, f"no embedding: {end.stop_reason or end.finish_reason}")]
+    data = output.embedding.astype("<f4").tobytes()
+    return [Embedded(number, output.metrics.n_prompt_tokens, data), _done(number, output)]
+
+
 def _done(number: int, output: RequestOutput) -> Done:
     metrics = output.metrics
 
@@ -345,15 +380,3 @@ def _has_grammar(job: Job) -> bool:
 
 def _size(prompt: object, chat: Chat | None) -> int:
     return n_chars(prompt) if chat is None else n_chars(chat.messages) + n_chars(chat.tools)
-
-
-def _options(chat: Chat) -> ChatOptions:
-    return ChatOptions(
-        add_generation_prompt=chat.add_generation_prompt,
-        continue_final_message=chat.continue_final_message,
-        chat_template=chat.chat_template,
-        chat_template_kwargs=chat.chat_template_kwargs,
-        tools=chat.tools,
-        include_reasoning=chat.include_reasoning,
-        tool_choice=chat.tool_choice,
-    )

@@ -20,12 +20,15 @@ __all__ = [
     "Delta",
     "Detokenize",
     "Done",
+    "Embedded",
     "Event",
     "Failed",
     "Frames",
     "Info",
     "Job",
     "Order",
+    "Parsers",
+    "Pooling",
     "Refused",
     "Scores",
     "TokenLogprob",
@@ -57,8 +60,16 @@ class Chat(msgspec.Struct, array_like=True):
     tool_choice: str | dict[str, Any] | None = None
 
 
+class Pooling(msgspec.Struct, array_like=True):
+    """Fields of `PoolingParams`."""
+
+    pooling: str | None = None
+    normalize: bool = True
+    dimensions: int | None = None
+
+
 class Job(Message, tag=1):
-    """Complete one prompt.
+    """Complete one prompt, or embed it.
 
     Attributes:
         id: the front-end's number for it; never used twice.
@@ -67,6 +78,7 @@ class Job(Message, tag=1):
         chat: a conversation in place of a prompt.
         params: fields of `SamplingParams`.
         returns_prompt: send the prompt's text and ids back in `Accepted`.
+        pooling: embed the prompt; `params` are empty then.
     """
 
     id: int
@@ -77,6 +89,7 @@ class Job(Message, tag=1):
     priority: int = 0
     cache_salt: str | None = None
     returns_prompt: bool = False
+    pooling: Pooling | None = None
 
 
 class Abort(Message, tag=2):
@@ -102,6 +115,13 @@ class Detokenize(Message, tag=4):
     token_ids: list[int]
 
 
+class Parsers(msgspec.Struct, array_like=True):
+    """The forms of tool calls and reasoning; None: what the chat template shows."""
+
+    tools: str | None = None
+    reasoning: str | None = None
+
+
 class Configure(Message, tag=5):
     """The first message to a child: what to load.
 
@@ -109,11 +129,13 @@ class Configure(Message, tag=5):
         config: the fields of `EngineConfig`.
         cpus: that it may use; []: any.
         talks: it tells the terminal how loading goes; one of several engines does.
+        parsers: how it reads answers.
     """
 
     config: dict[str, Any]
     cpus: list[int]
     talks: bool
+    parsers: Parsers
 
 
 Order: TypeAlias = Job | Abort | Tokenize | Detokenize | Configure
@@ -222,7 +244,15 @@ class Beat(Message, tag=18):
     stats: dict[str, Any]
 
 
-Event: TypeAlias = Accepted | Refused | Delta | Scores | Done | Failed | Answer | Info | Beat
+class Embedded(Message, tag=19):
+    """The embedding of a prompt, f32 in little endian; `Done` follows."""
+
+    id: int
+    n_prompt: int
+    data: bytes
+
+
+Event: TypeAlias = Accepted | Refused | Delta | Scores | Done | Failed | Answer | Info | Beat | Embedded
 
 _encoder = msgspec.msgpack.Encoder()
 

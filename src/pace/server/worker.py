@@ -77,9 +77,11 @@ def _load(order: Configure) -> Station:
         )  # before anything is allocated: memory lies where it is first touched
     config = EngineConfig(**order.config)
     on_plan = (lambda plan: err(f"[memory: {plan.describe()}]")) if order.talks else None
-    return Station.from_loaded(
+    station = Station.from_loaded(
         config, load(config, on_plan=on_plan, show_progress=None if order.talks else False)
     )
+    station.parsers = order.parsers
+    return station
 
 
 async def _serve(station: Station, link: socket.socket, frames: Frames) -> None:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from pace.engine.schedule import Schedule
 from pace.engine.sequence import Sequence
 from pace.models.decoder import tap_slot
-from pace.models.plan import Embed, Gemm, Plan, Slot
+from pace.models.plan import Bf16Array, Embed, Gemm, Plan, Slot
 
 __all__ = ["PROJECTION", "SLOT", "Features", "with_features"]
 
@@ -25,8 +25,6 @@ SLOT, PROJECTION = "features", "target_proj"
 
 KEPT = 256
 """States of one sequence that are kept while drafting does not pay and nobody reads them: 8 MB beside a target of 8B."""
-
-Bf16Array = npt.NDArray[np.uint16]
 
 
 def with_features(plan: Plan, width: int, scale: float, bias: bool) -> Plan:

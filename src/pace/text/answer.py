@@ -9,7 +9,7 @@ from pace.text.call_reader import Functions
 from pace.text.harmony import Harmony
 from pace.text.readers import Chain, Reader
 from pace.text.reasoning import find_reader
-from pace.text.tools import HARMONY, find_parser, make_call_reader
+from pace.text.tools import HARMONY, PARSER_ALIASES, find_parser, make_call_reader
 
 __all__ = ["answer_reader"]
 
@@ -20,6 +20,7 @@ def answer_reader(
     continued: str | None = None,
     functions: Functions | None = None,
     parser: str | None = None,
+    thoughts: str | None = None,
 ) -> Callable[[], Reader] | None:
     """What divides the outputs that follow a rendered chat.
 
@@ -29,6 +30,7 @@ def answer_reader(
         continued: the beginning of the answer, where the prompt ends with one.
         functions: that may be called; none: calls are text.
         parser: the form of the calls, of `TOOL_PARSERS`; None: the template's.
+        thoughts: the form of the reasoning, of `REASONING_PARSERS`; None: the template's.
 
     Returns:
         A function that makes a reader for one output; None where the output is the final text.
@@ -38,9 +40,9 @@ def answer_reader(
     """
     functions = functions or {}
     form = find_parser(template)
-    if form == HARMONY and parser in (None, HARMONY):
+    if form == HARMONY and (parser is None or PARSER_ALIASES.get(parser, parser) == HARMONY):
         return partial(Harmony, functions, prompt)
-    first = find_reader(template, prompt, continued)
+    first = find_reader(template, prompt, continued, thoughts)
     name = parser or form
     second = make_call_reader(name, functions) if functions and name is not None else None
     if first is None or second is None:

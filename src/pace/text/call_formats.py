@@ -10,7 +10,7 @@ from pace.text.call_reader import MAX_NAME, CallReader, Functions
 from pace.text.json_scanner import JsonScanner, quoted
 from pace.text.script import Ask
 
-__all__ = ["DeepSeek", "Gemma", "Hermes", "Llama", "Mistral", "PhiMini", "Tags", "XmlCalls", "as_json"]
+__all__ = ["DeepSeek", "Gemma", "Glm", "Hermes", "Llama", "Mistral", "PhiMini", "Tags", "XmlCalls", "as_json"]
 
 
 class Hermes(CallReader):
@@ -98,6 +98,7 @@ class Tags(NamedTuple):
     parameter: str = "<parameter="
     after_key: str = ">"
     after_value: str = "</parameter>"
+    before_value: str = ""
 
 
 class XmlCalls(CallReader):
@@ -111,7 +112,7 @@ class XmlCalls(CallReader):
     def __init__(self, functions: Functions, tags: Tags) -> None:
         self._tags = tags
         # Qwen3-Coder often forgets the tag around the function.
-        self.openers = (tags.opener, tags.function)
+        self.openers = tuple(tag for tag in (tags.opener, tags.function) if tag)
         super().__init__(functions)
 
     def calls(self, opener: str) -> Ask[bool]:
@@ -138,6 +139,9 @@ class XmlCalls(CallReader):
         yield from self.white()
         while (yield from self.take(tags.parameter)):
             key, _ = yield from self.until(tags.after_key)
+            if tags.before_value:
+                yield from self.white()
+                yield from self.take(tags.before_value)
             value, closer = yield from self.until(tags.after_value)
             # Without its end the value may be a part of what it was to be.
             text = as_json(value, types.get(key, frozenset())) if closer else quoted(value)[:-1]
@@ -152,6 +156,32 @@ class XmlCalls(CallReader):
         else:
             yield from self.break_off(tags.end, tags.closer)
             yield from self.take(tags.end)
+
+
+class Glm(XmlCalls):
+    """GLM from 4.5 on: `<tool_call>name`, `<arg_key>` and `<arg_value>` for each parameter, `</tool_call>`, with or without
+    line breaks between them."""
+
+    def __init__(self, functions: Functions) -> None:
+        end = "</tool_call>"
+        super().__init__(
+            functions,
+            Tags("<tool_call>", "", "\n", end, end, "<arg_key>", "</arg_key>", "</arg_value>", "<arg_value>"),
+        )
+
+    def calls(self, opener: str) -> Ask[bool]:
+        """See `CallReader`."""
+        tags = self._tags
+        yield from self.white()
+        name, marker = yield from self.until(tags.after_name, tags.parameter, tags.end, longest=MAX_NAME)
+        name = name.strip()
+        if not marker or name not in self.functions:
+            return False
+        if marker != tags.after_name:
+            self.at -= len(marker)
+        self.begin(name)
+        yield from self._parameters(_types(self.functions[name]))
+        return True
 
 
 class Llama(CallReader):

@@ -36,7 +36,13 @@ NO_PREAMBLE = Preamble()
 
 
 def find_preamble(
-    template: str, prompt: str, continued: str | None, tokenizer: Tokenizer, *, is_call: bool = False
+    template: str,
+    prompt: str,
+    continued: str | None,
+    tokenizer: Tokenizer,
+    *,
+    is_call: bool = False,
+    thoughts: str | None = None,
 ) -> Preamble:
     """What may precede the final text of the answers to a rendered chat; arguments as `answer_reader`.
 
@@ -56,7 +62,7 @@ def find_preamble(
         )
         final = "" if is_call else f' {term(CHANNEL)} "final" {term(MESSAGE)}'
         return Preamble(f"(thought)?{final}", f"thought: {thought}\n")
-    found = first_thought(template, prompt, continued)
+    found = first_thought(template, prompt, continued, thoughts)
     if found is None or found[2] == FINAL:
         return NO_PREAMBLE
     opening, closing, state = found

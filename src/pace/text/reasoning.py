@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 
 from pace.text.readers import FINAL, REASONING, MarkedReader, Reader, State
 
-__all__ = ["find_reader", "first_thought"]
+__all__ = ["REASONING_PARSERS", "find_reader", "first_thought"]
 
 START = "start"
 HEADER = "header"
 
 _CHANNEL_END = "<channel|>"
 
-# Opening and closing tags: R1, Qwen3, SmolLM3 and most; Magistral; Seed-OSS.
-_TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
+_TAGS = {
+    "think": ("<think>", "</think>"),  # R1, Qwen3, SmolLM3 and most
+    "mistral": ("[THINK]", "[/THINK]"),
+    "seed_oss": ("<seed:think>", "</seed:think>"),
+    "gemma4": ("<|channel>thought", _CHANNEL_END),
+}
+"""Opening and closing tags by form; in this order they are looked for in a template."""
+
+REASONING_PARSERS: Mapping[str, str] = {name: name for name in (*_TAGS, "none")} | {
+    "deepseek_r1": "think", "deepseek_v3": "think", "qwen3": "think", "glm45": "think", "hunyuan_a13b": "think",
+    "minimax_m2": "think", "olmo3": "think", "openai_gptoss": "none",
+}  # fmt: skip
+"""What a form may be called: pace's name, or vLLM's. none: it stays in the text. (gpt-oss' is read with its calls.)"""
 
 
 @cache
@@ -43,7 +54,9 @@ _CHANNELS = {
 }
 
 
-def find_reader(template: str, prompt: str, continued: str | None = None) -> Callable[[], Reader] | None:
+def find_reader(
+    template: str, prompt: str, continued: str | None = None, form: str | None = None
+) -> Callable[[], Reader] | None:
     """What reads the outputs that follow a rendered chat.
 
     Args:
@@ -52,11 +65,12 @@ def find_reader(template: str, prompt: str, continued: str | None = None) -> Cal
             opening tag themselves, so that the model writes only the closing one, and where thinking is disabled they
             write both.
         continued: the beginning of the answer, where the prompt ends with one.
+        form: a name of `REASONING_PARSERS`, whatever the template says; None: the template's.
 
     Returns:
         A function that makes a reader for one output; None where the output is the final text.
     """
-    found = first_thought(template, prompt, continued)
+    found = first_thought(template, prompt, continued, form)
     if found is None:
         return None
     opening, closing, start = found
@@ -65,11 +79,14 @@ def find_reader(template: str, prompt: str, continued: str | None = None) -> Cal
     return None if start == FINAL else _between_tags(opening, closing, start)
 
 
-def first_thought(template: str, prompt: str, continued: str | None = None) -> tuple[str, str, str] | None:
+def first_thought(
+    template: str, prompt: str, continued: str | None = None, form: str | None = None
+) -> tuple[str, str, str] | None:
     """What opens and closes reasoning, and the state in which the output begins: START, REASONING or FINAL; None: there is
     no reasoning. Arguments as `find_reader`."""
-    for opening, closing in (*_TAGS, ("<|channel>thought", _CHANNEL_END)):
-        if closing in template:
+    wanted = None if form is None else REASONING_PARSERS[form]
+    for name, (opening, closing) in _TAGS.items():
+        if name == wanted or (wanted is None and closing in template):
             return opening, closing, _first_state(prompt, continued, opening, closing)
     return None
 

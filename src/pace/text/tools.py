@@ -8,10 +8,18 @@ from functools import partial
 from typing import Any
 
 from pace.errors import RequestError, show
-from pace.text.call_formats import DeepSeek, Gemma, Hermes, Llama, Mistral, PhiMini, Tags, XmlCalls
+from pace.text.call_formats import DeepSeek, Gemma, Glm, Hermes, Llama, Mistral, PhiMini, Tags, XmlCalls
 from pace.text.call_reader import CallReader, Functions
 
-__all__ = ["HARMONY", "TOOL_PARSERS", "ToolChoice", "find_parser", "functions_of", "make_call_reader"]
+__all__ = [
+    "HARMONY",
+    "PARSER_ALIASES",
+    "TOOL_PARSERS",
+    "ToolChoice",
+    "find_parser",
+    "functions_of",
+    "make_call_reader",
+]
 
 _QWEN = Tags("<tool_call>", "<function=", ">", "</function>", "</tool_call>")
 _SEED = Tags("<seed:tool_call>", "<function=", ">", "</function>", "</seed:tool_call>")
@@ -37,8 +45,16 @@ TOOL_PARSERS: Mapping[str, Callable[[Functions], CallReader]] = {
     "phi4_mini": PhiMini,
     "deepseek": DeepSeek,
     "gemma4": Gemma,
+    "glm": Glm,
 }
 """The forms by name, as the option `tool_parser` has them. Harmony is none of them: its calls are messages on a channel."""
+
+PARSER_ALIASES: Mapping[str, str] = {
+    "llama3_json": "llama", "llama4_json": "llama", "llama4_pythonic": "llama", "pythonic": "llama",
+    "qwen3_xml": "qwen3_coder", "minimax_m2": "minimax", "phi4_mini_json": "phi4_mini", "granite": "phi4_mini",
+    "deepseek_v3": "deepseek", "deepseek_v31": "deepseek", "glm45": "glm", "glm47": "glm", "openai": HARMONY,
+}  # fmt: skip
+"""vLLM's names of the same."""
 
 _SIGNS = (
     (HARMONY, ("<|channel|>", "<|message|>")),
@@ -47,6 +63,7 @@ _SIGNS = (
     ("deepseek", ("<｜tool▁calls▁begin｜>",)),
     ("seed_oss", ("<seed:tool_call>", "<function=")),
     ("minimax", ("<minimax:tool_call>", "<invoke name=")),
+    ("glm", ("<tool_call>", "<arg_key>")),
     ("qwen3_coder", ("<tool_call>", "<function=", "<parameter=")),
     ("hermes", ("<tool_call>",)),
     ("phi4_mini", ("<|tool_call|>",)),
@@ -112,8 +129,6 @@ def find_parser(template: str) -> str | None:
     Args:
         template: its source.
     """
-    if "<arg_key>" in template:  # GLM's, which begins like Hermes'
-        return None
     return next((name for name, signs in _SIGNS if all(sign in template for sign in signs)), None)
 
 
@@ -134,7 +149,7 @@ def make_call_reader(parser: str, functions: Functions) -> Callable[[], CallRead
     Raises:
         RequestError: there is no such form.
     """
-    make = TOOL_PARSERS.get(parser)
+    make = TOOL_PARSERS.get(PARSER_ALIASES.get(parser, parser))
     if make is None:
         raise RequestError(
             f"tool_parser is {show(parser)}, expected one of {', '.join(sorted(TOOL_PARSERS))}; or leave it out"

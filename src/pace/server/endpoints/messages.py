@@ -43,16 +43,30 @@ def _chat(request: MessagesRequest | CountTokensRequest) -> Chat:
         turns.append({"role": "system", "content": _text(request.system, "system")})
     for i, message in enumerate(request.messages):
         turns += _turns(message, f"messages[{i}]")
-    choice = (request.tool_choice or {}).get("type", "auto")
-    if choice not in ("auto", "none"):
-        raise RequestError(
-            f"tool_choice.type is {show(choice)}, expected auto or none: no call can be forced"
-        )
+    choice = _tool_choice(request.tool_choice)
     tools = None if not request.tools or choice == "none" else [_tool(tool) for tool in request.tools]
+    if tools is None and choice not in ("auto", "none"):
+        raise RequestError(f"tool_choice is {show(request.tool_choice)}, but there are no tools")
     variables = None
     if request.thinking is not None:
         variables = {"enable_thinking": request.thinking.get("type") == "enabled"}
-    return Chat(turns, tools, chat_template_kwargs=variables)
+    return Chat(turns, tools, chat_template_kwargs=variables, tool_choice=None if tools is None else choice)
+
+
+def _tool_choice(choice: dict[str, Any] | None) -> str | dict[str, Any]:
+    """In OpenAI's shape."""
+    choice = {"type": "auto"} if choice is None else choice
+    kind = choice.get("type")
+    name = choice.get("name")
+    allowed = {"type", "disable_parallel_tool_use"} | ({"name"} if kind == "tool" else set())
+    if kind not in ("auto", "none", "any", "tool") or set(choice) - allowed or (kind == "tool" and not name):
+        raise RequestError(
+            f"tool_choice is {show(choice)}, expected type auto, none, any, or tool with a name, and perhaps "
+            "disable_parallel_tool_use"
+        )
+    if kind == "tool":
+        return {"type": "function", "function": {"name": name}}
+    return "required" if kind == "any" else str(kind)
 
 
 def _turns(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
@@ -152,9 +166,14 @@ class _Block:
 
 
 class _Writer:
-    """Writes the answer to one request, in events or as a whole."""
+    """Writes the answer to one request, in events or as a whole.
 
-    def __init__(self, call: Call, model: str, number: str) -> None:
+    Args:
+        is_parallel: several tools may be called; otherwise the first call alone is told.
+    """
+
+    def __init__(self, call: Call, model: str, number: str, is_parallel: bool = True) -> None:
+        self._is_parallel = is_parallel
         self.counts = Counts(call.accepted)
         self._model = model
         self._number = f"msg_{number}"
@@ -204,6 +223,8 @@ class _Writer:
         if one.text:
             self._put(events, one.text, "text")
         for call in one.tool_calls or ():
+            if call.index and not self._is_parallel:
+                continue
             self._put(events, call.arguments, "tool_use", call.index, call.id, call.name)
         if one.finish_reason is not None:
             self._stop_reason = _STOP_REASONS.get(one.finish_reason, one.finish_reason)
@@ -275,7 +296,8 @@ async def _messages(service: Service, http: HttpRequest) -> Response:
     params, chat = _params(request), _chat(request)
     number = http.scope["pace.id"]
     call = await service.call(http, lambda call: [Job(call.ids[0], number, None, chat, params)], 1)
-    writer = _Writer(call, model, number)
+    is_parallel = (request.tool_choice or {}).get("disable_parallel_tool_use") is not True
+    writer = _Writer(call, model, number, is_parallel)
     if request.stream:
         return EventStream(call, service.slow, writer.begin(), writer.chunk, writer.end, _error_event)
     await service.collect(call, writer.add)

@@ -36,7 +36,8 @@ class MessagesRequest(Strict, kw_only=True):
         system: instructions, as text or text blocks.
         metadata, service_tier: taken, and without effect.
         thinking: type "enabled" or "disabled" reaches the chat template as enable_thinking; a budget is not kept.
-        tool_choice: {"type": "auto"} or {"type": "none"}.
+        tool_choice: {"type": "auto"}, "none", "any", or "tool" with a name; with disable_parallel_tool_use the first call
+            alone is returned.
     """
 
     messages: list[dict[str, Any]]
