@@ -28,6 +28,7 @@ EXAMPLES = """examples:
   pace bench roofline --threads 1 2 4
   pace bench latency --model ./Llama-3.2-1B --batch-size 1 8 32 --json
   pace bench throughput --model ./Llama-3.2-1B --num-prompts 64 --kv-cache-type paged --profile steps.png
+  pace bench serve --port 8000 --dataset-name sharegpt-like --request-rate 2
   pace eval perplexity --model demo --data text.txt --json
   pace train pard --config recipe.toml --out my-draft
 """

@@ -146,7 +146,13 @@ def test_four_bits_count_as_four_bits() -> None:
         "sliding_window": 32,
         "quantization_config": {"quant_method": "mxfp4"},
     }
-    for key in ("num_experts", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"):
+    for key in (
+        "num_experts",
+        "moe_intermediate_size",
+        "norm_topk_prob",
+        "decoder_sparse_step",
+        "mlp_only_layers",
+    ):
         del config[key]
     oss = lower(parse_config(config)[0], 64)
     names = [op.name for op in oss.ops if op.operator.startswith("experts_")]

@@ -76,9 +76,7 @@ def step_cost(
                 seen[shape] = op_cost(plan, op, q_len, kv_len, n_logit_rows, kv_cache_dtype)
             total += seen[shape]
         else:
-            total += op_cost(
-                plan, op, q_len, kv_len, n_logit_rows, kv_cache_dtype, experts.get(op.name)
-            )
+            total += op_cost(plan, op, q_len, kv_len, n_logit_rows, kv_cache_dtype, experts.get(op.name))
     return total
 
 

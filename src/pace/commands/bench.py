@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from pace.commands import options
+from pace.commands import bench_serve, options
 from pace.config import parse_cpus
 from pace.console import out
 from pace.errors import ConfigError, RequestError
@@ -24,6 +24,7 @@ def add(commands: Any) -> None:
     _add_roofline(benches)
     _add_latency(benches)
     _add_throughput(benches)
+    bench_serve.add(benches)
 
 
 def _add_roofline(commands: Any) -> None:
