@@ -69,6 +69,12 @@ def add(commands: Any) -> None:
         default=True,
         help="write a line of JSON for each request to stderr, without its text (default: on)",
     )
+    group.add_argument(
+        "--page",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="answer / with a page to chat (default: on)",
+    )
     group.add_argument("--root-path", default="", metavar="PATH", help="prefix that a proxy in front adds")
     group.add_argument(
         "--served-model-name",
@@ -172,6 +178,7 @@ def run(args: argparse.Namespace) -> int:
             max_open_per_key=args.max_open_per_key,
             origins=tuple(args.allowed_origins),
             access_log=args.access_log,
+            has_page=args.page,
             root_path=args.root_path,
             head_timeout_s=args.head_timeout,
             shutdown_timeout_s=args.shutdown_timeout,

@@ -17,8 +17,9 @@ from pace.server.endpoints.chat import chat_completions
 from pace.server.endpoints.completions import completions
 from pace.server.endpoints.embeddings import embeddings
 from pace.server.endpoints.messages import count_tokens, messages
+from pace.server.endpoints.page import PAGE_PATHS, page
 from pace.server.endpoints.responses import responses
-from pace.server.gate import CLIENT_CLOSED, Gate, answer_to
+from pace.server.gate import CLIENT_CLOSED, OPEN_PATHS, Gate, answer_to
 from pace.server.http import Disconnected, error_response, json_response
 from pace.server.protocol.chat import ChatCompletion, ChatRequest
 from pace.server.protocol.common import ModelCard, ModelList
@@ -80,14 +81,23 @@ ROUTES: tuple[Entry, ...] = (
 )
 
 
-def make_app(service: Service, *, access_log: bool = False, origins: Sequence[str] = ()) -> ASGIApp:
+PAGE = tuple(Entry("GET", path, page) for path in PAGE_PATHS)
+"""Not in the description: files are no API."""
+
+
+def make_app(
+    service: Service, *, access_log: bool = False, origins: Sequence[str] = (), has_page: bool = True
+) -> ASGIApp:
     """The application of one service; it can be mounted into another ASGI application.
 
     Args:
         access_log: see `Gate`.
         origins: web pages of these may ask, from browsers.
+        has_page: answer `/` with the page to chat.
     """
-    gate = Gate(_Dispatcher(service), service, access_log=access_log)
+    entries = ROUTES + PAGE if has_page else ROUTES
+    open_paths = OPEN_PATHS.union(PAGE_PATHS) if has_page else OPEN_PATHS
+    gate = Gate(_Dispatcher(service, entries), service, access_log=access_log, open_paths=open_paths)
     if not origins:
         return gate
     return CORSMiddleware(gate, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
@@ -99,10 +109,10 @@ class _Dispatcher:
     Starlette's own router and error handlers wrap every `send`: 3 us of each streamed token.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, entries: Sequence[Entry]) -> None:
         self._service = service
         self._entries: dict[str, dict[str, Entry]] = {}
-        for entry in ROUTES:
+        for entry in entries:
             self._entries.setdefault(entry.path, {})[entry.method] = entry
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

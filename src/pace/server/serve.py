@@ -44,7 +44,7 @@ class ServeOptions:
         ssl_certfile, ssl_keyfile: for TLS.
         ssl_ca_certs: clients must bring a certificate that one of these has signed.
         api_keys, max_open_per_key: see `Keys`.
-        origins, access_log: see `make_app`.
+        origins, access_log, has_page: see `make_app`.
         root_path: a prefix that a proxy in front removes.
         limits: what a request may take.
         head_timeout_s: until the head of a request has come.
@@ -67,6 +67,7 @@ class ServeOptions:
     max_open_per_key: int | None = None
     origins: tuple[str, ...] = ()
     access_log: bool = True
+    has_page: bool = True
     root_path: str = ""
     limits: Limits = field(default_factory=Limits)
     head_timeout_s: float = HEAD_TIMEOUT_S
@@ -217,7 +218,12 @@ class _Run:
     def _uvicorn(self, service: Service) -> uvicorn.Config:
         options = self._options
         return uvicorn.Config(
-            make_app(service, access_log=options.access_log, origins=options.origins),
+            make_app(
+                service,
+                access_log=options.access_log,
+                origins=options.origins,
+                has_page=options.has_page,
+            ),
             http=guarded(options.head_timeout_s),
             ws="none",
             lifespan="off",
