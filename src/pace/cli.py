@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from pace import __version__, console, log
-from pace.commands import bench, chat, config_file, evaluate, generate, info, serve, train
+from pace.commands import bench, chat, config_file, evaluate, generate, info, run_batch, serve, train
 from pace.commands.options import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE
 from pace.config import ENVIRONMENT, PACE_LOG_LEVEL
 from pace.errors import PaceError, one_line
@@ -24,6 +24,7 @@ EXAMPLES = """examples:
   echo "Once upon a time" | pace generate --model demo
   pace chat --model ./Qwen3-0.6B --system "Answer briefly."
   pace serve demo --port 8000
+  pace run-batch -i requests.jsonl -o answers.jsonl --model ./Llama-3.2-1B
   pace info
   pace bench roofline --threads 1 2 4
   pace bench latency --model ./Llama-3.2-1B --batch-size 1 8 32 --json
@@ -111,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pace {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (generate, chat, serve, info, bench, evaluate, train):
+    for command in (generate, chat, serve, run_batch, info, bench, evaluate, train):
         command.add(commands)
     return parser
 

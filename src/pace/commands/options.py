@@ -203,6 +203,11 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def engines(text: str) -> int | None:
+    """How many engines; None: one per NUMA node."""
+    return None if text == "auto" else positive(text)
+
+
 def unescape(text: str) -> str:
     r"""What a text with `\n`, `\t`, `\r`, `\\`, `\xNN`, `\uNNNN` and `\UNNNNNNNN` stands for; other backslashes stay."""
 

@@ -92,7 +92,7 @@ def add(commands: Any) -> None:
     group = parser.add_argument_group("engines")
     group.add_argument(
         "--data-parallel",
-        type=_engines,
+        type=options.engines,
         default=None,
         metavar="N",
         help="engines, each a process with its own copy of the model; auto: one per NUMA node (default: auto)",
@@ -202,10 +202,6 @@ def _port(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) < 1 << 16):
         raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535")
     return int(text)
-
-
-def _engines(text: str) -> int | None:
-    return None if text == "auto" else options.positive(text)
 
 
 def _count(text: str) -> int:
