@@ -5,10 +5,6 @@ The checkpoint is made once, of a package that carries one (`bench/real_model.py
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import os
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from real_checkpoint import real_checkpoint
 from real_prompts import ALL, PROGRAMS, QUESTIONS, SUMS
 
 from pace import LLM, SamplingParams
@@ -28,7 +25,6 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("gguf")
 
-SCRIPT = Path(__file__).parents[1] / "bench" / "real_model.py"
 END = "<|im_end|>"
 
 # Logits differ from float32's by the rounding of activations to bf16. Measured over the 60 prompts: of 1332 tokens 9 are
@@ -42,24 +38,7 @@ N_NEW = 32
 @pytest.fixture(scope="session")
 def directory() -> Path:
     """The real checkpoint's folder."""
-    if not SCRIPT.is_file():
-        pytest.skip("needs the source checkout")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pace-tests"
-    version = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()[:12]
-    target = cache / f"smollm2-135m-instruct-{version}"
-    if not target.is_dir():
-        spec = importlib.util.spec_from_file_location("real_model", SCRIPT)
-        assert spec is not None and spec.loader is not None
-        script = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(script)
-        unfinished = cache / f"{target.name}.{os.getpid()}"
-        try:
-            script.main([str(unfinished)])
-        except (OSError, subprocess.CalledProcessError) as error:
-            pytest.skip(f"the model's package can't be fetched: {getattr(error, 'stderr', None) or error}")
-        if not target.is_dir():
-            unfinished.rename(target)
-    return target
+    return real_checkpoint()
 
 
 @pytest.fixture(scope="session")

@@ -28,8 +28,8 @@ START_S = 60.0
 class Server:
     """`pace serve demo` in a process of its own."""
 
-    def __init__(self, *args: str, port: int = 0, **environment: str) -> None:
-        command = [sys.executable, "-m", "pace", "serve", "demo", "--port", str(port), *args]
+    def __init__(self, *args: str, port: int = 0, model: str = "demo", **environment: str) -> None:
+        command = [sys.executable, "-m", "pace", "serve", model, "--port", str(port), *args]
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.DEVNULL,
@@ -146,9 +146,9 @@ def scripted(
 
 
 @contextlib.contextmanager
-def running(*args: str, **environment: str) -> Iterator[Server]:
+def running(*args: str, model: str = "demo", **environment: str) -> Iterator[Server]:
     """A server for the length of a with block."""
-    server = Server(*args, **environment)
+    server = Server(*args, model=model, **environment)
     try:
         yield server.ready()
     finally:
