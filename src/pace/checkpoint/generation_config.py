@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from pace.checkpoint.config_json import checkpoint_file, read_json
+from pace.checkpoint.files import ModelFiles, model_files
 from pace.errors import CheckpointError, RequestError, show
 from pace.params import SamplingParams
 
@@ -47,7 +47,7 @@ class GenerationDefaults:
 
 
 def load_generation_defaults(
-    directory: Path,
+    directory: Path | ModelFiles,
     config: Mapping[str, Any],
     *,
     vocab_size: int,
@@ -58,7 +58,7 @@ def load_generation_defaults(
     tokenizer.
 
     Args:
-        directory: the checkpoint's folder; generation_config.json may be absent.
+        directory: the checkpoint's folder or files; generation_config.json may be absent.
         config: the parsed config.json.
         vocab_size: rows of the embedding; EOS ids must be below it.
         tokenizer_eos_id: id of the tokenizer's eos_token; None where it has none.
@@ -68,17 +68,19 @@ def load_generation_defaults(
     Raises:
         CheckpointError: a value has the wrong type or is out of range; the message names file and value.
     """
-    path = checkpoint_file(directory, GENERATION_CONFIG)
-    own = generation = {} if path is None else read_json(path)
+    files = model_files(directory)
+    path = files.where(GENERATION_CONFIG)
+    own = generation = files.json(GENERATION_CONFIG) or {}
     if source == "vllm":
         generation = {}
     elif source != "auto":
-        path = checkpoint_file(Path(source).expanduser(), GENERATION_CONFIG)
-        if path is None:
+        other = model_files(Path(source).expanduser())
+        found = other.json(GENERATION_CONFIG)
+        if found is None:
             raise CheckpointError(
                 f"generation_config: {source} has no {GENERATION_CONFIG}; name a folder that has one, auto or vllm"
             )
-        generation = read_json(path)
+        path, generation = other.where(GENERATION_CONFIG), found
     sampling = {
         ours: generation[theirs]
         for theirs, ours in _SAMPLING_FIELDS.items()
@@ -96,17 +98,17 @@ def load_generation_defaults(
 
     eos: list[int] = []
     if tokenizer_eos_id is not None:
-        eos += _eos_ids(directory / "tokenizer_config.json", {"eos_token_id": tokenizer_eos_id}, vocab_size)
-    eos += _eos_ids(directory / "config.json", config, vocab_size)
+        eos += _eos_ids(files.where("tokenizer_config.json"), {"eos_token_id": tokenizer_eos_id}, vocab_size)
+    eos += _eos_ids(files.where("config.json"), config, vocab_size)
     text_config = config.get("text_config")
     if isinstance(text_config, Mapping):
-        eos += _eos_ids(directory / "config.json", text_config, vocab_size)
-    eos += _eos_ids(directory / GENERATION_CONFIG, own, vocab_size)
-    eos += _eos_ids(Path(source) / GENERATION_CONFIG, generation, vocab_size)
+        eos += _eos_ids(files.where("config.json"), text_config, vocab_size)
+    eos += _eos_ids(files.where(GENERATION_CONFIG), own, vocab_size)
+    eos += _eos_ids(path, generation, vocab_size)
     return GenerationDefaults(MappingProxyType(sampling), frozenset(eos), eos[0] if eos else None)
 
 
-def _eos_ids(path: Path, values: Mapping[str, Any], vocab_size: int) -> list[int]:
+def _eos_ids(path: str, values: Mapping[str, Any], vocab_size: int) -> list[int]:
     value = values.get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if len(ids) > MAX_EOS_IDS:

@@ -1,4 +1,4 @@
-"""From what the user calls a model to a local folder: "demo", a folder, or a Hugging Face hub id."""
+"""From what the user calls a model to a local folder or GGUF file: "demo", a path, or a Hugging Face hub id."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pace.errors import CheckpointError, one_line, show
 __all__ = ["DEMO_MODEL", "resolve"]
 
 DEMO_MODEL = "demo"
+GGUF = ".gguf"
 
 _DEMO = Path(__file__).resolve().parent.parent / "demo"
 _EMBEDDED = {DEMO_MODEL: _DEMO / "target", "demo-draft": _DEMO / "draft"}
@@ -37,13 +38,13 @@ _MODEL_FILES = (
 def resolve(
     model: str | os.PathLike[str], revision: str | None = None, *, tokenizer_only: bool = False
 ) -> Path:
-    """Return the absolute path of the folder that holds the model, downloading a hub id where needed.
+    """Return the absolute path of the folder that holds the model, or of its GGUF file, downloading a hub id where needed.
 
     HF_HUB_OFFLINE, HF_HOME and HF_TOKEN act as in every program that uses `huggingface_hub`.
 
     Args:
-        model: "demo" or "demo-draft" (the embedded model and its draft), a folder, a model's folder in the hub cache
-            (`models--org--name`), or a hub id `org/name`.
+        model: "demo" or "demo-draft" (the embedded model and its draft), a folder, a GGUF file, a model's folder in the hub
+            cache (`models--org--name`), or a hub id `org/name`.
         revision: branch, tag or commit; for hub ids and folders of the hub cache.
         tokenizer_only: of a hub id, fetch only the tokenizer's files.
 
@@ -65,8 +66,10 @@ def resolve(
     if path.is_dir():
         return _local(path, revision)
     if path.exists():
+        if path.suffix.lower() == GGUF:
+            return _local(path, revision)
         raise CheckpointError(
-            f"{path}: a file, expected the folder that holds config.json and model.safetensors"
+            f"{path}: a file, expected the folder that holds config.json and model.safetensors, or a {GGUF} file"
         )
     if not _HUB_ID.fullmatch(text) or ".." in text or "--" in text:
         raise CheckpointError(
@@ -84,7 +87,7 @@ def _local(path: Path, revision: str | None) -> Path:
         except OSError as error:
             raise CheckpointError(f"{repo}: cannot be read: {error.strerror or error}") from None
     if revision is not None:
-        raise CheckpointError(f"revision {show(revision)} is for hub ids, but the model is the folder {path}")
+        raise CheckpointError(f"revision {show(revision)} is for hub ids, but the model is {path}")
     return path
 
 

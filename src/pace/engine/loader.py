@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pace import ops
-from pace.checkpoint import Checkpoint, GenerationDefaults, load_generation_defaults, read_json, resolve
-from pace.checkpoint.config_json import adapter_hint, checkpoint_file
+from pace.checkpoint import GenerationDefaults, ModelFiles, load_generation_defaults, model_files, resolve
+from pace.checkpoint.config_json import adapter_hint
 from pace.config import EngineConfig
 from pace.console import progress_bar
 from pace.engine.build import SCORED_ROWS, build_engine, make_team
@@ -38,8 +38,8 @@ class Loaded:
     """An engine and what it was made of.
 
     Attributes:
-        directory: the checkpoint's folder.
-        tokenizer_directory: the folder of the tokenizer and the chat template.
+        directory: the checkpoint's folder, or its GGUF file.
+        tokenizer_directory: the same of the tokenizer and the chat template.
         memory: what was allocated.
         weights_bytes: packed weights.
         load_s: wall time of loading.
@@ -88,21 +88,22 @@ def load(
     start = time.perf_counter()
     ops.check_kernels(config.kernels)
     directory = resolve(config.model, config.revision)
-    values = read_config(directory)
-    spec, weight_map = parse_config(values, str(directory / "config.json"))
-    with ExitStack() as files:
+    files = model_files(directory)
+    values = read_config(files)
+    spec, weight_map = parse_config(values, files.where("config.json"))
+    with ExitStack() as opened:
         tensors = None
         if not random_weights:
-            tensors = Tensors(files.enter_context(Checkpoint(directory)), weight_map, len(spec.layers))
+            tensors = Tensors(opened.enter_context(closing(files.tensors())), weight_map, len(spec.layers))
             spec = settle_head(spec, tensors)
         memory = _plan_memory(config, spec, speculation)
         if on_plan is not None:
             on_plan(memory)
         tokenizer_directory, tokenizer = directory, None
         if not skip_tokenizer:
-            tokenizer_directory, tokenizer = _load_tokenizer(config, directory, spec, memory)
+            tokenizer_directory, tokenizer = _load_tokenizer(config, files, spec, memory)
         defaults = load_generation_defaults(
-            directory,
+            files,
             values,
             vocab_size=spec.vocab_size,
             tokenizer_eos_id=None if tokenizer is None else tokenizer.eos_token_id,
@@ -150,18 +151,18 @@ def load(
     )
 
 
-def read_config(directory: Path) -> dict[str, Any]:
+def read_config(files: ModelFiles) -> dict[str, Any]:
     """The config.json of a checkpoint.
 
     Raises:
         CheckpointError: there is none, or it is malformed.
     """
-    path = checkpoint_file(directory, "config.json")
-    if path is None:
+    config = files.json("config.json")
+    if config is None:
         raise CheckpointError(
-            f"{directory}: no config.json; expected the folder of a Hugging Face checkpoint{adapter_hint(directory)}"
+            f"{files.path}: no config.json; expected the folder of a Hugging Face checkpoint{adapter_hint(files.path)}"
         )
-    return read_json(path)
+    return config
 
 
 def _plan_memory(config: EngineConfig, spec: DecoderSpec, speculation: SpeculationMaker | None) -> MemoryPlan:
@@ -198,18 +199,18 @@ def _plan_memory(config: EngineConfig, spec: DecoderSpec, speculation: Speculati
 
 
 def _load_tokenizer(
-    config: EngineConfig, directory: Path, spec: DecoderSpec, memory: MemoryPlan
+    config: EngineConfig, files: ModelFiles, spec: DecoderSpec, memory: MemoryPlan
 ) -> tuple[Path, Tokenizer]:
-    """The folder of the tokenizer, and the tokenizer."""
+    """The place of the tokenizer, and the tokenizer."""
     if config.tokenizer is not None:
-        directory = resolve(config.tokenizer, tokenizer_only=True)
+        files = model_files(resolve(config.tokenizer, tokenizer_only=True))
     tokenizer = Tokenizer(
-        directory,
+        files,
         vocab_size=spec.vocab_size,
         max_model_len=memory.max_model_len,
         trust_patterns=config.trust_tokenizer,
     )
-    return directory, tokenizer
+    return files.path, tokenizer
 
 
 def _check_len(max_model_len: int | None, max_len: int) -> int | None:

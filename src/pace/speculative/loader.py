@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from pace import ops
-from pace.checkpoint import Checkpoint, resolve
+from pace.checkpoint import model_files, resolve
 from pace.config import EngineConfig
 from pace.engine import loader
 from pace.engine.build import make_cache, shares_prefixes
@@ -146,8 +146,9 @@ class DraftMaker(Maker):
         super().__init__(config, speculative)
         self._random_weights = random_weights
         self.directory = resolve(speculative.model or "", speculative.revision)
-        self.values = read_config(self.directory)
-        path = str(self.directory / "config.json")
+        self.files = model_files(self.directory)
+        self.values = read_config(self.files)
+        path = self.files.where("config.json")
         spec, self.weight_map = parse_config(self.values, path)
         if speculative.max_model_len is not None and speculative.max_model_len > spec.max_len:
             raise ConfigError(
@@ -188,7 +189,7 @@ class DraftMaker(Maker):
         config, memory = self.config, target.memory
         check_same_tokens(
             target.tokenizer,
-            self.directory,
+            self.files,
             min(self.spec.vocab_size, target.vocab_size),
             trusted=config.trust_tokenizer,
         )
@@ -246,7 +247,7 @@ class DraftMaker(Maker):
         with ExitStack() as files:
             tensors, spec = None, self.spec
             if not self._random_weights:
-                checkpoint = files.enter_context(Checkpoint(self.directory))
+                checkpoint = files.enter_context(closing(self.files.tensors()))
                 tensors = Tensors(checkpoint, self.weight_map, len(spec.layers))
                 spec = settle_head(spec, tensors)
             plan = lower(spec, max_len)

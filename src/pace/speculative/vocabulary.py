@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from pace.checkpoint.config_json import checkpoint_file, read_file
+from pace.checkpoint.files import ModelFiles, ModelFolder
 from pace.errors import ConfigError, show
 from pace.log import logger
 from pace.text.tokenizer import Tokenizer
@@ -15,12 +13,14 @@ __all__ = ["check_same_tokens"]
 SHOWN = 3  # differing ids that an error names
 
 
-def check_same_tokens(target: Tokenizer | None, draft: Path, n_ids: int, *, trusted: bool = False) -> None:
+def check_same_tokens(
+    target: Tokenizer | None, draft: ModelFiles, n_ids: int, *, trusted: bool = False
+) -> None:
     """Compare the tokens of two checkpoints id by id; what only one of them has, as padding or additions, does not matter.
 
     Args:
         target: the target's tokenizer; None: it was loaded without one, and nothing can be compared.
-        draft: the draft's folder.
+        draft: the draft's files.
         n_ids: ids that both models know.
         trusted: don't probe an unusual tokenizer of the draft.
 
@@ -28,20 +28,20 @@ def check_same_tokens(target: Tokenizer | None, draft: Path, n_ids: int, *, trus
         ConfigError: an id stands for one token here and for another one there; the first ones are named.
         TokenizerError: the draft's tokenizer can't be read.
     """
-    path = checkpoint_file(draft, "tokenizer.json")
-    if target is None or path is None:
-        logger.warning("the tokens of the draft %s can't be compared: %s", draft, _missing(target))
+    data = draft.read("tokenizer.json", MAX_TOKENIZER_BYTES)
+    if target is None or data is None:
+        logger.warning("the tokens of the draft %s can't be compared: %s", draft.path, _missing(target))
         return
-    own = checkpoint_file(target.directory, "tokenizer.json")
-    if own is not None and read_file(own, MAX_TOKENIZER_BYTES) == read_file(path, MAX_TOKENIZER_BYTES):
+    if ModelFolder(target.directory).read("tokenizer.json", MAX_TOKENIZER_BYTES) == data:
         return
-    theirs = {i: token for token, i in load(path, trusted=trusted).get_vocab(with_added_tokens=True).items()}
+    rust = load(draft.where("tokenizer.json"), data, trusted=trusted)
+    theirs = {i: token for token, i in rust.get_vocab(with_added_tokens=True).items()}
     ours = {i: token for token, i in target.vocabulary().items()}
     wrong = sorted(i for i, token in theirs.items() if i < n_ids and ours.get(i, token) != token)
     if wrong:
         listed = ", ".join(f"{i} is {show(theirs[i])} and {show(ours[i])}" for i in wrong[:SHOWN])
         raise ConfigError(
-            f"the draft {draft} has other tokens than the target: of its ids {listed}, {len(wrong)} differ in all; "
+            f"the draft {draft.path} has other tokens than the target: of its ids {listed}, {len(wrong)} differ in all; "
             "choose a draft of the target's family"
         )
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from pace.checkpoint.config_json import checkpoint_file, read_json
+from pace.checkpoint import ModelFiles, model_files
 from pace.errors import RequestError, TokenizerError, show
 from pace.log import logger
 from pace.text.added_tokens import ANCHOR, byte_form, literal_tokens
-from pace.text.tokenizer_json import NoThreads, decoder_kinds, guarded, load
+from pace.text.tokenizer_json import MAX_TOKENIZER_BYTES, NoThreads, decoder_kinds, guarded, load
 from pace.vllm_names import TOKENIZER_NAMES, refuse_attribute
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Tokenizer:
     """The tokenizer of one checkpoint.
 
     Attributes:
-        directory: the folder it was read from.
+        directory: the folder that it was read from, or the GGUF file.
         vocab_size: rows of the model's embedding; ids of added tokens may lie beyond them, and can't be used.
         unused_ids: i32 [n]: ids below vocab_size that have no token, as where the embedding is padded.
         max_prompt_bytes: longest text that `encode` takes, in bytes of UTF-8: `max_model_len` of the longest token.
@@ -47,12 +47,17 @@ class Tokenizer:
     """
 
     def __init__(
-        self, directory: str | Path, *, vocab_size: int, max_model_len: int, trust_patterns: bool = False
+        self,
+        directory: str | Path | ModelFiles,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        trust_patterns: bool = False,
     ) -> None:
         """Load `tokenizer.json`, after a probe where it is unusual, and `tokenizer_config.json` where there is one.
 
         Args:
-            directory: the folder that holds them.
+            directory: the folder that holds them, a GGUF file, or the files of one.
             vocab_size: rows of the model's embedding; a token of the vocabulary beyond them is refused, an added one can't
                 be used.
             max_model_len: tokens of the longest sequence; bounds the texts that `encode` takes.
@@ -62,16 +67,19 @@ class Tokenizer:
             TokenizerError: missing, malformed, found harmful by the probe, or contradicting `vocab_size`.
             CheckpointError: a file isn't regular, is too large, or is a link out of the folder.
         """
-        self.directory = directory = Path(directory)
-        path = checkpoint_file(directory, "tokenizer.json")
-        if path is None:
-            raise TokenizerError(f"{directory}: no tokenizer.json; convert the tokenizer to the fast format")
-        self._rust = load(path, trusted=trust_patterns)
+        files = model_files(directory)
+        self.directory = files.path
+        data = files.read("tokenizer.json", MAX_TOKENIZER_BYTES)
+        if data is None:
+            raise TokenizerError(f"{files.path}: no tokenizer.json; convert the tokenizer to the fast format")
+        path = files.where("tokenizer.json")
+        self._rust = load(path, data, trusted=trust_patterns)
+        del data
         vocabulary = self._rust.get_vocab(with_added_tokens=True)
         added = self._rust.get_added_tokens_decoder()
         _check_vocabulary(path, vocabulary, added, vocab_size)
         self.vocab_size = vocab_size
-        self.config = _read_config(directory, "tokenizer_config.json")
+        self.config = files.json("tokenizer_config.json") or {}
         self.unused_ids = _unused_ids([*vocabulary.values(), *_listed_ids(self.config)], vocab_size)
         kinds = decoder_kinds(self._rust)
         self.byte_level = kinds == ["ByteLevel"]
@@ -83,7 +91,7 @@ class Tokenizer:
         longest = _longest_token_bytes(vocabulary, self.byte_level)
         self.max_prompt_bytes = longest * max_model_len * shrinks + PROMPT_SLACK_BYTES
 
-        self.special_tokens = _special_tokens(directory, self.config)
+        self.special_tokens = _special_tokens(files, self.config)
         self.bos_token_id = self._special_id(path, "bos_token", vocabulary)
         self.eos_token_id = self._special_id(path, "eos_token", vocabulary)
         self._prompt_bos_id = _bos_of_prompts(self._rust)
@@ -301,7 +309,7 @@ class Tokenizer:
         text: str = self._rust.decoder.decode([ANCHOR, *tokens] if anchored else tokens)
         return text[len(ANCHOR) :] if anchored else text
 
-    def _special_id(self, path: Path, name: str, vocabulary: dict[str, int]) -> int | None:
+    def _special_id(self, path: str, name: str, vocabulary: dict[str, int]) -> int | None:
         token = self.special_tokens.get(name)
         if token is None:
             return None
@@ -339,9 +347,7 @@ def _bos_of_prompts(rust: RustTokenizer) -> int | None:
     return full[0] if bare and full[1 : 1 + len(bare)] == bare and full[:1] != bare[:1] else None
 
 
-def _check_vocabulary(
-    path: Path, vocabulary: dict[str, int], added: Collection[int], vocab_size: int
-) -> None:
+def _check_vocabulary(path: str, vocabulary: dict[str, int], added: Collection[int], vocab_size: int) -> None:
     """Refuse the tokenizer of another model; warn of added tokens that can't be used."""
     if not vocabulary:
         raise TokenizerError(f"{path}: the vocabulary is empty")
@@ -378,14 +384,9 @@ def _longest_token_bytes(vocabulary: dict[str, int], byte_level: bool) -> int:
     )
 
 
-def _read_config(directory: Path, name: str) -> dict[str, Any]:
-    path = checkpoint_file(directory, name)
-    return {} if path is None else read_json(path)
-
-
-def _special_tokens(directory: Path, config: dict[str, Any]) -> dict[str, str]:
+def _special_tokens(files: ModelFiles, config: dict[str, Any]) -> dict[str, str]:
     """Named special tokens of tokenizer_config.json, else of the older special_tokens_map.json."""
-    older = {} if "eos_token" in config else _read_config(directory, "special_tokens_map.json")
+    older = {} if "eos_token" in config else files.json("special_tokens_map.json") or {}
     tokens: dict[str, str] = {}
     for name in _SPECIAL_NAMES:
         value = config.get(name, older.get(name))
@@ -395,7 +396,7 @@ def _special_tokens(directory: Path, config: dict[str, Any]) -> dict[str, str]:
             continue
         if not isinstance(value, str):
             raise TokenizerError(
-                f"{directory / 'tokenizer_config.json'}: {name} is {show(value)}, expected a string"
+                f"{files.where('tokenizer_config.json')}: {name} is {show(value)}, expected a string"
             )
         tokens[name] = value
     return tokens

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pace.checkpoint.config_json import parse_json, read_file
+from pace.checkpoint.config_json import parse_json
 from pace.errors import CheckpointError, RequestError, TokenizerError, show
 from pace.log import logger
 from pace.text.audit import doubts, flatten
@@ -41,17 +40,17 @@ def guarded(call: Any, error: type[RequestError] | type[TokenizerError], message
         raise error(f"{message}: internal error of the tokenizers library: {cause}") from None
 
 
-def load(path: Path, *, trusted: bool = False) -> RustTokenizer:
-    """Parse the file, with truncation, padding and what it adds to a prompt checked or switched off.
+def load(path: str, data: bytes, *, trusted: bool = False) -> RustTokenizer:
+    """Parse a file, with truncation, padding and what it adds to a prompt checked or switched off.
 
     Args:
-        path: of the file.
+        path: how messages call it.
+        data: its bytes.
         trusted: skip the probe of what is unusual.
 
     Raises:
         TokenizerError: malformed, harmful, or with a setting that would change prompts.
     """
-    data = read_file(path, MAX_TOKENIZER_BYTES)
     if not trusted:
         _probe_what_is_unusual(path, data)
     # Not at the top: it costs 30 ms, and `import pace` needs no tokenizer.
@@ -77,7 +76,7 @@ def load(path: Path, *, trusted: bool = False) -> RustTokenizer:
     return rust
 
 
-def _warn_of_other_ids(path: Path, data: bytes, rust: RustTokenizer) -> None:
+def _warn_of_other_ids(path: str, data: bytes, rust: RustTokenizer) -> None:
     """The library gives added tokens the next free ids, whatever the file says, and so does all that is built on it.
 
     Such a model may have been trained with either, so it is not refused, but its rows of the embedding may be others.
@@ -110,13 +109,13 @@ def _stated_added_tokens(data: bytes) -> list[Any]:
     return tokens if isinstance(tokens, list) else []
 
 
-def _probe_what_is_unusual(path: Path, data: bytes) -> None:
+def _probe_what_is_unusual(path: str, data: bytes) -> None:
     """Warn of what is unusual, and refuse it where it does harm."""
     unusual = doubts(data)
     if not unusual:
         return
     try:
-        parse_json(data, str(path))  # what is no JSON needs no child to be refused
+        parse_json(data, path)  # what is no JSON needs no child to be refused
     except CheckpointError as error:
         raise TokenizerError(error) from None
     named = ", ".join(unusual[:3])
