@@ -143,8 +143,14 @@ def expert_weights(
             )
         layouts.setdefault("gate_up_proj_blocks", []).append(
             (
-                (_blocks(f"{place}.gate_up_proj", "gate|up", interleaved),),
+                (_blocks(f"{place}.gate_up_proj", "gate|up", interleaved=interleaved),),
                 (_blocks(f"{place}.down_proj", "all"),),
+            )
+        )
+        layouts.setdefault("{e}.gate_proj_blocks", []).append(  # of GGUF files
+            (
+                tuple(_blocks(f"{each}.{of}_proj", of, stacked=False) for of in ("gate", "up")),
+                (_blocks(f"{each}.down_proj", "all", stacked=False),),
             )
         )
     first = layouts.pop(own)
@@ -164,6 +170,6 @@ def expert_weights(
     return weights
 
 
-def _blocks(name: str, rows: str, interleaved: bool = False) -> Part:
+def _blocks(name: str, rows: str, stacked: bool = True, interleaved: bool = False) -> Part:
     """MXFP4: rows are outputs."""
-    return Part(f"{name}_blocks", rows, stacked=True, interleaved=interleaved, scales=f"{name}_scales")
+    return Part(f"{name}_blocks", rows, stacked=stacked, interleaved=interleaved, scales=f"{name}_scales")

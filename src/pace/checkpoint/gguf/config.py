@@ -96,7 +96,7 @@ def _common(facts: Facts) -> dict[str, Any]:
         "rope_scaling": _scaling(facts),
         "tie_word_embeddings": "output.weight" not in facts.shapes,
         "hidden_act": "silu",
-        "torch_dtype": "bfloat16",
+        "attention_bias": "blk.0.attn_output.bias" in facts.shapes,
     }
 
 
@@ -136,10 +136,7 @@ def _llama(facts: Facts, config: dict[str, Any]) -> dict[str, Any]:
             "take the original checkpoint"
         )
     factors = facts.factors("rope_freqs.weight")
-    own = {
-        "attention_bias": "blk.0.attn_output.bias" in facts.shapes,
-        "mlp_bias": "blk.0.ffn_down.bias" in facts.shapes,
-    }
+    own = {"mlp_bias": "blk.0.ffn_down.bias" in facts.shapes}
     return own if factors is None else {**own, **_rope_freqs(factors, config)}
 
 
@@ -158,18 +155,13 @@ def _rope_freqs(factors: F32Array, config: dict[str, Any]) -> dict[str, Any]:
     smooth = np.clip((turns - 1.0) / 3.0, 0.0, 1.0)
     if np.allclose(1 / ((1 - smooth) / factor + smooth), factors, rtol=1e-5, atol=0.0):
         return {"rope_scaling": llama3}
-    listed = [float(factor) for factor in factors]
+    listed = _shortest(factors)
     own = {"rope_type": "longrope", "short_factor": listed, "long_factor": listed, "attention_factor": 1.0}
     return {"rope_scaling": own, "original_max_position_embeddings": config["max_position_embeddings"]}
 
 
-def _qwen(facts: Facts, config: dict[str, Any]) -> dict[str, Any]:
-    return {"attention_bias": "blk.0.attn_output.bias" in facts.shapes}
-
-
 def _qwen3moe(facts: Facts, config: dict[str, Any]) -> dict[str, Any]:
     return {
-        **_qwen(facts, config),
         "num_experts": facts.get("expert_count"),
         "num_experts_per_tok": facts.get("expert_used_count"),
         "moe_intermediate_size": facts.get("expert_feed_forward_length"),
@@ -222,6 +214,11 @@ def _gemma3(facts: Facts, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _shortest(values: F32Array) -> list[float]:
+    """The shortest number for each f32, which is what it was before it became one: 1.05, not 1.0499999523162842."""
+    return [float(str(value)) for value in values]
+
+
 def _phi3(facts: Facts, config: dict[str, Any]) -> dict[str, Any]:
     original = facts.get("rope.scaling.original_context_length")
     # 0 is how the converter writes null.
@@ -234,8 +231,8 @@ def _phi3(facts: Facts, config: dict[str, Any]) -> dict[str, Any]:
         return own
     scaling: dict[str, Any] = {
         "rope_type": "longrope",
-        "long_factor": [float(factor) for factor in long],
-        "short_factor": [float(factor) for factor in short],
+        "long_factor": _shortest(long),
+        "short_factor": _shortest(short),
     }
     stated, longest = facts.get("rope.scaling.attn_factor"), config["max_position_embeddings"]
     if (
@@ -251,8 +248,8 @@ def _phi3(facts: Facts, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gpt_oss(facts: Facts, config: dict[str, Any]) -> dict[str, Any]:
-    scaling = config["rope_scaling"]
-    if scaling is not None:
+    scaling = config["rope_scaling"] or {"rope_type": "default"}
+    if scaling["rope_type"] == "yarn":
         scaling["truncate"] = False  # as its config.json says; GGUF has no key for it
     own = {
         "rope_scaling": scaling,
@@ -272,7 +269,7 @@ Family = tuple[str, str, Callable[[Facts, dict[str, Any]], dict[str, Any]]]
 FAMILIES: Final[Mapping[str, Family]] = {
     "llama": ("LlamaForCausalLM", "llama", _llama),
     "qwen2": ("Qwen2ForCausalLM", "qwen2", lambda facts, config: {}),
-    "qwen3": ("Qwen3ForCausalLM", "qwen3", _qwen),
+    "qwen3": ("Qwen3ForCausalLM", "qwen3", lambda facts, config: {}),
     "qwen3moe": ("Qwen3MoeForCausalLM", "qwen3_moe", _qwen3moe),
     "gemma2": ("Gemma2ForCausalLM", "gemma2", _gemma2),
     "gemma3": ("Gemma3ForCausalLM", "gemma3_text", _gemma3),
