@@ -62,17 +62,26 @@ def plain(dtype: str) -> Encode:
     return lambda name, values: (gguf.quants.quantize(values, kind), kind)
 
 
-def write(folder: Path, path: Path, encode: Encode | None = None, **metadata: Any) -> Path:
+def write(
+    folder: Path,
+    path: Path,
+    encode: Encode | None = None,
+    vocabulary: Callable[[Any], None] | None = None,
+    **metadata: Any,
+) -> Path:
     """Convert a folder with config.json and model.safetensors.
 
     Args:
         encode: of matrices; vectors are F32. None: BF16.
-        metadata: further keys, with _ for the dots.
+        vocabulary: adds a tokenizer.
+        metadata: further keys.
     """
     config = json.loads((folder / "config.json").read_text())
     architecture = ARCHITECTURES[config["architectures"][0]]
     writer = gguf.GGUFWriter(path, architecture)
     _write_config(writer, config, architecture)
+    if vocabulary is not None:
+        vocabulary(writer)
     for key, value in metadata.items():
         _add(writer, key, value)
     for name, values, codes in _tensors(folder, config, architecture):
@@ -85,6 +94,59 @@ def write(folder: Path, path: Path, encode: Encode | None = None, **metadata: An
             writer.add_tensor(name, data, raw_dtype=kind)
     finish(writer)
     return path
+
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+
+def write_vocabulary(
+    writer: Any,
+    tokenizer: dict[str, Any],
+    config: dict[str, Any],
+    pre: str,
+    n_rows: int = 0,
+    scores: Any = None,
+) -> None:
+    """The tokenizer of a tokenizer.json and a tokenizer_config.json, padded to `n_rows` as converters do.
+
+    Args:
+        pre: the name of its pattern; "default" of a SentencePiece model.
+        scores: of one, token -> number.
+    """
+    model = tokenizer["model"]
+    added = {token["id"]: token for token in tokenizer["added_tokens"]}
+    by_id = {i: token for token, i in model["vocab"].items()} | {
+        i: token["content"] for i, token in added.items()
+    }
+    tokens, types = [], []
+    for i in range(max(n_rows, max(by_id) + 1)):
+        tokens.append(by_id.get(i, f"[PAD{i}]"))
+        kind = UNUSED if i not in by_id else NORMAL
+        if i in added:
+            kind = CONTROL if added[i]["special"] else USER_DEFINED
+        if scores is not None and tokens[i] == model["unk_token"]:
+            kind = UNKNOWN
+        if scores is not None and len(tokens[i]) == 6 and tokens[i].startswith("<0x"):
+            kind = BYTE
+        types.append(kind)
+    writer.add_tokenizer_model("gpt2" if scores is None else "llama")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    if scores is None:
+        writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
+    else:
+        writer.add_token_scores([float(scores.get(token, -1000.0)) for token in tokens])
+    ids = {token: i for i, token in by_id.items()}
+    for name in ("bos", "eos", "unk", "pad"):
+        token = config.get(f"{name}_token")
+        token = token["content"] if isinstance(token, dict) else token
+        if token is not None:
+            getattr(writer, f"add_{name}_token_id")(ids[token])
+    template = tokenizer.get("post_processor") or {}
+    writer.add_add_bos_token(template.get("type") == "TemplateProcessing")
+    if config.get("chat_template"):
+        writer.add_chat_template(config["chat_template"])
 
 
 def finish(writer: Any) -> None:
@@ -138,13 +200,17 @@ def _write_config(writer: Any, config: dict[str, Any], architecture: str) -> Non
         for which in ("long", "short"):
             factors = np.array(scaling[f"{which}_factor"], np.float32)
             writer.add_tensor(f"rope_factors_{which}.weight", factors)
-    if architecture == "phi3" or config.get("sliding_window") and architecture in ("gemma2", "gemma3", "gpt-oss"):
+    if architecture == "phi3" or (
+        config.get("sliding_window") and architecture in ("gemma2", "gemma3", "gpt-oss")
+    ):
         writer.add_sliding_window(config.get("sliding_window") or 0)
     local = config.get("rope_local_base_freq", ropes.get("sliding_attention", {}).get("rope_theta"))
     if local:
         writer.add_rope_freq_base_swa(local)
     if architecture in ("gemma2", "gemma3"):
-        pattern = config.get("sliding_window_pattern") or [t == "sliding_attention" for t in config.get("layer_types", [])]
+        pattern = config.get("sliding_window_pattern") or [
+            t == "sliding_attention" for t in config.get("layer_types", [])
+        ]
         if pattern:
             writer.add_sliding_window_pattern(pattern)
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
@@ -162,7 +228,11 @@ def _write_config(writer: Any, config: dict[str, Any], architecture: str) -> Non
 def llama3_factors(scaling: dict[str, Any], theta: float, head_dim: int) -> Array:
     """What llama3 scaling divides the frequencies by, f32 [head_dim / 2]."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] / (2 * np.pi) / theta ** (np.arange(0, head_dim, 2) / head_dim)
+    turns = (
+        scaling["original_max_position_embeddings"]
+        / (2 * np.pi)
+        / theta ** (np.arange(0, head_dim, 2) / head_dim)
+    )
     smooth = np.clip((turns - low) / (high - low), 0, 1)
     return (1 / ((1 - smooth) / scaling["factor"] + smooth)).astype(np.float32)
 
@@ -194,7 +264,9 @@ def _tensors(folder: Path, config: dict[str, Any], architecture: str) -> Any:
             yield f"blk.{layer}.{names[module]}.{kind}", values, None
 
 
-def _experts(name: str, values: Array, checkpoint: Checkpoint, seen: dict[str, list[Array]], config: dict[str, Any]) -> Any:
+def _experts(
+    name: str, values: Array, checkpoint: Checkpoint, seen: dict[str, list[Array]], config: dict[str, Any]
+) -> Any:
     layer, _, rest = name.removeprefix("model.layers.").partition(".mlp.experts.")
     if rest[0].isdigit():  # a tensor for each: all of them are one
         module = rest.split(".")[1]
@@ -203,7 +275,11 @@ def _experts(name: str, values: Array, checkpoint: Checkpoint, seen: dict[str, l
         if len(own) == config.get("num_experts", config.get("num_local_experts")):
             yield f"blk.{layer}.{NAMES[f'mlp.{module}']}_exps.weight", np.stack(own), None
         return
-    halves = {"ffn_gate": slice(0, None, 2), "ffn_up": slice(1, None, 2)} if rest.startswith("gate_up") else {"ffn_down": slice(None)}
+    halves = (
+        {"ffn_gate": slice(0, None, 2), "ffn_up": slice(1, None, 2)}
+        if rest.startswith("gate_up")
+        else {"ffn_down": slice(None)}
+    )
     for module, rows in halves.items():
         if rest.endswith("_bias"):
             yield f"blk.{layer}.{module}_exps.bias", np.ascontiguousarray(values[:, rows]), None
@@ -212,7 +288,11 @@ def _experts(name: str, values: Array, checkpoint: Checkpoint, seen: dict[str, l
             blocks = checkpoint.tensor(name)[:, rows]
             yield f"blk.{layer}.{module}_exps.weight", values, mxfp4(blocks, scales)
         elif not rest.endswith("_scales"):
-            yield f"blk.{layer}.{module}_exps.weight", np.ascontiguousarray(values.swapaxes(1, 2)[:, rows]), None
+            yield (
+                f"blk.{layer}.{module}_exps.weight",
+                np.ascontiguousarray(values.swapaxes(1, 2)[:, rows]),
+                None,
+            )
 
 
 def mxfp4(blocks: Array, scales: Array) -> Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,10 @@ import numpy as np
 import pytest
 from golden import families, tiny
 
-from pace.checkpoint import Checkpoint, model_files
-from pace.checkpoint.gguf import GgufModel
-from pace.errors import CheckpointError
+from pace.checkpoint import model_files
+from pace.models.decoder import lower
 from pace.models.registry import parse_config
 from pace.models.weights import DenseSink, Tensors, load_weights
-from pace.models.decoder import lower
 
 CASES = [
     "llama-open-llama-head20-odd",

@@ -22,6 +22,14 @@ B = TypeVar("B")
 
 MAX_SPLITS: Final = 1000
 
+_SAMPLING: Final = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
+"""Under `general.sampling`, and what generation_config.json calls it."""
 _SPLIT: Final = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL | re.ASCII)
 
 
@@ -70,7 +78,10 @@ class GgufModel:
         if name == "tokenizer_config.json":
             return self._named(tokenizer_config, self._metadata)
         if name == "generation_config.json":
-            return {"eos_token_id": self._named(end_ids, self._metadata)}
+            sampling = {
+                ours: self._metadata.get(f"general.sampling.{key}") for key, ours in _SAMPLING.items()
+            }
+            return {"eos_token_id": self._named(end_ids, self._metadata), **sampling}
         return None
 
     def read(self, name: str, max_bytes: int = MAX_JSON_BYTES) -> bytes | None:
