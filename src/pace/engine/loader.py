@@ -24,6 +24,7 @@ from pace.log import logger
 from pace.models import rope
 from pace.models.decoder import lower
 from pace.models.plan import Plan
+from pace.models.quantisation import quantisation, with_own_file
 from pace.models.registry import parse_config
 from pace.models.spec import DecoderSpec
 from pace.models.weights import Tensors, load_weights, settle_head
@@ -94,7 +95,8 @@ def load(
     with ExitStack() as opened:
         tensors = None
         if not random_weights:
-            tensors = Tensors(opened.enter_context(closing(files.tensors())), weight_map, len(spec.layers))
+            checkpoint = opened.enter_context(closing(files.tensors()))
+            tensors = Tensors(checkpoint, weight_map, len(spec.layers), quantisation(values))
             spec = settle_head(spec, tensors)
         memory = _plan_memory(config, spec, speculation)
         if on_plan is not None:
@@ -152,7 +154,7 @@ def load(
 
 
 def read_config(files: ModelFiles) -> dict[str, Any]:
-    """The config.json of a checkpoint.
+    """The config.json of a checkpoint, with the quantization_config that some tools put into a file of its own.
 
     Raises:
         CheckpointError: there is none, or it is malformed.
@@ -162,7 +164,7 @@ def read_config(files: ModelFiles) -> dict[str, Any]:
         raise CheckpointError(
             f"{files.path}: no config.json; expected the folder of a Hugging Face checkpoint{adapter_hint(files.path)}"
         )
-    return config
+    return with_own_file(config, files)
 
 
 def _plan_memory(config: EngineConfig, spec: DecoderSpec, speculation: SpeculationMaker | None) -> MemoryPlan:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from pace import ops
 from pace.models.plan import F32Array, Plan, WeightShape
 from pace.models.weights import SourcePart
+from pace.quant.groups import Fp8Rows, GroupedRows
 
 __all__ = ["PackedSink", "invent_weights"]
 
@@ -26,7 +27,9 @@ class PackedSink:
         """Pack matrices [n, k] part by part."""
         packed = ops.PackedMatrix(self.team, shape.n, shape.k or 1, shape.count, shape.format)
         for array, dtype, at, mode, matrix, scales in parts:
-            if scales is None:
+            if isinstance(array, GroupedRows | Fp8Rows):
+                packed.pack(array.dequantised(), "f32", at, mode, matrix)
+            elif scales is None:
                 packed.pack(array, dtype, at, mode, matrix)
             else:
                 packed.pack_mxfp4(array, scales, at, mode, matrix)

@@ -107,10 +107,12 @@ class Config:
             raise self.error(key, value, f"a list of {length} numbers")
         return tuple(Config({key: item}, self.where).number(key, low=low) for item in value)
 
-    def texts(self, key: str, length: int) -> tuple[str, ...]:
-        """A list of `length` strings."""
+    def texts(self, key: str, length: int | None = None) -> tuple[str, ...]:
+        """A list of `length` strings; None: of any length."""
         value = self._get(key, REQUIRED)
-        if not isinstance(value, list) or len(value) != length or not all(isinstance(v, str) for v in value):
+        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+            raise self.error(key, value, "a list of strings")
+        if length is not None and len(value) != length:
             raise self.error(key, value, f"a list of {length} strings")
         return tuple(value)
 

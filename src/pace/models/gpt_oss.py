@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from pace.errors import UnsupportedModel, show
 from pace.models import experts as moe
 from pace.models import llama as base
 from pace.models import rope
@@ -45,15 +44,10 @@ def gpt_oss(config: Config) -> DecoderSpec:
 
 
 def weight_format(config: Config) -> Literal["bf16", "mxfp4"]:
-    """MXFP4, or bf16 where nothing is quantised."""
+    """MXFP4, or bf16 where nothing or everything else is quantised."""
     if not config.has("quantization_config"):
         return "bf16"
-    method = config.table("quantization_config").text("quant_method")
-    if method != "mxfp4":
-        raise UnsupportedModel(
-            f"{config.where}: quant_method is {show(method)}; supported is 'mxfp4', or take the original checkpoint"
-        )
-    return "mxfp4"
+    return "mxfp4" if config.table("quantization_config").text("quant_method") == "mxfp4" else "bf16"
 
 
 WEIGHTS: WeightMap = {

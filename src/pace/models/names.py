@@ -33,6 +33,10 @@ _FOREIGN: Final = tuple(
             r"\.(?:qweight|qzeros|g_idx|weight_packed|weight_scale\w*|weight\.(?:absmax|quant_[\w.]+|nested_[\w.]+))$",
             "quantised weights, which its config.json does not describe; take the original checkpoint",
         ),
+        (
+            r"\.(?:[qkv]|[qkv]_proj\.[qkv]|prob|output|[qkv]_proj\.output)_(?:scale|zero_point)$",
+            "an FP8 KV cache, and pace's holds bf16 or int8; remove them and the config's kv_cache_scheme to run without",
+        ),
         (r"^blk\.\d+\.", "names of a GGUF file; take the original checkpoint"),
         (
             r"(?:^|\.)layers\.\d+\.(?:attention\.w[qkvo]|feed_forward\.w[123])\.",

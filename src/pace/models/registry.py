@@ -39,6 +39,7 @@ from pace.models import (
     stablelm,
 )
 from pace.models.config import Config
+from pace.models.quantisation import CONFIG_KEYS, quantisation
 from pace.models.spec import DecoderSpec
 from pace.models.weight_map import WeightMap
 
@@ -131,12 +132,15 @@ def parse_config(values: object, where: str = "config.json") -> tuple[DecoderSpe
 
     Raises:
         CheckpointError: not an object, or a value is missing, of the wrong type or out of range.
-        UnsupportedModel: an unknown architecture, or a value that pace's mathematics does not cover.
+        UnsupportedModel: an unknown architecture, a value that pace's mathematics does not cover, or weights quantised as
+            nothing here reads them.
     """
     if not isinstance(values, Mapping):
         raise CheckpointError(f"{where} holds {show(values)}, expected a JSON object")
     config = Config(values, where)
     architecture = _architecture(config)
+    if quantisation(values, where) is not None:
+        config.skip(*CONFIG_KEYS)
     spec = architecture.spec(config)
     config.refuse_unread(spec.max_len)
     # Every architecture that a multimodal one may hold has the same tensors.
@@ -148,6 +152,8 @@ def _text_tower(config: Config, allowed: tuple[str, ...], tied: bool) -> Decoder
     """The text model of a multimodal checkpoint; the parts that see and hear are not run."""
     text = config.table("text_config")
     config.skip("vision_config", "audio_config")
+    if quantisation(config.values, config.where) is not None:
+        text.skip(*CONFIG_KEYS)
     known = {ARCHITECTURES[name].model_type: ARCHITECTURES[name] for name in allowed}
     model_type = text.text("model_type", default=next(iter(known)))
     if model_type not in known:

@@ -13,9 +13,12 @@ from pace.models.names import foreign
 from pace.models.plan import Blocks, PartMode, Plan, WeightShape
 from pace.models.tensors import DTYPES, MXFP4_BLOCK, NUMPY, SourceArray, SourceDtype, Tensors
 from pace.models.weight_map import Part, Parts, WeightMap, expand
+from pace.quant.groups import Fp8Rows, GroupedRows
+from pace.quant.matrices import QuantisedRows
 
 Shape = tuple[int, ...]
 
+_PIECE = 4 << 20  # weights of a quantised matrix that are read at a time
 _LISTED = 4  # names per list in an error: enough to see the pattern, short enough for one line
 
 
@@ -46,6 +49,7 @@ class Source:
         columns: the same of the columns.
         at, mode, matrix: as of `SourcePart`.
         last: the tensor is not needed any more.
+        quantised: it is a quantised matrix.
     """
 
     name: str
@@ -62,6 +66,7 @@ class Source:
     mode: PartMode
     matrix: int
     last: bool
+    quantised: bool = False
 
     @property
     def n_bytes(self) -> int:
@@ -73,11 +78,13 @@ class Source:
         width = 1 if len(inner) == 1 else inner[0 if self.transposed else 1]
         return rows * width * np.dtype(NUMPY[self.dtype]).itemsize
 
-    def read(self, checkpoint: Tensors) -> tuple[SourceArray, SourceArray | None]:
+    def read(self, checkpoint: Tensors) -> tuple[SourceArray | QuantisedRows, SourceArray | None]:
         """The rows with the zeros that fill them: [rows] or [rows, k], contiguous; of MXFP4 blocks and scales.
 
         The tensor is checked once more: its header was, the reader's view must agree with it.
         """
+        if self.quantised:
+            return self._read_quantised(checkpoint), None
         array = _rows(self, _view(checkpoint, self.name, self.shape, self.dtype))
         if self.scales is not None:
             return array, _rows(self, _view(checkpoint, self.scales, self.shape[:-1], self.dtype))
@@ -87,6 +94,42 @@ class Source:
         if columns is not None and columns.filled != columns.width:
             array = _pad(array, columns, axis=1)
         return np.ascontiguousarray(array), None
+
+    def _read_quantised(self, checkpoint: Tensors) -> SourceArray | QuantisedRows:
+        matrix = checkpoint.matrix(self.name)
+        if matrix is None:
+            raise WeightsError(f"{self.name} is no quantised matrix, as it was before")
+        end = self.first + self.block.count * self.block.width * self.step
+        rows = matrix.rows(slice(self.first, end, self.step))
+        blocks, columns = self.block, self.columns
+        if blocks.filled != blocks.width:
+            rows = _fill(rows, blocks, axis=0)
+        if columns is not None and columns.filled != columns.width:
+            rows = _fill(rows, columns, axis=1)
+        return rows
+
+
+def _fill(rows: SourceArray | QuantisedRows, blocks: Blocks, axis: int) -> SourceArray | QuantisedRows:
+    """The rows with zeros behind each block along an axis.
+
+    Columns between groups would move those that share a scale apart: such rows come as f32.
+    """
+    if isinstance(rows, np.ndarray):
+        return _pad(rows, blocks, axis)
+    whole = rows.group == rows.codes.shape[1]
+    if axis == 1 and blocks.count > 1 and not whole:
+        return _pad(rows.dequantised(), blocks, axis)
+    codes = _pad(rows.codes, blocks, axis)
+    group = codes.shape[1] if whole else rows.group
+    missing = -(-codes.shape[1] // group) - rows.scales.shape[1]
+
+    def of_groups(values: SourceArray) -> SourceArray:
+        return _pad(values, blocks, 0) if axis == 0 else np.pad(values, ((0, 0), (0, missing)))
+
+    if isinstance(rows, Fp8Rows):
+        return Fp8Rows(codes, group, of_groups(rows.scales))
+    offsets = None if rows.offsets is None else of_groups(rows.offsets)
+    return GroupedRows(codes, rows.bits, group, of_groups(rows.scales), offsets)
 
 
 def _view(checkpoint: Tensors, name: str, shape: Shape, dtype: SourceDtype) -> SourceArray:
@@ -154,7 +197,9 @@ def check(needed: Mapping[str, WeightShape], checkpoint: Tensors) -> dict[str, l
         for part in parts[name]:
             transposed, dtype, complaints = _header(part, shape, checkpoint)
             wrong += complaints
-            sources[name] += _sources(part, shape, transposed, dtype)
+            quantised = checkpoint.matrix(part.part.name) is not None
+            for source in _sources(part, shape, transposed, dtype):
+                sources[name] += _pieces(source) if quantised else [source]
     if wrong:
         raise WeightsError(f"the checkpoint does not match its config.json: {_listed(wrong, quote=False)}")
     return sources
@@ -243,6 +288,13 @@ def _header(part: _OwnPart, shape: WeightShape, checkpoint: Tensors) -> tuple[bo
     info = checkpoint.info(name)
     expected = _expected(part, shape, transposed)
     wrong: list[str] = []
+    matrix = checkpoint.matrix(name)
+    if matrix is not None:
+        if tuple(info.shape) != expected:
+            wrong.append(f"{name} is quantised as {list(info.shape)}, expected {list(expected)}")
+        if shape.mapped or shape.k is None or scales is not None:
+            wrong.append(f"{name} is quantised, where only a plain tensor can be used")
+        return transposed, matrix.kind, wrong
     if tuple(info.shape) != expected:
         if part.part.stacked and shape.k is not None and scales is None:
             transposed = not transposed  # as tools save them that know one layout only
@@ -292,6 +344,24 @@ def _sources(part: _OwnPart, shape: WeightShape, transposed: bool, dtype: Source
             )
             first += block.count * block.width
             at += block.n if mode == "rows" else 0
+
+
+def _pieces(source: Source) -> Iterator[Source]:
+    """A source of a quantised matrix in pieces: what comes of it is larger than the tensor, and none is kept."""
+    block, at, first = source.block, source.at, source.first
+    source = replace(source, quantised=True)
+    step = max(_PIECE // source.shape[-1] // 32, 1) * 32
+    if block.filled != block.width or block.width * block.count <= step:
+        yield source
+        return
+    left = block.width * block.count
+    while left > 0:
+        n = min(step, left)
+        left -= n
+        own = replace(block, count=1, width=n, filled=n)
+        yield replace(source, block=own, at=at, first=first, last=source.last and left == 0)
+        at += n if source.mode == "rows" else 2 * n
+        first += n * source.step
 
 
 def _listed(names: list[str], quote: bool = True) -> str:

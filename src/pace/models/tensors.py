@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any, Final, Literal, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +13,10 @@ import numpy.typing as npt
 from pace.errors import WeightsError
 from pace.models.names import IGNORED, canonical
 from pace.models.weight_map import Parts, TensorNames, WeightMap, any_expert, choose, expand
+from pace.quant.groups import Fp8Rows, GroupedRows
+from pace.quant.matrices import Matrix, QuantisedRows
 
-SourceDtype = Literal["bf16", "f16", "f32", "mxfp4"]
+SourceDtype = Literal["bf16", "f16", "f32", "mxfp4", "grouped", "fp8"]
 SourceArray = npt.NDArray[Any]
 F32Array = npt.NDArray[np.float32]
 
@@ -24,6 +27,8 @@ NUMPY: Final[Mapping[SourceDtype, type[np.generic]]] = {
     "f16": np.float16,
     "f32": np.float32,
     "mxfp4": np.uint8,
+    "grouped": np.uint8,
+    "fp8": np.uint8,
 }
 
 MXFP4_BLOCK: Final = 32
@@ -74,62 +79,150 @@ class Checkpoint(Protocol):
         ...
 
 
+class Found(NamedTuple):
+    """A quantised matrix of a checkpoint.
+
+    Args:
+        name: that its tensor would have if it were plain.
+        members: the tensors that it has instead.
+        open: the matrix, from the names of its module; nothing of it is read.
+    """
+
+    name: str
+    members: tuple[str, ...]
+    open: Callable[[tuple[str, ...]], Matrix]
+
+
+class Quantised(Protocol):
+    """What is known of a checkpoint's quantised weights."""
+
+    def find(self, checkpoint: Checkpoint) -> Iterable[Found]:
+        """The quantised matrices, each once."""
+        ...
+
+    def names(self, modules: Iterable[str]) -> bool:
+        """Whether a module, by any of its names, has to be quantised."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Info:
+    """As a header describes a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
 class Tensors:
     """A checkpoint under the names of its architecture: what tools have put before or between is taken off.
+
+    A quantised matrix appears as one tensor with the name of the plain one.
 
     Args:
         checkpoint: the files.
         weight_map: of the architecture.
         n_layers: of the model.
+        quantised: what the config says of quantised weights; None: there are none.
 
     Attributes:
         table: plan weight name -> the parts that this file has, layer by layer.
 
     Raises:
-        WeightsError: two tensors get the same name.
+        WeightsError: two tensors get the same name; or quantised matrices are not what the config says.
     """
 
-    def __init__(self, checkpoint: Checkpoint, weight_map: WeightMap, n_layers: int) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, weight_map: WeightMap, n_layers: int, quantised: Quantised | None = None
+    ) -> None:
         self._checkpoint = checkpoint
         self._tied: bool | None = None
         layouts = expand(weight_map, n_layers)
         wanted = TensorNames(layouts)
+        found = () if quantised is None else tuple(quantised.find(checkpoint))
+        members = {name for matrix in found for name in matrix.members}
         self._names: dict[str, str] = {}  # ours -> the file's
+        self._members: dict[str, tuple[str, ...]] = {}
+        self._matrices: dict[str, Matrix] = {}
         for name in checkpoint.names():
+            if name not in members:
+                self._add(canonical(name, wanted), name)
+        self._further = tuple(
+            match["layer"]
+            for match in map(_FURTHER.fullmatch, self._names)
+            if match is not None and int(match["index"]) >= n_layers
+        )
+        for name, own, open_matrix in found:
             ours = canonical(name, wanted)
-            if ours in self._names:
-                raise WeightsError(
-                    f"the checkpoint holds {name!r} and {self._names[ours]!r}, which mean the same tensor; "
-                    "remove the one that is not the model's"
-                )
-            self._names[ours] = name
+            if self.is_ignored(ours):
+                self._names |= {member: member for member in own}
+                continue
+            self._add(ours, name)
+            self._members[ours] = own
+            self._matrices[ours] = open_matrix(_modules(name, ours))
         present = {any_expert(name) for name in self._names}
         self.table: dict[str, Parts] = {name: choose(of, present) for name, of in layouts.items()}
-        self._further = tuple(
-            found["layer"]
-            for found in map(_FURTHER.fullmatch, self._names)
-            if found is not None and int(found["index"]) >= n_layers
-        )
+        if quantised is not None:
+            self._check_plain(quantised)
+
+    def _add(self, ours: str, name: str) -> None:
+        if ours in self._names:
+            raise WeightsError(
+                f"the checkpoint holds {name!r} and {self._names[ours]!r}, which mean the same tensor; "
+                "remove the one that is not the model's"
+            )
+        self._names[ours] = name
+
+    def _check_plain(self, quantised: Quantised) -> None:
+        """Refuse layers that are stored as they were though the config says that they are quantised.
+
+        Not routers, which are no linear layers to newer tools, nor the embedding and the head.
+        """
+        for weight, parts in self.table.items():
+            if not weight.startswith("layers.") or weight.endswith(".router"):
+                continue
+            for part in parts:
+                name = self._names.get(part.name)
+                plain = (
+                    name is not None
+                    and part.name not in self._matrices
+                    and len(self.info(part.name).shape) == 2
+                )
+                if name is not None and plain and quantised.names(_modules(name, part.name)):
+                    raise WeightsError(
+                        f"{name} is not quantised, but quantization_config says so; add its module to the config's list of "
+                        "those that are not, or take the original config"
+                    )
 
     def names(self) -> Iterable[str]:
         """Every tensor name."""
         return self._names.keys()
 
     def is_ignored(self, name: str) -> bool:
-        """Whether a tensor belongs to what is never run."""
+        """Whether a tensor belongs to what is never run, or is nothing: zeros that old tools wrote for a bias."""
+        module = name.removesuffix(".bias")
+        if module != name and f"{module}.weight" in self._matrices:
+            return not self.tensor(name).any()
         return IGNORED.fullmatch(name) is not None or (bool(self._further) and name.startswith(self._further))
 
     def info(self, name: str) -> TensorInfo:
-        """Dtype and shape without touching the data."""
+        """Dtype and shape without touching the data; the dtype of a quantised matrix is its kind."""
+        matrix = self._matrices.get(name)
+        if matrix is not None:
+            return _Info(matrix.kind, matrix.shape)
         return self._checkpoint.info(self._names[name])
 
     def tensor(self, name: str) -> SourceArray:
         """A view of the data; bf16 as uint16."""
         return self._checkpoint.tensor(self._names[name])
 
+    def matrix(self, name: str) -> Matrix | None:
+        """A quantised matrix; None: that tensor is a plain one."""
+        return self._matrices.get(name)
+
     def drop(self, name: str) -> None:
         """The data is not needed any more."""
-        self._checkpoint.drop(self._names[name])
+        for member in self._members.get(name) or (self._names[name],):
+            self._checkpoint.drop(member)
 
     def head_is_tied(self) -> bool:
         """Whether the LM head is the embedding's matrix, as the file has it: equal, or stored once.
@@ -144,6 +237,8 @@ class Tensors:
 
     def _equal(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same values, whatever type they are stored in."""
+        if one in self._matrices or other in self._matrices:
+            return False  # both are used, as they stand
         a, b = self.info(one), self.info(other)
         x, y = DTYPES.get(a.dtype.lower()), DTYPES.get(b.dtype.lower())
         if tuple(a.shape) != tuple(b.shape) or x is None or y is None:
@@ -161,13 +256,28 @@ class Tensors:
         return equal
 
 
-def to_f32(array: SourceArray, dtype: SourceDtype, scales: SourceArray | None = None) -> F32Array:
+def _modules(*names: str) -> tuple[str, ...]:
+    """Names that a module may have in a config's lists, from those of its weight: also as tools name a text model."""
+    found = dict.fromkeys(name.removesuffix(".weight") for name in names)
+    inner = [name.removeprefix("model.") for name in found if name.startswith("model.layers.")]
+    found.update(dict.fromkeys(f"{at}.{name}" for name in inner for at in _TEXT_MODELS))
+    return tuple(found)
+
+
+_TEXT_MODELS: Final = ("model.language_model", "language_model.model")
+
+
+def to_f32(
+    array: SourceArray | QuantisedRows, dtype: SourceDtype, scales: SourceArray | None = None
+) -> F32Array:
     """A tensor's values as float32 (exact for every source dtype).
 
     Args:
-        array: bf16 comes as uint16, mxfp4 as blocks [rows, k / 32, 16].
+        array: bf16 comes as uint16, mxfp4 as blocks [rows, k / 32, 16], others in few bits as their rows.
         scales: of mxfp4, [rows, k / 32].
     """
+    if isinstance(array, GroupedRows | Fp8Rows):
+        return array.dequantised()
     if dtype == "bf16":
         return (array.astype(np.uint32) << 16).view(np.float32)
     if dtype == "mxfp4" and scales is not None:

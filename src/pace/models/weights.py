@@ -21,6 +21,7 @@ from pace.models.sources import Source, TensorShape, check, tensor_shapes
 from pace.models.spec import DecoderSpec
 from pace.models.tensors import F32Array, SourceArray, SourceDtype, Tensors, to_f32
 from pace.models.weight_map import Part, WeightMap
+from pace.quant.matrices import QuantisedRows
 
 __all__ = [
     "DenseSink",
@@ -47,15 +48,15 @@ class SourcePart(NamedTuple):
     """Rows for a matrix.
 
     Args:
-        array: [rows, k] C-contiguous; bf16 as uint16. Of MXFP4 the blocks [rows, k / 32, 16], rows any way apart. Valid
-            until the next part is requested.
+        array: [rows, k] C-contiguous; bf16 as uint16. Of MXFP4 the blocks [rows, k / 32, 16], rows any way apart; of
+            "grouped" and "fp8" the rows with their scales. Valid until the next part is requested.
         at: first row of the target; a multiple of 16.
         mode: "rows": consecutive; "gate"/"up": as `plan.gated_rows`.
         matrix: which of the `count` of the weight.
         scales: of MXFP4, [rows, k / 32].
     """
 
-    array: SourceArray
+    array: SourceArray | QuantisedRows
     dtype: SourceDtype
     at: int
     mode: PartMode
@@ -116,7 +117,8 @@ def load_weights(
         nonlocal done
         for source in own:
             array, scales = source.read(checkpoint)
-            yield SourcePart(array, source.dtype, source.at, source.mode, source.matrix, scales)
+            dtype = "f32" if source.quantised and isinstance(array, np.ndarray) else source.dtype
+            yield SourcePart(array, dtype, source.at, source.mode, source.matrix, scales)
             del array, scales
             if source.last:
                 checkpoint.drop(source.name)
@@ -130,7 +132,7 @@ def load_weights(
         parts = stream(sources[name])
         if shape.mapped:
             part = next(parts)
-            sink.table(name, part.array, part.dtype)
+            sink.table(name, np.asarray(part.array), part.dtype)
         elif shape.k is not None:
             sink.matrix(name, shape, parts)
         else:

@@ -95,7 +95,10 @@ class TrimmingSink(PackedSink):
         def chosen() -> Iterator[SourcePart]:
             for part in parts:
                 first, end = np.searchsorted(self._ids, (part.at, part.at + len(part.array)))
-                kept.append((part.array[self._ids[first:end] - part.at], part.dtype))
+                rows, dtype = part.array, part.dtype
+                if not isinstance(rows, np.ndarray):
+                    rows, dtype = rows.dequantised(), "f32"
+                kept.append((rows[self._ids[first:end] - part.at], dtype))
                 yield part
 
         if self._is_shared:
