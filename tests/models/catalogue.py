@@ -75,8 +75,9 @@ HEAD = """# Models
 Written by `python tests/models/catalogue.py` from the registry, the test cases and what was measured with them.
 
 An architecture is what `config.json` calls it. A checkpoint loads under its own tensor names, in BF16, F16 or F32, single
-or sharded; nothing is converted beforehand. Of multimodal files the text model runs, and an image in a request is refused
-by name. Heads may have any even width up to 512 columns, MLPs and residual streams any width.
+or sharded, or quantised ([quantisation.md](quantisation.md)); nothing is converted beforehand. Of multimodal files the
+text model runs, and an image in a request is refused by name. Heads may have any even width up to 512 columns, MLPs and
+residual streams any width.
 
 ## Architectures
 """

@@ -690,7 +690,7 @@ def test_49_limits_that_a_family_does_not_know_are_refused(key: str) -> None:
         ("llama4_text-lists", {"moe_layers": [4]}, "moe_layers"),
         ("llama4_text-scout", {"layer_types": [SLIDING] * 5}, "layer_types"),
         ("gpt_oss-small", {"hidden_act": "gelu"}, "hidden_act"),
-        ("gpt_oss-mxfp4", {"quantization_config": {"quant_method": "awq"}}, "quant_method"),
+        ("gpt_oss-mxfp4", {"quantization_config": {"quant_method": "hqq"}}, "quant_method"),
         ("minimax_m2-m2", {"attn_type_list": [1, 0, 1]}, "attn_type_list"),
     ],
 )

@@ -74,10 +74,10 @@ def quantisation(values: Mapping[str, Any], where: str = "config.json") -> Quant
         UnsupportedModel: nothing that pace reads.
     """
     config = Config(values, where)
-    key = next((key for key in CONFIG_KEYS if config.has(key)), None)
+    key = next((key for key in CONFIG_KEYS if values.get(key)), None)
     if key is None and isinstance(values.get("text_config"), Mapping):
         config = config.table("text_config")
-        key = next((key for key in CONFIG_KEYS if config.has(key)), None)
+        key = next((key for key in CONFIG_KEYS if config.values.get(key)), None)
     if key is None:
         return None
     settings = config.table(key)
