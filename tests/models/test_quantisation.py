@@ -14,7 +14,7 @@ from golden import tiny
 from golden.harness import prefill
 from quant import layouts
 
-from pace.checkpoint import Checkpoint
+from pace.checkpoint import Checkpoint, model_files
 from pace.engine.loader import read_config
 from pace.errors import CheckpointError, PaceError, UnsupportedModel
 from pace.models.decoder import lower
@@ -273,7 +273,7 @@ def test_bits_that_the_tensors_contradict() -> None:
 def test_a_config_in_a_file_of_its_own(tmp_path: Path, file: str, own: dict[str, Any], made: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny.CASES[CASE].config))
     (tmp_path / file).write_text(json.dumps(own))
-    found = quantisation(read_config(tmp_path))
+    found = quantisation(read_config(model_files(tmp_path)))
     assert found is not None and found.method == made
 
 
