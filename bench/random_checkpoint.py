@@ -115,6 +115,7 @@ SHAPES: dict[str, dict[str, Any]] = {
             "long_factor": [1.0 + i / 4 for i in range(48)],
         },
         "sliding_window": 262144,
+        "attention_bias": False,
         "tie_word_embeddings": True,
     },
     "gemma-4-e2b": COMMON

@@ -100,7 +100,7 @@ static void kernel_experts_in(const pace_experts_in *g, const pace_chosen *c, lo
         n = n < PACE_GATHER_ROWS ? n : PACE_GATHER_ROWS;
         const pace_slot rows = experts_rows(g, c, i, n, gathered);
         j.first = i;
-        gemm_panels(&w, &rows, p0, p1, 0, n, scratch, g->limit > 0.0f ? experts_clamped : experts_gated, &j);
+        gemm_panels(&w, &rows, p0, p1, 0, n, scratch, g->limit > 0.0f ? experts_clamped : experts_gated, &j, NULL, 0);
     }
 }
 
@@ -113,7 +113,7 @@ static void kernel_experts_out(const pace_experts_out *g, const pace_chosen *c, 
         const pace_matrix w = pace_matrix_at(&g->weight, c->expert[a]);
         experts_job j = {.op = g, .choices = c, .first = 0};
         if (g->bias) j.bias = g->bias + c->expert[a] * w.n_panels * PACE_NR;
-        gemm_panels(&w, &g->src, p0, p1, c->start[a], c->start[a + 1], scratch, experts_sum, &j);
+        gemm_panels(&w, &g->src, p0, p1, c->start[a], c->start[a + 1], scratch, experts_sum, &j, NULL, 0);
     }
 }
 
