@@ -132,7 +132,9 @@ ENGINE_OPTIONS: dict[str, Foreign] = {
     ),
     "chat_template": Foreign("give chat_template to chat()"),
     "served_model_name": Foreign("it is an option of pace serve", _ANY),
-    "speculative_config": Foreign("give it as speculative, docs/speculative.md lists what it takes"),
+    "speculative_config": Foreign(
+        "give the same mapping as speculative, which takes the methods pard, draft_model, suffix and hybrid"
+    ),
     "enable_lora": Foreign("merge the adapter into the weights", _NO),
     "logits_processors": Foreign("use logit_bias, bad_words or allowed_token_ids", (None, [], ())),
     "structured_outputs_config": Foreign("pace does not constrain outputs to a grammar"),

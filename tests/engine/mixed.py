@@ -1,4 +1,7 @@
-"""Tiny models whose layers differ: what they see, how wide their heads are, whose keys they read. Random weights."""
+"""Tiny models whose layers differ: what they see, how wide their heads are, whose keys they read. Random weights.
+
+And two of families that golden cases cannot stand for in a crowd: experts, and Gemma 3.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,18 @@ from golden import tiny
 from pace import ops
 from pace.models.decoder import lower
 from pace.models.plan import Attention, Plan
-from pace.models.spec import AttentionSpec, DecoderSpec, DenseSpec, LayerSpec, NormSpec, RopeSpec
+from pace.models.spec import (
+    AttentionSpec,
+    DecoderSpec,
+    DenseSpec,
+    HeadNorm,
+    LayerSpec,
+    MoESpec,
+    NormSpec,
+    Placement,
+    RopeSpec,
+    RouterSpec,
+)
 
 DIM, N_HEADS = 64, 4
 ROPES = tuple(RopeSpec(10000.0, width, 512, 512) for width in (16, 32))
@@ -38,10 +52,45 @@ MIXERS: dict[str, list[AttentionSpec]] = {
     "chunks-and-full": [mixer(window=48), mixer(), mixer(window=48)],  # windows become chunks
 }
 MODELS = tuple(MIXERS)
+FAMILIES = ("experts", "gemma-3")
+
+
+def experts() -> DecoderSpec:
+    """As Qwen's: the best 3 of 9 experts, one for every row beside them, and a layer without."""
+    dense = DenseSpec(96, "silu")
+    moe = MoESpec(
+        9, 3, 48, "silu", RouterSpec(renormalise=True), shared=DenseSpec(64, "silu"), shared_gate=True
+    )
+    layers = (LayerSpec(mixer(), moe), LayerSpec(mixer(), dense), LayerSpec(mixer(window=70), moe))
+    return DecoderSpec(
+        DIM, tiny.VOCAB_SIZE, 512, NormSpec("rms", 1e-6), layers, ROPES, scale=0.25, tied=False
+    )
+
+
+def gemma3() -> DecoderSpec:
+    """Windows of 24 tokens and full attention in turn, a rope for each, norms on both sides and of queries and keys."""
+    norm = HeadNorm("rms1")
+    local = LayerSpec(mixer(32, window=24, norm=norm), DenseSpec(96, "gelu_tanh"))
+    whole = LayerSpec(replace(local.mixer, window=None, rope=2), DenseSpec(96, "gelu_tanh"))
+    ropes = (*ROPES, RopeSpec(1e6, 32, 512, 512, "linear", factor=8.0))
+    return DecoderSpec(
+        DIM,
+        tiny.VOCAB_SIZE,
+        512,
+        NormSpec("rms1", 1e-6),
+        (local, whole, local, whole),
+        ropes,
+        scale=32**-0.5,
+        tied=True,
+        placement=Placement.SANDWICH,
+        embed_scale=8.0,
+    )
 
 
 def plan_of(name: str, max_model_len: int) -> Plan:
     """One of the models."""
+    if name in FAMILIES:
+        return lower(experts() if name == "experts" else gemma3(), max_model_len)
     layers = tuple(LayerSpec(m, DenseSpec(96, "silu")) for m in MIXERS[name])
     norm = NormSpec("rms", 1e-6)
     spec = DecoderSpec(DIM, tiny.VOCAB_SIZE, 512, norm, layers, ROPES, scale=0.25, tied=False)
@@ -60,7 +109,9 @@ def weights_of(plan: Plan) -> dict[str, np.ndarray]:
     return {
         name: 1 + 0.1 * draw.standard_normal(shape.n).astype(np.float32)
         if shape.k is None
-        else (draw.standard_normal((shape.n, shape.k)) * 2 / shape.k**0.5).astype(np.float32)
+        else (
+            draw.standard_normal((shape.count, shape.n, shape.k)[shape.count == 1 :]) * 2 / shape.k**0.5
+        ).astype(np.float32)
         for name, shape in plan.weights().items()
     }
 

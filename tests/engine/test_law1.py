@@ -41,7 +41,7 @@ from pace.speculative.speculator import Speculator
 from pace.speculative.suffix import SuffixDrafter
 
 GOLDEN_MODELS = ("llama-gqa4-tied", "qwen2-window", "qwen3", "mistral-window")
-MODELS = (*GOLDEN_MODELS, *mixed.MODELS)
+MODELS = (*GOLDEN_MODELS, *mixed.MODELS, *mixed.FAMILIES)
 MAX_LEN = 330  # prompt and output; more than one attention piece of 256
 N_OUTPUT = 40
 N_PROMPTS = (1, 15, 33, 90, 200, 270)
@@ -155,7 +155,7 @@ class Lab:
         self.model = functools.cache(self._model)
 
     def _model(self, name: str) -> tuple[Plan, dict[str, Any]]:
-        if name in mixed.MODELS:
+        if name not in GOLDEN_MODELS:
             plan = mixed.plan_of(name, MAX_LEN)
             return plan, mixed.pack(self.teams[1], plan)
         packed = self.packed_model(name)
@@ -423,7 +423,7 @@ QUICK = settings(
 )
 
 
-@pytest.mark.parametrize("model", mixed.MODELS)
+@pytest.mark.parametrize("model", [*mixed.MODELS, *mixed.FAMILIES])
 @given(crowd=CROWDS)
 @settings(QUICK, max_examples=12)
 def test_a_crowd_changes_nobody_where_layers_differ(lab: Lab, model: str, crowd: dict[str, Any]) -> None:
@@ -489,6 +489,51 @@ def test_layers_that_differ_share_come_back_and_slide(lab: Lab, model: str, cach
         assert stats["kv_cache"]["moves"] > 0
     else:
         assert stats["n_cached_tokens"] > 200
+
+
+DRAFTS: tuple[dict[str, Any], ...] = (
+    {
+        "max_tokens": 8,
+        "wrong": 1,
+        "ragged": True,
+    },  # most are right, so that long rounds are rolled back in part
+    {"max_tokens": 3, "draft": "same", "method": "draft_model"},
+    {"max_tokens": 8, "draft": "mistral-window", "method": "pard"},
+    {"max_tokens": 8, "draft": "same", "method": "hybrid"},
+    {"max_tokens": 12, "method": "suffix"},
+)
+
+
+@pytest.mark.parametrize(
+    ("cache", "kv_dtype"), [(("slab", 32), "int8"), (("paged", 16), "bf16"), (("contiguous", 32), "int8")]
+)
+@pytest.mark.parametrize("model", mixed.FAMILIES)
+def test_drafts_change_nobody_while_requests_share_fork_and_give_way(
+    lab: Lab, model: str, cache: tuple[str, int], kv_dtype: str
+) -> None:
+    """Every drafter over experts and over windows: n > 1, prefixes that are found, and too few blocks for all."""
+    asks = [
+        ask(
+            stream=i // 2,
+            n_prompt=3,
+            arrival=2 * i,
+            own_end=i % 2 == 1,
+            n_output=40,
+            n=1 + i % 2,
+            style=i % 2,
+        )
+        for i in range(4)
+    ]
+    asks = [replace(a, temperature=0.8 if a.n > 1 else 0.0) for a in asks]
+    for guesses in DRAFTS:
+        options = OPTIONS | {"cache": cache, "kv_dtype": kv_dtype, "n_full": 1, "guesses": guesses}
+        options |= {"max_num_seqs": 6}
+        stats = lab.check(model, asks, **options).stats()
+        assert stats["speculative"]["n_draft_tokens"] > 0 and stats["speculative"]["active"]
+        if cache[0] == "slab":  # elsewhere they may all fit, or share nothing
+            assert stats["n_preemptions"] > 0 and stats["n_cached_tokens"] > 200
+        if "wrong" in guesses or guesses.get("draft") == "same":
+            assert stats["speculative"]["n_accepted_tokens"] > 20
 
 
 @pytest.mark.parametrize("caching", [False, True])

@@ -227,3 +227,28 @@ def test_synthetic_acceptance_says_so(target: str, tmp_path: Path) -> None:
         assert stats["acceptance_rates"][0] == 1.0 and stats["acceptance_rates"][2] == 0.0
         assert 2.0 < stats["mean_acceptance_length"] < 3.0
         assert output.speculative is not None
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"structured_outputs": {"regex": "[ab]{30}"}},
+        {"allowed_token_ids": [97, 98, 99]},
+        {"bad_words": ["a", "e", "t"]},
+        {"min_tokens": 20, "stop_token_ids": list(range(0, 256, 2))},
+    ],
+)
+def test_chance_never_accepts_what_a_request_forbids(
+    target: str, tmp_path: Path, rule: dict[str, Any]
+) -> None:
+    """Every guess would stand; the draft knows nothing of the rule."""
+    asked = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True, speculative=4, **rule)
+    with LLM(target, max_model_len=96, threads=1) as llm:
+        (plain,) = llm.generate("abc", asked.clone(speculative="auto"))
+    with load(target, model=draft(tmp_path / "draft"), synthetic_acceptance=1.0) as llm:
+        (output,) = llm.generate("abc", asked)
+        (free,) = llm.generate("abc", SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True))
+        assert llm.stats()["speculative"]["n_accepted_tokens"] > 0 and free.outputs != plain.outputs
+    (completion,) = output.outputs
+    assert completion.finish_reason == plain.outputs[0].finish_reason
+    assert completion.token_ids == plain.outputs[0].token_ids

@@ -76,6 +76,7 @@ class Constraints:
         "_min_tokens",
         "_phrases",
         "_stops",
+        "has_bans",
         "is_free",
     )
 
@@ -103,9 +104,8 @@ class Constraints:
         self._bias_ids = _ids(bias)
         self._bias = np.fromiter(bias.values(), dtype=np.float32, count=len(bias)) if bias else NO_BIAS
         self._allowed = _ids(params.allowed_token_ids or ())
-        self.is_free = not (
-            self._has_penalty or self._min_tokens or bad_word_ids or bias or params.allowed_token_ids
-        )
+        self.has_bans = bool(self._min_tokens or bad_word_ids or params.allowed_token_ids)
+        self.is_free = not (self._has_penalty or self.has_bans or bias)
 
     def history(self, tokens: I32Array, n_prompt: int, n_tokens: int) -> History | None:
         """What holds for the token after `tokens[:n_tokens]`; None for the usual request, which nothing concerns.

@@ -159,7 +159,9 @@ class Speculator:
         } | ({} if drafter is None else drafter.stats())
 
     def _may_speculate(self, seq: Sequence) -> bool:
-        return seq.params.speculative not in ("off", 0) and seq not in self._distrusted
+        # Chance would accept what a grammar, a ban or min_tokens forbids, and nothing behind it could be drawn.
+        forbids = self._match.is_synthetic and (seq.matcher is not None or seq.constraints.has_bans)
+        return seq.params.speculative not in ("off", 0) and seq not in self._distrusted and not forbids
 
     def _wanted(self, running: Seq[Sequence]) -> dict[Sequence, int]:
         """Tokens to guess for each sequence: none while it reads, and none that its output has no room for.
