@@ -295,9 +295,10 @@ def _numbered_shards(directory: Path) -> list[Path]:
         files = [checkpoint_file(directory, match[0]) for match in numbers]
         return [file for file in files if file is not None]
     others = [suffix for suffix in ("bin", "pt", "pth", "gguf") if any(directory.glob(f"*.{suffix}"))]
-    hint = f"; .{others[0]} files are not read, convert them to safetensors" if others else ""
+    hint = "; give its .gguf file itself as the model" if others else ""
     if others and others[0] != "gguf":
-        hint += (
+        hint = (
+            f"; .{others[0]} files are not read, convert them to safetensors"
             f" with transformers: AutoModelForCausalLM.from_pretrained({directory.name!r}, dtype='auto')"
             ".save_pretrained('NEW_FOLDER')"
         )
