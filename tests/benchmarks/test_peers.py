@@ -134,3 +134,39 @@ def test_gguf_has_every_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert np.all(tensors["output_norm.weight"].data == 1)
     factors = tensors["rope_freqs.weight"].data
     assert factors[0] == 1 and factors[-1] == pytest.approx(32)
+
+
+@pytest.mark.parametrize("model", ["qwen3-30b-a3b", "gpt-oss-20b"])
+def test_gguf_has_every_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    gguf = pytest.importorskip("gguf")
+    np = pytest.importorskip("numpy")
+    monkeypatch.syspath_prepend(str(BENCH))
+    random_checkpoint = module("random_checkpoint", monkeypatch)
+    make_gguf = module("make_gguf", monkeypatch)
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    small |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 320}
+    experts = "num_experts" if model == "qwen3-30b-a3b" else "num_local_experts"
+    small |= {experts: 4, "num_experts_per_tok": 2}
+    if model == "qwen3-30b-a3b":
+        small["moe_intermediate_size"] = 96
+    config = random_checkpoint.SHAPES[model] | small
+    monkeypatch.setitem(random_checkpoint.SHAPES, "tiny", config)
+    random_checkpoint.write("tiny", tmp_path)
+    make_gguf.write(tmp_path, tmp_path / "model.gguf")
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    source = make_gguf.read(tmp_path / "model.safetensors")
+    if model == "qwen3-30b-a3b":
+        assert len(tensors) == len(source) - 2 * 3 * 3  # of four experts' matrices one is left
+        got = tensors["blk.1.ffn_up_exps.weight"].data.view(np.uint16)
+        assert np.array_equal(got[3], source["model.layers.1.mlp.experts.3.up_proj.weight"])
+        return
+    assert len(tensors) == len(source)  # blocks and scales are one there, gate and up are two
+    up = tensors["blk.1.ffn_up_exps.weight"]
+    assert up.tensor_type == gguf.GGMLQuantizationType.MXFP4
+    blocks = source["model.layers.1.mlp.experts.gate_up_proj_blocks"][3, 1::2]
+    scales = source["model.layers.1.mlp.experts.gate_up_proj_scales"][3, 1::2]
+    values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+    codes = np.stack([blocks & 15, blocks >> 4], -1).reshape(96, 64)
+    want = values[codes] * np.repeat(np.exp2(scales.astype(np.float32) - 127), 32, -1)
+    assert np.array_equal(gguf.quants.dequantize(up.data, up.tensor_type)[3], want)
