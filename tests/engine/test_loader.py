@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,3 +121,34 @@ def test_a_config_of_ones_own_beside_linked_files(folder: Path, tmp_path: Path) 
     for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         (mine / name).symlink_to(folder / name)
     assert run(mine) == before
+
+
+def test_experts_in_four_bits_load_beside_nothing(tmp_path: Path) -> None:
+    """Loading takes what is packed and a tenth of it at most: nothing is expanded, joined or kept."""
+    script = runpy.run_path(str(Path(__file__).parents[2] / "bench" / "random_checkpoint.py"))
+    script["SHAPES"]["gpt-oss-20b"] |= {
+        "hidden_size": 512,
+        "intermediate_size": 512,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 4096,
+    }
+    script["write"]("gpt-oss-20b", tmp_path, layers=2)
+    before = anonymous_bytes()
+    tracemalloc.start()
+    try:
+        with start(tmp_path) as llm:
+            peak, n_bytes = tracemalloc.get_traced_memory()[1], llm.loaded.weights_bytes
+            beside = llm.loaded.memory.activation_bytes + llm.loaded.memory.kv_bytes
+            grown = anonymous_bytes() - before
+    finally:
+        tracemalloc.stop()
+    assert n_bytes > 25 << 20
+    assert peak < 0.1 * n_bytes, (peak, n_bytes)  # arrays and objects; packed matrices are not Python's
+    assert grown < 1.1 * n_bytes + beside + (8 << 20), (grown, n_bytes)  # threads and their scratch
+
+
+def anonymous_bytes() -> int:
+    """Of this process: memory that is no file's."""
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
