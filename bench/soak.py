@@ -100,10 +100,10 @@ async def send(client: Client, rng: random.Random, seen: Counter[str]) -> None:
 
 
 def sample(pid: int) -> dict[str, float]:
-    """Resident memory in MB, descriptors and threads of a process."""
+    """Memory of its own in MB, descriptors and threads of a process; pages of files come and go as the kernel likes."""
     status = Path(f"/proc/{pid}/status").read_text()
     return {
-        "rss_mb": int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) / 1024,
+        "anon_mb": int(re.findall(r"RssAnon:\s+(\d+)", status)[0]) / 1024,
         "fds": sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir()),
         "threads": int(re.findall(r"Threads:\s+(\d+)", status)[0]),
     }
@@ -140,7 +140,7 @@ async def soak(url: str, pid: int, minutes: float, rate: float, seed: int) -> No
     late = rows[len(rows) // 3 :]
     hours = np.array([row[0] for row in late])
     for name, at in (("front-end", 1), ("engine", 2)):
-        for what in ("rss_mb", "fds", "threads"):
+        for what in ("anon_mb", "fds", "threads"):
             values = np.array([row[at][what] for row in late])  # type: ignore[index]
             slope = np.polyfit(hours, values, 1)[0]
             span = f"{values[0]:.1f} to {values[-1]:.1f}, at most {values.max():.1f}"

@@ -11,6 +11,7 @@ from server.kit import ScriptedBackend, scripted
 
 from pace.server.app import make_app
 from pace.server.service import FINGERPRINT, Service
+from pace.server.sse import TextEvents, event
 from pace.server.wire import Delta, Done, Event, Failed, Job, TokenLogprob, ToolCallDelta
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -238,3 +239,14 @@ def test_direct_writes_say_what_the_layers_say(n: int) -> None:
             texts.append(("".join(c["text"] for c in mine), [i for c in mine for i in c["token_ids"]]))
             assert mine[-1]["finish_reason"] == "stop"
         assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("text", ["", "a", '"\\\n\x00', "é 😀\u2028", "\x00\x01\x00", "data: [DONE]\n\n"])
+def test_events_from_halves_are_those_made_whole(text: str) -> None:
+    mark = "\x00\x01\x00"
+
+    def make(index: int, content: str) -> object:
+        return {"id": f"chatcmpl-{mark}", "choices": [{"index": index, "text": content}], "last": mark + "x"}
+
+    whole = TextEvents(make)
+    assert [whole(i, text) for i in (0, 1, 0)] == [event(make(i, text)) for i in (0, 1, 0)]

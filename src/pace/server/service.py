@@ -154,8 +154,10 @@ class Service:
 
 def check_failed(event: Event) -> None:
     """Raises ApiError where a job ended for a reason that is the server's."""
-    if isinstance(event, Failed):
-        raise ApiError(503, event.message, code="engine_failed")
-    if isinstance(event, Delta) and event.finish_reason in ("error", "abort"):
+    if isinstance(event, Delta):  # nearly always
+        if event.finish_reason not in ("error", "abort"):
+            return
         reason = event.stop_reason or "the request was ended by the server"
         raise ApiError(500, str(reason), code="generation_failed")
+    if isinstance(event, Failed):
+        raise ApiError(503, event.message, code="engine_failed")

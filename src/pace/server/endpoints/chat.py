@@ -27,7 +27,7 @@ from pace.server.protocol.chat import (
 )
 from pace.server.requests import chat_of, chat_params
 from pace.server.service import FINGERPRINT, Service
-from pace.server.sse import DONE, EventStream, event
+from pace.server.sse import DONE, EventStream, TextEvents, event
 from pace.server.wire import Delta, Done, Event, Job, Scores, TokenLogprob, ToolCallDelta
 
 __all__ = ["chat_completions"]
@@ -62,6 +62,10 @@ class _Writer:
         options = request.stream_options
         self._usage_at_end = bool(options and options.include_usage)
         self._usage_always = bool(options and options.continuous_usage_stats)
+        self._text_event = TextEvents(
+            lambda index, text: self._chunk([ChunkChoice(index, ChoiceDelta(content=text))])
+        )
+        self._is_plain = not (request.logprobs or request.return_token_ids or self._usage_always)
 
     # ---- in chunks ----------------------------------------------------------------------------------------
 
@@ -82,6 +86,8 @@ class _Writer:
                 self.counts.done(one)
             return b""
         self.counts.n_output += len(one.token_ids)
+        if self._is_plain and not (one.reasoning or one.tool_calls or one.finish_reason):
+            return self._text_event(one.index, one.text)
         choice = self._choices[one.index]
         delta = ChoiceDelta()
         if one.text:

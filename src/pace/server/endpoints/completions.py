@@ -15,7 +15,7 @@ from pace.server.logprobs import completion_logprobs, prompt_logprobs
 from pace.server.protocol.completions import Choice, Completion, CompletionRequest, Logprobs
 from pace.server.requests import completion_params, prompts_of
 from pace.server.service import FINGERPRINT, Service
-from pace.server.sse import DONE, EventStream, event
+from pace.server.sse import DONE, EventStream, TextEvents, event
 from pace.server.wire import Delta, Done, Event, Job, Scores, TokenLogprob
 
 __all__ = ["completions"]
@@ -45,20 +45,32 @@ class _Writer:
         options = request.stream_options
         self._usage_at_end = bool(options and options.include_usage)
         self._usage_always = bool(options and options.continuous_usage_stats)
+        self._text_event = TextEvents(lambda index, text: self._chunk(Choice(index, text, None, None, None)))
+        self._is_plain = wants_output and not (
+            request.echo
+            or request.return_token_ids
+            or request.logprobs is not None
+            or request.prompt_logprobs is not None
+            or self._usage_always
+        )
 
     # ---- in chunks ----------------------------------------------------------------------------------------
 
     def chunk(self, one: Event) -> bytes:
         """What the client is told of an event."""
+        if self._is_plain and isinstance(one, Delta) and one.finish_reason is None:
+            self.counts.n_output += len(one.token_ids)
+            return self._text_event(self._call.positions[one.id] * self._n + one.index, one.text)
         choice = self._choice(one)
-        if choice is None:
-            return b""
+        return b"" if choice is None else event(self._chunk(choice))
+
+    def _chunk(self, choice: Choice) -> Completion:
         chunk = self._completion([choice])
         if self._usage_always:
             chunk.usage = self.counts.usage()
         elif self._usage_at_end:
             chunk.usage = None
-        return event(chunk)
+        return chunk
 
     def end(self) -> bytes:
         """The end of the stream."""
