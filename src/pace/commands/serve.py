@@ -75,6 +75,11 @@ def add(commands: Any) -> None:
         default=True,
         help="answer / with a page to chat (default: on)",
     )
+    group.add_argument(
+        "--otlp-traces-endpoint",
+        metavar="URL",
+        help="send a span for each request there, as OTLP over HTTP, without its text (default: off)",
+    )
     group.add_argument("--root-path", default="", metavar="PATH", help="prefix that a proxy in front adds")
     group.add_argument(
         "--served-model-name",
@@ -179,6 +184,7 @@ def run(args: argparse.Namespace) -> int:
             origins=tuple(args.allowed_origins),
             access_log=args.access_log,
             has_page=args.page,
+            otlp_traces_endpoint=args.otlp_traces_endpoint,
             root_path=args.root_path,
             head_timeout_s=args.head_timeout,
             shutdown_timeout_s=args.shutdown_timeout,

@@ -79,6 +79,8 @@ class Gate:
                 await error_response(answer)(scope, receive, send_with_id)
         route = scope.get("pace.route", "other")
         self._service.metrics.responses[route, status] += 1
+        if self._service.tracer is not None and scope["method"] == "POST":
+            self._service.tracer.record(scope, status, time.monotonic() - begin_s)
         if self._access_log and path not in OPEN_PATHS:
             line = {
                 "id": number,

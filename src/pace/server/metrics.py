@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from pace.server.wire import Delta, Done, Event
+from pace.server.wire import Accepted, Delta, Done, Event
 
 if TYPE_CHECKING:
     from pace.server.service import Service
@@ -87,12 +87,24 @@ class Histogram:
 
 
 class Meter:
-    """Measures one request; hears every event of its jobs."""
+    """Measures one request; hears every event of its jobs.
+
+    Attributes:
+        n_prompt, n_output: its tokens so far.
+        first_token_s: seconds until the first one; None: there was none yet.
+        queue_s: seconds that its last prompt waited; None while unknown.
+        finish_reasons: why its completions ended.
+    """
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._start_s = time.monotonic()
         self._last_s: dict[int, float] = {}  # by job
+        self.n_prompt = 0
+        self.n_output = 0
+        self.first_token_s: float | None = None
+        self.queue_s: float | None = None
+        self.finish_reasons: list[str] = []
         self._between = metrics.histograms["inter_token_latency_seconds"]
 
     def __call__(self, event: Event) -> None:
@@ -104,19 +116,27 @@ class Meter:
             if n:
                 last_s = self._last_s.get(event.id)
                 if last_s is None:
-                    metrics.histograms["time_to_first_token_seconds"].observe(now_s - self._start_s)
+                    seconds = now_s - self._start_s
+                    metrics.histograms["time_to_first_token_seconds"].observe(seconds)
+                    if self.first_token_s is None:
+                        self.first_token_s = seconds
                 else:
                     self._between.observe((now_s - last_s) / n)
                 self._last_s[event.id] = now_s
                 metrics.n_output += n
+                self.n_output += n
             if event.finish_reason is not None:
                 metrics.finished[event.finish_reason] += 1
+                self.finish_reasons.append(event.finish_reason)
+        elif isinstance(event, Accepted):
+            self.n_prompt += event.n_prompt
         elif isinstance(event, Done):
             metrics.n_prompt += event.n_prompt
             metrics.histograms["e2e_request_latency_seconds"].observe(time.monotonic() - self._start_s)
             metrics.histograms["request_prompt_tokens"].observe(event.n_prompt)
             metrics.histograms["request_generation_tokens"].observe(event.n_output)
             if event.queue_s is not None:
+                self.queue_s = event.queue_s
                 metrics.histograms["request_queue_time_seconds"].observe(event.queue_s)
 
 

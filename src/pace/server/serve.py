@@ -24,6 +24,7 @@ from pace.server.keys import Keys
 from pace.server.placement import place
 from pace.server.router import Router
 from pace.server.service import Limits, Service
+from pace.server.tracing import Tracer
 from pace.server.wire import Parsers
 
 __all__ = ["ServeOptions", "serve", "warn_if_open"]
@@ -45,6 +46,7 @@ class ServeOptions:
         ssl_ca_certs: clients must bring a certificate that one of these has signed.
         api_keys, max_open_per_key: see `Keys`.
         origins, access_log, has_page: see `make_app`.
+        otlp_traces_endpoint: where spans of requests go; None: nowhere.
         root_path: a prefix that a proxy in front removes.
         limits: what a request may take.
         head_timeout_s: until the head of a request has come.
@@ -68,6 +70,7 @@ class ServeOptions:
     origins: tuple[str, ...] = ()
     access_log: bool = True
     has_page: bool = True
+    otlp_traces_endpoint: str | None = None
     root_path: str = ""
     limits: Limits = field(default_factory=Limits)
     head_timeout_s: float = HEAD_TIMEOUT_S
@@ -91,15 +94,20 @@ def serve(options: ServeOptions) -> int:
     """Serve until a signal; returns the exit code.
 
     Raises:
-        ConfigError: the address can't be used.
+        ConfigError: the address can't be used, or traces can't be sent.
         PaceError: the model can't be loaded.
     """
+    endpoint = options.otlp_traces_endpoint
+    tracer = None if endpoint is None else Tracer.to(endpoint, options.names[0])
     listener = _listen(options)
     warn_if_open(options)
     loop = uvloop.new_event_loop()
     try:
         asyncio.set_event_loop(loop)
-        return loop.run_until_complete(_Run(options, listener).run())
+        code = loop.run_until_complete(_Run(options, listener, tracer).run())
+        if tracer is not None and code == 0:
+            tracer.close()
+        return code
     finally:
         listener.close()
         if options.uds is not None:
@@ -140,8 +148,9 @@ def _listen(options: ServeOptions) -> socket.socket:
 class _Run:
     """One run of the server."""
 
-    def __init__(self, options: ServeOptions, listener: socket.socket) -> None:
+    def __init__(self, options: ServeOptions, listener: socket.socket, tracer: Tracer | None) -> None:
         self._options = options
+        self._tracer = tracer
         self._listener = listener
         self._stop = asyncio.Event()
         self._n_signals = 0
@@ -169,7 +178,7 @@ class _Run:
             parsers=options.parsers,
         )
         keys = Keys(options.api_keys, options.max_open_per_key)
-        service = Service(backend, options.names, options.limits, keys)
+        service = Service(backend, options.names, options.limits, keys, self._tracer)
         server = _Server(self._uvicorn(service))
         serving = asyncio.ensure_future(server.serve(sockets=[self._listener]))
         ticking = asyncio.ensure_future(_tick(service))

@@ -17,6 +17,7 @@ from pace.server.keys import Keys
 from pace.server.metrics import Meter, Metrics
 from pace.server.protocol.errors import ApiError
 from pace.server.slow import SlowClients
+from pace.server.tracing import Tracer
 from pace.server.wire import Delta, Event, Failed, Info, Job
 
 __all__ = ["FINGERPRINT", "Endpoint", "Limits", "Service", "check_failed"]
@@ -56,6 +57,7 @@ class Service:
         names: what clients may call the model; the first is the one that answers carry.
         limits: what a request may take.
         keys: who may ask; None: everybody.
+        tracer: told of every request; None: nobody is.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Service:
         names: Sequence[str],
         limits: Limits | None = None,
         keys: Keys | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         self.backend = backend
         self.names = tuple(names)
@@ -72,6 +75,7 @@ class Service:
         self.started_s = time.time()
         self.keys = Keys() if keys is None else keys
         self.metrics = Metrics(self)
+        self.tracer = tracer
         self.is_draining = False
 
     @property
@@ -126,7 +130,8 @@ class Service:
             PaceError: one was refused.
             Disconnected: the client has left already.
         """
-        call = Call(self.backend, n_jobs, Meter(self.metrics))
+        meter = http.scope["pace.meter"] = Meter(self.metrics)
+        call = Call(self.backend, n_jobs, meter)
         call.watch(until_disconnect(http.receive, call.cancel))
         await call.start(jobs(call))
         if call.is_cancelled:
