@@ -82,6 +82,33 @@ def test_http(server: Server, name: str) -> None:
     assert httpx.get(f"{server.url}/health").status_code == 200
 
 
+def resident_kib(server: Server) -> int:
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0])
+
+
+@pytest.mark.parametrize("kind", ["one header", "a million headers", "a line", "trailers"])
+def test_a_head_of_200_mb_takes_no_memory(server: Server, kind: str) -> None:
+    """uvicorn's own parser would keep all of it."""
+    before = resident_kib(server)
+    start, piece = {
+        "one header": (b"GET /health HTTP/1.1\r\nhost: x\r\nx: ", b"y" * (1 << 20)),
+        "a million headers": (b"GET /health HTTP/1.1\r\nhost: x\r\n", b"a: b\r\n" * 200_000),
+        "a line": (b"GET /", b"a" * (1 << 20)),
+        "trailers": (post("transfer-encoding: chunked", body=b"0\r\n"), b"t: u\r\n" * 200_000),
+    }[kind]
+    with server.connect() as connection:
+        connection.sendall(start)
+        n_sent = 0
+        with contextlib.suppress(OSError):  # it is closed while we send
+            while n_sent < 200 << 20:
+                connection.sendall(piece)
+                n_sent += len(piece)
+    assert n_sent < 200 << 20, "all of it was taken"
+    assert resident_kib(server) - before < 32 << 10
+    assert httpx.get(f"{server.url}/health").status_code == 200
+
+
 @pytest.fixture(scope="module")
 def impatient() -> Iterator[Server]:
     """A server that waits a second for a head or a body and for slow clients."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +126,59 @@ def test_sigterm_lets_streams_end() -> None:
         assert refused.json()["error"]["code"] == "shutting_down"
         assert stream.end() == "[DONE]"  # what runs may end
         assert server.process.wait(LOADED_S) == 0
+
+
+def test_logs_on_a_full_disk_stop_nobody(tmp_path: Path) -> None:
+    """stderr takes nothing any more: requests are answered, streams end, and so does the server, with exit code 0."""
+    path = str(tmp_path / "socket")
+    command = [sys.executable, "-m", "pace", "serve", "demo", "--uds", path]
+    with Path("/dev/full").open("w") as full, httpx.Client(transport=httpx.HTTPTransport(uds=path)) as http:
+        process = subprocess.Popen(command, stdout=full, stderr=full)
+        try:
+
+            def is_ready() -> bool:
+                assert process.poll() is None
+                with contextlib.suppress(httpx.TransportError):
+                    return http.get("http://x/health/ready").status_code == 200
+                return False
+
+            wait_for(is_ready, LOADED_S)
+            body = {"prompt": "x", "max_tokens": 5, "ignore_eos": True}
+            for _ in range(3):
+                answer = http.post("http://x/v1/completions", json=body)
+                assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 5
+            assert http.post("http://x/v1/completions", content=b"{").status_code == 400
+            with http.stream("POST", "http://x/v1/completions", json=body | {"stream": True}) as stream:
+                assert list(stream.iter_lines())[-2] == "data: [DONE]"
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(LOADED_S) == 0
+        finally:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.slow
+def test_sigterm_under_load_ends_in_time_and_tells_everybody() -> None:
+    """Streams that run, requests that wait and ones that come later: each has an answer or an error, and nobody hangs."""
+    with running("--shutdown-timeout", "1", "--max-num-seqs", "4") as server:
+        streams = [Stream(server, max_tokens=50) for _ in range(4)]
+        long = Stream(server, max_tokens=1900)
+        url = f"{server.url}/v1/completions"
+        with ThreadPoolExecutor(16) as pool:
+
+            def ask(i: int) -> int:
+                try:
+                    return httpx.post(url, json=LONG | {"stream": False}, timeout=LOADED_S).status_code
+                except httpx.TransportError:
+                    return 0  # it listens no more
+
+            asked = [pool.submit(ask, i) for i in range(16)]
+            start = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(LOADED_S) == 0
+            assert time.monotonic() - start < 1 + 3 * WITHIN_S
+            assert {answer.result() for answer in asked} <= {0, 200, 503}
+        assert all(stream.end() == "[DONE]" or "error" in stream.end() for stream in [*streams, long])
 
 
 def test_a_second_signal_aborts(pair: Server) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import httpx
 import pytest
-from server.kit import scripted
+from server.kit import Server, scripted
 
 from pace.params import SamplingParams
+from pace.server.app import ROUTES
 from pace.server.protocol.chat import ChatRequest
 from pace.server.protocol.common import IGNORED, Sampling
 from pace.server.protocol.completions import CompletionRequest
@@ -143,10 +146,57 @@ BAD_JSON = {
 }
 
 
+@pytest.mark.parametrize("path", sorted(entry.path for entry in ROUTES if entry.body is not None))
 @pytest.mark.parametrize("name", BAD_JSON)
-def test_bad_json_is_400(name: str) -> None:
-    status, error = error_of("/v1/chat/completions", content=BAD_JSON[name])
-    assert status == 400 and error["type"] == "invalid_request_error" and len(error["message"]) < 1000
+def test_bad_json_is_400(name: str, path: str) -> None:
+    status, error = error_of(path, content=BAD_JSON[name])
+    assert status == 400 and len(error["message"]) < 1000
+    assert error["type"] == "invalid_request_error"  # Anthropic's name and OpenAI's
+
+
+def with_integer(value: int) -> list[tuple[str, dict[str, Any]]]:
+    """Requests with this integer in every place that may hold one."""
+    short: dict[str, Any] = {"prompt": "x", "max_tokens": 1}
+    chat = CHAT | {"max_tokens": 1}
+    schema = {"type": "object", "properties": {"a": {"maximum": value}}}
+    function = {"name": "f", "parameters": schema}
+    own = ("priority", "seed", "n", "top_k", "min_tokens", "logprobs", "prompt_logprobs", "speculative")
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": [value]}}}
+    return [
+        *(("/v1/completions", short | {name: value}) for name in (*own, "max_tokens")),
+        *(
+            ("/v1/completions", short | {name: [value]})
+            for name in ("stop_token_ids", "allowed_token_ids", "prompt")
+        ),
+        ("/v1/completions", short | {"logit_bias": {str(value): 1}}),
+        ("/v1/chat/completions", chat | {"chat_template_kwargs": {"a": value}}),
+        ("/v1/chat/completions", chat | {"response_format": form}),
+        ("/v1/chat/completions", chat | {"tools": [{"type": "function", "function": function}]}),
+        ("/v1/messages", chat | {"tools": [{"name": "f", "input_schema": schema}]}),
+        ("/v1/responses", {"input": "x", "tools": [{"type": "function", **function}]}),
+        ("/tokenize", CHAT | {"chat_template_kwargs": {"a": value}}),
+        ("/detokenize", {"tokens": [value]}),
+        ("/v1/embeddings", {"input": [value]}),
+    ]
+
+
+@pytest.mark.parametrize("value", [10**400, 1 << 64, -(1 << 63) - 1], ids=["10^400", "2^64", "-2^63-1"])
+def test_huge_integers_are_400_wherever_they_stand(server: Server, value: int) -> None:
+    """Nothing between here and the engine has room for them: no field lets one through to where it breaks something."""
+    with httpx.Client(base_url=server.url) as http:
+        for path, body in with_integer(value):
+            answer = http.post(path, content=json.dumps(body))
+            assert answer.status_code == 400, (path, list(body)[-1], answer.text)
+        assert http.get("/health").status_code == 200
+
+
+def test_of_keys_that_come_twice_the_last_one_counts() -> None:
+    """As Python, JavaScript and Go read them; what a proxy in front has checked is what is meant."""
+    for first, last in (("a", "b"), ("b", "a")):
+        body = f'{{"prompt": "{first}", "max_tokens": 1, "prompt": "{last}", "max_tokens": 2}}'
+        response, backend = scripted(ok, "POST", "/v1/completions", content=body.encode())
+        assert response.status_code == 200
+        assert backend.jobs[0].prompt == last and backend.jobs[0].params["max_tokens"] == 2
 
 
 def test_tools_reach_the_template_unless_the_choice_is_none() -> None:
