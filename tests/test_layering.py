@@ -166,6 +166,8 @@ def test_only_its_command_knows_of_training() -> None:
 
 SERVE = {"starlette", "uvicorn", "uvloop", "msgspec", "prometheus_client"}
 """What `pace[serve]` brings; nothing outside server/ imports it."""
+OTEL = {"opentelemetry"}
+"""What `pace[otel]` brings; `server/tracing.py` imports it where it is asked for traces."""
 
 
 def test_only_known_dependencies() -> None:
@@ -176,7 +178,7 @@ def test_only_known_dependencies() -> None:
         unit = unit_of(module_of(path))
         if unit == "train":
             continue
-        extra = {"benchmarks": {"matplotlib"}, "server": SERVE, "text": {"llguidance"}}.get(unit, set())
+        extra = {"benchmarks": {"matplotlib"}, "server": SERVE | OTEL, "text": {"llguidance"}}.get(unit, set())
         for line, name in imports(path):
             top = name.split(".")[0]
             assert top in known | extra | own or top in sys.stdlib_module_names, (
