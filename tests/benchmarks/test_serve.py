@@ -134,6 +134,21 @@ def test_the_loop_is_open() -> None:
     assert np.allclose([one.start_s for one in outcomes], [0.0, 0.01, 0.02, 0.03, 0.04], atol=0.05)
 
 
+def test_an_idle_connection_that_the_server_has_closed_is_no_error() -> None:
+    async def handler(number: int, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        await stream(writer, text("a"), usage(1, 1))
+        if number % 2 == 0:
+            await writer.drain()
+            writer.transport.abort()
+
+    async def use(url: str) -> Any:
+        shapes = shapes_of("random", 6, input_len=1, output_len=1)
+        return await run(Load(url, "m", max_concurrency=1), shapes, [0.0] * 6)
+
+    _, outcomes, _ = serving(handler, use)
+    assert [one.error for one in outcomes] == [""] * 6
+
+
 def test_an_unreachable_server_is_named() -> None:
     with pytest.raises(PaceError, match=r"127\.0\.0\.1:9: "):
         asyncio.run(run(Load("http://127.0.0.1:9"), [], []))

@@ -113,10 +113,20 @@ class Client:
         writer: asyncio.StreamWriter | None = None
         is_read = False
         try:
-            reader, writer = await self._connect()
-            writer.write(data)
-            await writer.drain()
-            answer = await _head(reader)
+            reader, writer, is_used = await self._connect()
+            try:
+                writer.write(data)
+                await writer.drain()
+                answer = await _head(reader)
+            except (OSError, asyncio.IncompleteReadError):
+                if not is_used:
+                    raise
+                # The server has just closed what was idle: that is no answer to this request.
+                writer.close()
+                self.close()
+                reader, writer, _ = await self._connect()
+                writer.write(data)
+                answer = await _head(reader)
             yield answer
             is_read = True
         except (OSError, ValueError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
@@ -128,13 +138,15 @@ class Client:
                 else:
                     writer.close()
 
-    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, bool]:
+        """A connection, and whether it has been used before."""
         while self._idle:
             reader, writer = self._idle.pop()
             if not (reader.at_eof() or writer.is_closing()):
-                return reader, writer
+                return reader, writer, True
             writer.close()
-        return await asyncio.open_connection(self._host, self._port, ssl=self._tls, limit=MAX_HEAD)
+        reader, writer = await asyncio.open_connection(self._host, self._port, ssl=self._tls, limit=MAX_HEAD)
+        return reader, writer, False
 
     def close(self) -> None:
         """Close the connections."""
