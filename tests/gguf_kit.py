@@ -306,3 +306,24 @@ def mxfp4(blocks: Array, scales: Array) -> Array:
 def as_f32(values: Array, dtype: str) -> Array:
     """Exact."""
     return (values.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else values.astype(np.float32)
+
+
+SCALES = {
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0"), (0,)),
+    "Q6_K": (208,),
+}
+"""Types of blocks, and where they have 16-bit numbers; every other byte may be anything."""
+
+
+def random_rows(kind: str, n_rows: int, n_blocks: int, seed: int = 0, scale: float | None = None) -> Array:
+    """Rows of any blocks, u8 [n_rows, bytes]; without a scale, with the largest and the smallest numbers among them."""
+    rng = np.random.default_rng(seed)
+    n_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
+    blocks = rng.integers(0, 256, (n_rows * n_blocks, n_bytes), np.uint8)
+    for at in SCALES[kind]:
+        numbers = (rng.standard_normal(len(blocks)) * (scale or 1.0)).astype(np.float16)
+        if scale is None:
+            numbers[:4] = [0.0, -0.0, 65504.0, 6e-8]
+        blocks[:, at : at + 2] = numbers.view(np.uint8).reshape(-1, 2)
+    return blocks.reshape(n_rows, -1)

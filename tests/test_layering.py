@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "quant": set(),
     "ops": {"_ext", "models.plan", "quant"},
     "reference": {"models.plan"},
-    "checkpoint": {"ops"},
+    "checkpoint": {"ops", "quant"},
     "models": {"checkpoint", "ops", "models.plan", "quant"},
     "kvcache": {"ops", "models.plan"},
     "text": {"checkpoint"},

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy.typing as npt
 
 from pace.checkpoint.config_json import MAX_JSON_BYTES, checkpoint_file, read_file, read_json
 from pace.checkpoint.safetensors import Checkpoint, TensorInfo
 
+if TYPE_CHECKING:
+    from pace.checkpoint.gguf.tensors import GgufMatrix
+
 __all__ = ["ModelFiles", "ModelFolder", "TensorFiles", "model_files"]
 
 
 class TensorFiles(Protocol):
     """The tensors of a model; `safetensors.Checkpoint` says what each method does."""
+
+    @property
+    def matrices(self) -> Mapping[str, GgufMatrix]:
+        """Quantised ones by name, where the file itself says what they are."""
+        ...
 
     def names(self) -> tuple[str, ...]:
         """Names of all tensors."""

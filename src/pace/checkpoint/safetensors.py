@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +95,9 @@ class TensorInfo:
 class Checkpoint:
     """The tensors of a checkpoint folder; everything about them is checked when it is opened.
 
+    Attributes:
+        matrices: quantised ones; none, for what a tensor means its config says.
+
     Arrays that `tensor` returns are read-only views of the mapped files: reading one pages it in, `drop`
     gives its pages back. They stay valid after `close`. A file that is truncated meanwhile is seen when a tensor is asked
     for; after that, touching the array is a SIGBUS, except in `ops.PackedMatrix.pack`.
@@ -109,6 +112,7 @@ class Checkpoint:
                 limit.
         """
         self.directory = Path(directory)
+        self.matrices: Mapping[str, Any] = {}
         self._tensors: dict[str, TensorInfo] = {}
         self._maps: dict[Path, mmap.mmap] = {}
         if not self.directory.is_dir():

@@ -24,7 +24,7 @@ from pace.log import logger
 from pace.models import rope
 from pace.models.decoder import lower
 from pace.models.plan import Plan
-from pace.models.quantisation import quantisation, with_own_file
+from pace.models.quantisation import quantised_in, with_own_file
 from pace.models.registry import parse_config
 from pace.models.spec import DecoderSpec
 from pace.models.weights import Tensors, load_weights, settle_head
@@ -96,7 +96,7 @@ def load(
         tensors = None
         if not random_weights:
             checkpoint = opened.enter_context(closing(files.tensors()))
-            tensors = Tensors(checkpoint, weight_map, len(spec.layers), quantisation(values))
+            tensors = Tensors(checkpoint, weight_map, len(spec.layers), quantised_in(checkpoint, values))
             spec = settle_head(spec, tensors)
         memory = _plan_memory(config, spec, speculation)
         if on_plan is not None:

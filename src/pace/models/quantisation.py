@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pace.checkpoint import ModelFiles
+from pace.checkpoint.files import ModelFiles, TensorFiles
 from pace.errors import CheckpointError, UnsupportedModel, WeightsError, show
 from pace.models.config import Config
-from pace.models.tensors import Checkpoint, Found
+from pace.models.tensors import Checkpoint, Found, Quantised
 from pace.quant.matrices import Matrix
 from pace.quant.modules import Module, modules
 from pace.quant.readers import READERS
 from pace.quant.scheme import Layout, Scheme
 
-__all__ = ["CONFIG_KEYS", "Quantisation", "quantisation", "with_own_file"]
+__all__ = ["CONFIG_KEYS", "Quantisation", "quantisation", "quantised_in", "with_own_file"]
 
 Fits = Callable[[str], bool]
 """Whether a module's name is meant."""
@@ -93,6 +93,31 @@ def quantisation(values: Mapping[str, Any], where: str = "config.json") -> Quant
             f"{settings.where}: quant_method is {show(method)}; supported are {known}, or take the original checkpoint"
         )
     return read(settings, method)
+
+
+@dataclass(frozen=True, slots=True)
+class FileTypes:
+    """Quantised matrices of a file that says of each tensor how it is stored (GGUF)."""
+
+    matrices: Mapping[str, Matrix]
+
+    def find(self, checkpoint: Checkpoint) -> Iterator[Found]:
+        """The matrices."""
+        for name, matrix in self.matrices.items():
+            yield Found(name, (name,), functools.partial(self._open, matrix))
+
+    def names(self, modules: Iterable[str]) -> bool:
+        """Whether a module has to be quantised: the file may store any tensor as it likes."""
+        return False
+
+    @staticmethod
+    def _open(matrix: Matrix, names: tuple[str, ...]) -> Matrix:
+        return matrix
+
+
+def quantised_in(checkpoint: TensorFiles, values: Mapping[str, Any]) -> Quantised | None:
+    """What is known of a checkpoint's quantised weights: of its file, else of its config.json; errors as `quantisation`."""
+    return FileTypes(checkpoint.matrices) if checkpoint.matrices else quantisation(values)
 
 
 def with_own_file(values: dict[str, Any], files: ModelFiles) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from pace.errors import CheckpointError, ConfigError, show
 from pace.log import logger
 from pace.models.decoder import lower
 from pace.models.plan import I32Array, Plan
-from pace.models.quantisation import quantisation
+from pace.models.quantisation import quantised_in
 from pace.models.registry import parse_config
 from pace.models.spec import DecoderSpec, LayerSpec
 from pace.models.weights import Tensors, settle_head
@@ -249,7 +249,9 @@ class DraftMaker(Maker):
             tensors, spec = None, self.spec
             if not self._random_weights:
                 checkpoint = files.enter_context(closing(self.files.tensors()))
-                tensors = Tensors(checkpoint, self.weight_map, len(spec.layers), quantisation(self.values))
+                tensors = Tensors(
+                    checkpoint, self.weight_map, len(spec.layers), quantised_in(checkpoint, self.values)
+                )
                 spec = settle_head(spec, tensors)
             plan = lower(spec, max_len)
             sink = PackedSink(target.team) if ids is None else TrimmingSink(target.team, plan, ids)
