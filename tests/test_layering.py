@@ -178,7 +178,9 @@ def test_only_known_dependencies() -> None:
         unit = unit_of(module_of(path))
         if unit == "train":
             continue
-        extra = {"benchmarks": {"matplotlib"}, "server": SERVE | OTEL, "text": {"llguidance"}}.get(unit, set())
+        extra = {"benchmarks": {"matplotlib"}, "server": SERVE | OTEL, "text": {"llguidance"}}.get(
+            unit, set()
+        )
         for line, name in imports(path):
             top = name.split(".")[0]
             assert top in known | extra | own or top in sys.stdlib_module_names, (
