@@ -36,6 +36,8 @@ ISA_TIERS = ("avx2", "avx512", "avx512vnni", "avx512bf16", "amx")
 KV_CACHE_TYPES = ("slab", "paged", "contiguous")
 KV_CACHE_DTYPES = ("bf16", "int8")
 BF16_NAMES = ("auto", "bfloat16")  # vLLM's, for the same
+QUANTIZATIONS = ("int8", "int4", "fp8", "w8", "w8g32", "w8g64", "w8g128", "w4g32", "w4g64", "w4g128")
+ACTIVATION_DTYPES = ("auto", "bf16", "int8")
 ADMISSIONS = ("preempt", "reserve")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
@@ -207,6 +209,11 @@ class EngineConfig:
         kv_cache_memory: bytes of the KV cache, also as "4GiB"; "auto": all that is left beside the weights;
             None: what max_num_seqs sequences of max_model_len need, at most 40 % of the available memory.
         kv_cache_dtype: "bf16", or "int8" with a scale per token and head.
+        quantization: round a bf16 checkpoint's matrices while it is loaded: "int8" (groups of 32 columns), "int4" (the
+            same, LM head int8), "fp8" (groups of 128), or by bits and group: "w8" (a scale per row), "w8g128",
+            "w4g64" and the like. None: they stay what they are.
+        activation_dtype: what meets integer matrices: "int8": rows rounded to int8, token by token; "bf16": not; "auto":
+            int8 where a matrix' outputs on a built-in text hardly change by it.
         enable_prefix_caching: keep computed prompts for later requests with the same beginning (slab and
             paged; contiguous can't share).
         generation_config: where sampling defaults come from: "auto": the checkpoint's generation_config.json; "vllm":
@@ -236,6 +243,8 @@ class EngineConfig:
     block_size: int | None = None
     kv_cache_memory: int | str | None = None
     kv_cache_dtype: str = "bf16"
+    quantization: str | None = None
+    activation_dtype: str = "auto"
     enable_prefix_caching: bool = True
     generation_config: str = "auto"
     max_logprobs: int = 20
@@ -260,6 +269,11 @@ class EngineConfig:
                 raise ConfigError(f"{name} is {show(getattr(self, name))}, expected True or False")
         _check_choice("kv_cache_type", self.kv_cache_type, KV_CACHE_TYPES)
         _check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
+        if self.activation_dtype == "bfloat16":
+            object.__setattr__(self, "activation_dtype", "bf16")
+        if self.quantization is not None:
+            _check_choice("quantization", self.quantization, QUANTIZATIONS)
+        _check_choice("activation_dtype", self.activation_dtype, ACTIVATION_DTYPES)
         _check_choice("admission", self.admission, ADMISSIONS)
         _check_int("max_num_waiting", self.max_num_waiting, 1, MAX_WAITING)
         self._check_kv_cache()

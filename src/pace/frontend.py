@@ -47,6 +47,8 @@ class Frontend(metaclass=AnswersByName):
         block_size: int | None = None,
         kv_cache_memory: int | str | None = None,
         kv_cache_dtype: str = "bf16",
+        quantization: str | None = None,
+        activation_dtype: str = "auto",
         enable_prefix_caching: bool = True,
         generation_config: str | os.PathLike[str] = "auto",
         max_logprobs: int = 20,
@@ -78,6 +80,10 @@ class Frontend(metaclass=AnswersByName):
             kv_cache_memory: bytes of the KV cache, also as "4GiB"; "auto": all that is left beside the weights;
                 None: what max_num_seqs sequences of max_model_len need, at most 40 % of the available memory.
             kv_cache_dtype: "bf16", or "int8" with a scale per token and head.
+            quantization: round a bf16 checkpoint's matrices while it is loaded: "int8", "int4" or "fp8", or by bits and
+                group "w8", "w8g128", "w4g64" and the like; see docs/quantisation.md.
+            activation_dtype: whether rows are rounded to int8 where they meet integer matrices: "int8", "bf16" (they are
+                not), or "auto": where a matrix' outputs on a built-in text hardly change by it.
             enable_prefix_caching: keep computed prompts for later requests with the same beginning.
             generation_config: where sampling defaults come from, which apply field by field to what a request leaves
                 unset: "auto": the checkpoint's generation_config.json; "vllm": nowhere, those of `SamplingParams` hold;
@@ -109,6 +115,8 @@ class Frontend(metaclass=AnswersByName):
             block_size=block_size,
             kv_cache_memory=kv_cache_memory,
             kv_cache_dtype=kv_cache_dtype,
+            quantization=quantization,
+            activation_dtype=activation_dtype,
             enable_prefix_caching=enable_prefix_caching,
             generation_config=(
                 os.fspath(generation_config)

@@ -105,7 +105,6 @@ ENGINE_OPTIONS: dict[str, Foreign] = {
         "pace computes in bfloat16 with float32 sums, whatever the checkpoint holds",
         (None, "auto", "bfloat16", "bf16"),
     ),
-    "quantization": Foreign("weights are computed in bfloat16; a quantised checkpoint is refused"),
     "gpu_memory_utilization": Foreign(
         "say how much with kv_cache_memory='4GiB', or take all with 'auto'", ()
     ),
@@ -143,7 +142,7 @@ ENGINE_OPTIONS: dict[str, Foreign] = {
     "task": Foreign("every model generates, and embed() pools", (None, "auto", "generate", "embed")),
     "convert": Foreign("every model generates, and embed() pools", (None, "auto", "none", "embed")),
     "logprobs_mode": Foreign("logprobs are of the unmodified distribution", (None, "raw_logprobs")),
-    "quantization_config": Foreign("weights are computed in bfloat16; a quantised checkpoint is refused"),
+    "quantization_config": Foreign("name a scheme as quantization; docs/quantisation.md lists them"),
     "offload_group_size": Foreign("everything is in the CPU's memory", _ANY),
     "offload_num_in_group": Foreign("everything is in the CPU's memory", _ANY),
     "offload_prefetch_step": Foreign("everything is in the CPU's memory", _ANY),

@@ -112,7 +112,9 @@ def test_gate_and_up_of_alternating_rows(team: ops.Team) -> None:
 def test_shapes_that_do_not_fit(team: ops.Team) -> None:
     with pytest.raises(ValueError, match=r"MXFP4 matrix is \[8, 48\], its rows must be whole groups of 32"):
         ops.PackedMatrix(team, 8, 48, format="mxfp4")
-    with pytest.raises(ValueError, match="weight format is 'int3', expected one of bf16, mxfp4, int8"):
+    with pytest.raises(
+        ValueError, match="weight format is 'int3', expected one of bf16, mxfp4, int8, int8g16"
+    ):
         ops.PackedMatrix(team, 8, 64, format="int3")
     blocks, scales = random_mxfp4(8, 64)
     matrix = packed_mxfp4(team, blocks, scales)
@@ -167,13 +169,13 @@ def test_products(kernel: str, team: ops.Team, n: int, k: int) -> None:
         assert got.tobytes() == whole[: got.nbytes], f"{m} rows differ from {max(rows)}"
 
 
-def quantised(bits: Any, width: int) -> tuple[Any, Any, Any]:
-    """Integers, scales and sums of int8 rows [rows, ld]: [rows, width], [rows, width / 32] twice."""
+def quantised(bits: Any, width: int, group: int = 32) -> tuple[Any, Any, Any]:
+    """Integers, scales and sums of int8 rows [rows, ld]: [rows, width], [rows, groups] twice."""
     order = np.array([0, 4, 1, 5, 2, 6, 3, 7])
     q = np.empty((len(bits), width // 8, 8), np.int8)
     q[:, :, order] = bits[:, :width].reshape(len(bits), -1, 8)
-    beside = np.ascontiguousarray(bits[:, width : width + width // 4])
-    half = width // 8
+    half = 4 * -(-width // group)
+    beside = np.ascontiguousarray(bits[:, width : width + 2 * half])
     scales, sums = beside[:, :half].copy().view(np.float32), beside[:, half:].copy().view(np.int32)
     return q.reshape(len(bits), width), scales, sums
 
@@ -225,10 +227,10 @@ def test_a_group_with_no_number_has_no_scale(kernel: str, team: ops.Team, value:
     assert np.delete(got, 4, 0).tobytes() == np.delete(clean, 4, 0).tobytes()
 
 
-def int8_plan(team: ops.Team, kernel: str, matrix: ops.PackedMatrix) -> ops.Plan:
+def int8_plan(team: ops.Team, kernel: str, matrix: ops.PackedMatrix, group: int = 32) -> ops.Plan:
     slots = [
         ir.Slot("a", matrix.k, "bf16", "tokens"),
-        ir.Slot("q", matrix.k, "int8", "tokens"),
+        ir.Slot("q", matrix.k, "int8", "tokens", group=group),
         ir.Slot("c", matrix.n, "f32", "tokens"),
     ]
     chain = [ir.Quantise("g", "a", "q"), ir.Gemm("h", "q", "c", "w")]
@@ -277,7 +279,7 @@ def test_sums_of_the_largest_integers_do_not_saturate(kernel: str, team: ops.Tea
 
 def test_int8_rows_want_mxfp4(team: ops.Team) -> None:
     slots = [ir.Slot("q", 64, "int8", "tokens"), ir.Slot("c", 8, "f32", "tokens")]
-    with pytest.raises(TypeError, match="h: int8 rows times weight w in bf16, expected mxfp4 or int8"):
+    with pytest.raises(TypeError, match="h: int8 rows times weight w in bf16, expected mxfp4, int8 or int4"):
         build(team, [ir.Gemm("h", "q", "c", "w")], slots, {"w": packed(team, np.ones((8, 64)))})
     with pytest.raises(ValueError, match="slot of 48 columns of int8: int8 wants whole groups of 32"):
         build(team, [], [ir.Slot("q", 48, "int8", "tokens"), ir.Slot("c", 8, "f32", "tokens")])

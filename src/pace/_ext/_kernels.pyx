@@ -64,17 +64,19 @@ cdef extern from "pages.h" nogil:
 cdef extern from "kernels.h" nogil:
     ctypedef uint16_t bf16
     int PACE_NR, PACE_LOGIT_BLOCK
-    int PACE_MAX_HEAD_DIM, PACE_MAX_GROUPS, PACE_BF16_ROWS, PACE_PANELS, PACE_MXFP4, PACE_INT8, PACE_MX_GROUP
+    int PACE_MAX_HEAD_DIM, PACE_MAX_GROUPS, PACE_BF16_ROWS, PACE_PANELS, PACE_MXFP4, PACE_INT8, PACE_INT4, PACE_FP8
+    int PACE_MX_GROUP
     ctypedef struct pace_matrix:
         const void *data
         long n, k, k_pad, n_panels
-        int layout
-        long count, stride
+        int layout, scales, zeros
+        long group, count, stride
     pace_matrix pace_matrix_at(const pace_matrix *w, long i)
     ctypedef struct pace_slot:
         void *data
         long ld, width
         int bf16, int8
+        long group
     struct pace_table:
         const int32_t *blocks
         long stride

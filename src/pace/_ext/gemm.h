@@ -14,9 +14,9 @@
 #define PACE_GEMM_H
 
 #include "mm.h"
-#include "mm_int8.h"
+#include "mm_groups.h"
+#include "mm_int8_groups.h"
 #include "mxfp4.h"
-#include "q8.h"
 
 #ifdef PACE_AMX
 #define GEMM_TILE_ROWS 32
@@ -55,8 +55,9 @@
 #define GEMM_MX_BYTES \
     (384 << 10)  // of rows: with 8 panels of K = 2880, 392 KB, they fill three quarters of a Zen 4's L2
 #define GEMM_MX_SHARERS 8
+#define GEMM_INT8_AHEAD 8192  // bytes ahead of a lone tile
 #define GEMM_C (GEMM_GROUP * GEMM_MC * PACE_NR)
-#define GEMM_SCRATCH (GEMM_C * sizeof(float) + GEMM_GROUP * MX_CHUNK * PACE_NR * sizeof(bf16))
+#define GEMM_SCRATCH (GEMM_C * sizeof(float) + GEMM_GROUP * sizeof(gr_chunk))
 
 // c: [rows][ldc] f32, the first 32 columns are panel p of rows m..m + rows - 1.
 static void gemm_epilogue(const void *op, long p, long m, long rows, const float *c, long ldc) {
@@ -137,7 +138,7 @@ typedef struct {
     const pace_slot *src;
     long m0, rows;
     float *c;              // scratch [GEMM_GROUP * GEMM_MC][PACE_NR]
-    bf16 *expanded;        // scratch for GEMM_GROUP panels of MX_CHUNK k, of formats that are expanded
+    gr_chunk *expanded;    // scratch for GEMM_GROUP panels of MX_CHUNK k, of formats that are expanded
     gemm_done *done;       // takes c [rows][ldc]: panel p of src's rows m .. m + rows - 1
     const void *op;        // its first argument
     const pace_slot *dst;  // where it writes panel p of a row, side by side; NULL: elsewhere
@@ -151,20 +152,42 @@ INLINE const bf16 *gemm_panel(const gemm_job *j, long p, long k) {
     return (const bf16 *)j->w->data + (p * j->w->k_pad + k) * PACE_NR;
 }
 // k0 .. k0 + kc of panel p in bf16: where it stands, or expanded to `to`.
-INLINE const bf16 *gemm_chunk(const gemm_job *j, long p, long k0, long kc, bf16 *to) {
-    switch (j->w->layout) {
-        case PACE_MXFP4:
-            return mx_expand(to, j->w, p, k0, kc);
-        case PACE_INT8:
-            return q8_expand(to, j->w, p, k0, kc);
-        default:
-            return gemm_panel(j, p, k0);
-    }
+INLINE const bf16 *gemm_chunk(const gemm_job *j, long p, long k0, long kc, gr_chunk *to) {
+    if (j->w->layout == PACE_PANELS) return gemm_panel(j, p, k0);
+    if (j->w->layout == PACE_MXFP4) return mx_expand(to->b, j->w, p, k0, kc);
+    gr_expand(to, j->w, p, k0, kc);
+    return to->b;
+}
+// Whether sums are multiplied group by group, and not at the end: a column's only scale is. (Its offset needs the sum
+// of a row, which the tile of groups has.)
+INLINE int gemm_by_groups(const pace_matrix *w) {
+    return pace_is_grouped(w) && (w->group != w->k_pad || w->zeros == PACE_OFFSETS);
 }
 // Sums of bf16 rows with panel p are complete.
 INLINE void gemm_finish(const gemm_job *j, long p, long m, long rows, float *c) {
-    if (j->w->layout == PACE_INT8) q8_scale(j->w, p, rows, c, PACE_NR);
+    if (pace_is_grouped(j->w) && !gemm_by_groups(j->w)) {
+        const uint8_t *scales = gr_panel(j->w, p);
+        for (long r = 0; r < rows; r++)
+            for (long i = 0; i < PACE_NR; i += VL)
+                v_store(c + r * PACE_NR + i, v_mul(v_load(c + r * PACE_NR + i), gr_load(scales, j->w->scales, i)));
+    }
     j->done(j->op, p, j->m0 + m, rows, c, PACE_NR);
+}
+
+// A register tile with a chunk: `a` is set up for any format, `chunk` holds what has groups.
+INLINE void gemm_product(gemm_state *state, const gemm_job *j, long rows, const mm_args *a, const gr_chunk *chunk) {
+    if (!gemm_by_groups(j->w)) {
+        gemm_tile(state, (int)rows, a);
+        return;
+    }
+    mg_rows(rows, (mg_args){.a = a->a,
+                            .chunk = chunk,
+                            .c = a->c,
+                            .lda = a->lda,
+                            .k = 2 * a->kp,
+                            .group = j->w->group,
+                            .accumulate = a->accumulate,
+                            .offsets = j->w->zeros == PACE_OFFSETS});
 }
 
 static void gemm_skinny(const gemm_job *j, long p0, long p1, mm_args a) {
@@ -208,10 +231,47 @@ static void gemm_mx(const gemm_job *j, long p0, long p1) {
                 t.a = (const char *)j->src->data + (j->m0 + m + done) * row;
                 t.share = (uintptr_t)(t.b + panel) + (uintptr_t)(i * groups * t.share_step);
                 if (int8)
-                    mi_rows((int)mr, j->w->layout, fetch, &t);
+                    mi_rows((int)mr, fetch, &t);
                 else
                     mx_rows((int)mr, (int)np, fetch, &t);
                 for (long n = 0; n < np; n++) j->done(j->op, p + n, j->m0 + m + done, mr, j->c + n * PACE_NR, t.ldc);
+            }
+        }
+    }
+}
+
+// int8 rows and panels of integers, in the same way. A row's scales belong to the weights' groups, or to parts of a
+// column; the caller has checked that they do.
+static void gemm_int8(const gemm_job *j, long p0, long p1) {
+    const pace_matrix *w = j->w;
+    const long panel = pace_panel_bytes(w), steps = w->k_pad / 8,
+               bytes = w->layout == PACE_INT4 ? 4 * PACE_NR : 8 * PACE_NR;
+    const int whole = w->group == w->k_pad;
+    mq_args t = {.c = j->c,
+                 .lda = j->src->ld,
+                 .width = j->src->width,
+                 .groups = pace_slot_groups(j->src),
+                 .group = j->src->group,
+                 .head = pace_block_head(w),
+                 .step = whole ? j->src->group / 8 * bytes : pace_block_bytes(w),
+                 .scale_step = whole ? 0 : pace_block_bytes(w),
+                 .scales = w->scales,
+                 .zeros = w->zeros};
+    const long most = mq_most(&t), fit = GEMM_MX_BYTES / j->src->ld / most * most, block = fit < most ? most : fit;
+    for (long m = 0, rows; m < j->rows; m += rows) {
+        rows = j->rows - m < block ? j->rows - m : block;
+        const long tiles = (rows + most - 1) / most, sharers = tiles < GEMM_MX_SHARERS ? tiles : GEMM_MX_SHARERS;
+        for (long p = p0; p < p1; p++) {
+            t.b = gr_panel(w, p);
+            t.fetch_step = (panel / sharers + steps - 1) / steps;
+            for (long i = 0, done = 0, mr; i < tiles; i++, done += mr) {
+                mr = (rows - done) / (tiles - i);
+                t.a = (const int8_t *)j->src->data + (j->m0 + m + done) * j->src->ld;
+                t.fetch = tiles == 1              ? (uintptr_t)t.b + GEMM_INT8_AHEAD
+                          : i < sharers && m == 0 ? (uintptr_t)(t.b + panel) + (uintptr_t)(i * steps * t.fetch_step)
+                                                  : 0;
+                mq_rows((int)mr, w->layout, &t);
+                j->done(j->op, p, j->m0 + m + done, mr, j->c, PACE_NR);
             }
         }
     }
@@ -241,7 +301,7 @@ static void gemm_few(const gemm_job *j, long p0, long p1, mm_args a) {
                              : t < GEMM_SPREAD(tiles)
                                  ? (uintptr_t)(a.b + kc * PACE_NR) + (uintptr_t)(t * a.kp * a.prefetch_step)
                                  : 0;
-                gemm_tile(&state, (int)mr, &a);
+                gemm_product(&state, j, mr, &a, j->expanded);
                 if (k0 + kc == k) gemm_finish(j, p, done, mr, a.c);
             }
         }
@@ -282,8 +342,7 @@ static void gemm_blocked(const gemm_job *j, long p0, long p1, mm_args a) {
             const long tiles = (block + GEMM_TILE_ROWS - 1) / GEMM_TILE_ROWS;
             for (long k0 = 0; k0 < k; k0 += most) {
                 const long kc = k - k0 < most ? k - k0 : most;
-                for (long p = pg; p < pe; p++)
-                    b[p - pg] = gemm_chunk(j, p, k0, kc, j->expanded + (p - pg) * MX_CHUNK * PACE_NR);
+                for (long p = pg; p < pe; p++) b[p - pg] = gemm_chunk(j, p, k0, kc, j->expanded + (p - pg));
                 for (long t = 0, done = 0, mr; t < tiles; t++, done += mr) {
                     mr = gemm_rows_of(block - done, tiles - t);
                     // The row tile after this one: its rows come to L2 four at a time while the panels compute.
@@ -303,7 +362,7 @@ static void gemm_blocked(const gemm_job *j, long p0, long p1, mm_args a) {
                         a.kp = kc / 2;
                         a.accumulate = k0 > 0;
                         if (k0 + kc == k) gemm_fetch_result(j, p, mb + done, mr);
-                        gemm_tile(&state, (int)mr, &a);
+                        gemm_product(&state, j, mr, &a, j->expanded + (p - pg));
                         if (k0 + kc == k) gemm_finish(j, p, mb + done, mr, a.c);
                     }
                 }
@@ -318,14 +377,19 @@ static void gemm_blocked(const gemm_job *j, long p0, long p1, mm_args a) {
 // GEMM_SCRATCH bytes.
 static void gemm_panels(const pace_matrix *w, const pace_slot *src, long p0, long p1, long m0, long m1, void *scratch,
                         gemm_done *done, const void *op, const pace_slot *dst, long dst_width) {
+    if (m0 == m1) return;  // a step may ask for no logits
     float *const c = scratch;
-    const gemm_job j = {w, src, m0, m1 - m0, c, (bf16 *)(void *)(c + GEMM_C), done, op, dst, dst_width};
+    const gemm_job j = {w, src, m0, m1 - m0, c, (gr_chunk *)(void *)(c + GEMM_C), done, op, dst, dst_width};
     const mm_args a = {.lda = src->ld,
                        .ldb = 2 * PACE_NR,
                        .bps = w->k_pad * PACE_NR,
                        .ldc = PACE_NR,
                        .kp = w->k_pad / 2,
                        .prefetch_step = 128};
+    if (src->int8 && pace_is_grouped(w)) {
+        gemm_int8(&j, p0, p1);
+        return;
+    }
     if (src->int8 || (w->layout == PACE_MXFP4 && MX_ROWS)) {
         gemm_mx(&j, p0, p1);
         return;

@@ -40,42 +40,72 @@ typedef uint16_t bf16;
 // of a code is its sign, the others choose from 0 .5 1 1.5 2 3 4 6; the weight is that times 2^(e - 127). e is 1 ..
 // 252, 0 where nothing was packed: packing rewrites what has other scales, and makes what is below 2^-126 zero.
 //
-// PACE_INT8: an integer -128 .. 127 per weight and a scale per column. A panel is f32 scales [PACE_NR], then bytes
-// [k_pad / 8][2][PACE_NR][4], integer + 128 each: of 8 k of a column the first 4 bytes have 0 4 1 5, the second 2 6
-// 3 7. k is padded with integers 0.
+// PACE_INT8, PACE_INT4, PACE_FP8: a code per weight, and a scale for each column and `group` of consecutive k: a
+// multiple of 16, or k_pad for a scale per column. k is padded to PACE_KPAD. A panel is [ceil(k_pad / group)] blocks,
+// the last of which may have fewer k: scales [PACE_NR], then zeros or offsets [PACE_NR] where there are any, then
+// codes. Of 8 k of a column the first 4 bytes of int8 and FP8 have 0 4 1 5, the second 2 6 3 7, in [k /
+// 8][2][PACE_NR][4]; int4 has the first in the low nibbles of 4 bytes and the second in the high ones, [k /
+// 8][PACE_NR][4], which is MXFP4's order. Integers are unsigned, u. The weight is
+//     PACE_SYMMETRIC  (u - 2^(bits - 1)) * scale
+//     PACE_ZEROS      (u - zero) * scale, zero int16
+//     PACE_OFFSETS    u * scale + offset, of the scales' type
+// and of FP8 its E4M3 number times the scale. Padding has weights of 0 where there are no offsets, and scales and
+// offsets of 0 where a whole column or group is.
 #define PACE_NR 32
 #define PACE_KPAD 32
 #define PACE_MX_GROUP 32
 #define PACE_MX_BLOCK 1088
-enum pace_layout { PACE_PANELS, PACE_MXFP4, PACE_INT8, PACE_BF16_ROWS, PACE_F16_ROWS, PACE_F32_ROWS };
+enum pace_layout {
+    PACE_PANELS,
+    PACE_MXFP4,
+    PACE_INT8,
+    PACE_INT4,
+    PACE_FP8,
+    PACE_BF16_ROWS,
+    PACE_F16_ROWS,
+    PACE_F32_ROWS
+};
+enum pace_scales { PACE_SCALES_F32, PACE_SCALES_BF16, PACE_SCALES_F16 };
+enum pace_zeros { PACE_SYMMETRIC, PACE_ZEROS, PACE_OFFSETS };
 typedef struct {
     const void *data;      // packed panels, or plain rows [n][k] where a checkpoint's file has them; NULL: none
     long n, k;             // rows of the weight (output columns), reduction length
     long k_pad, n_panels;  // of panels
     int layout;            // enum pace_layout: the format; a GEMM takes panels only
+    int scales, zeros;     // of int8, int4 and FP8: enums
+    long group;            // of those
     long count, stride;    // matrices of one shape (a layer's experts) and the bytes from one to the next; 1 elsewhere
 } pace_matrix;
 
-static inline long pace_panel_bytes(const pace_matrix *w) {
-    switch (w->layout) {
-        case PACE_MXFP4:
-            return (w->k + 63) / 64 * PACE_MX_BLOCK;
-        case PACE_INT8:
-            return (w->k_pad + (long)sizeof(float)) * PACE_NR;
-        default:
-            return w->k_pad * PACE_NR * (long)sizeof(bf16);
-    }
+static inline int pace_is_grouped(const pace_matrix *w) {
+    return w->layout == PACE_INT8 || w->layout == PACE_INT4 || w->layout == PACE_FP8;
 }
 
-// Integer of one column and k of a panel of PACE_INT8.
-static inline int pace_int8_code(const uint8_t *panel, long column, long k) {
-    const long at = k % 4 / 2 * 4 * PACE_NR + column * 4 + k % 2 * 2 + k % 8 / 4;
-    return panel[PACE_NR * sizeof(float) + (size_t)(k / 8 * 8 * PACE_NR + at)] - 128;
+// Bytes of a block before its codes, of its codes for one k, and of one with all its k.
+static inline long pace_block_head(const pace_matrix *w) {
+    const long scale = w->scales == PACE_SCALES_F32 ? 4 : 2;
+    return PACE_NR * (scale + (w->zeros == PACE_ZEROS ? 2 : w->zeros == PACE_OFFSETS ? scale : 0));
+}
+static inline long pace_code_bytes(const pace_matrix *w) { return w->layout == PACE_INT4 ? PACE_NR / 2 : PACE_NR; }
+static inline long pace_block_bytes(const pace_matrix *w) { return pace_block_head(w) + w->group * pace_code_bytes(w); }
+
+static inline long pace_panel_bytes(const pace_matrix *w) {
+    if (pace_is_grouped(w))
+        return (w->k_pad + w->group - 1) / w->group * pace_block_head(w) + w->k_pad * pace_code_bytes(w);
+    return w->layout == PACE_MXFP4 ? (w->k + 63) / 64 * PACE_MX_BLOCK : w->k_pad * PACE_NR * (long)sizeof(bf16);
+}
+
+// Code of one column and k among codes of int8 and FP8, or of int4.
+static inline int pace_byte_code(const uint8_t *codes, long column, long k) {
+    return codes[k / 8 * 8 * PACE_NR + k % 4 / 2 * 4 * PACE_NR + column * 4 + k % 2 * 2 + k % 8 / 4];
+}
+static inline int pace_nibble_code(const uint8_t *codes, long column, long k) {
+    return codes[k / 8 * 4 * PACE_NR + column * 4 + k % 2 * 2 + k % 8 / 4] >> (k / 2 % 2 * 4) & 15;
 }
 
 // Code of one column and k (0 .. 63) of a block of PACE_MXFP4.
 static inline int pace_mx_code(const uint8_t *block, long column, long k) {
-    return block[64 + k / 8 * 128 + column * 4 + k % 2 * 2 + k % 8 / 4] >> (k / 2 % 2 * 4) & 15;
+    return pace_nibble_code(block + 64, column, k);
 }
 
 // Matrix i of `count`.
@@ -89,17 +119,20 @@ static inline pace_matrix pace_matrix_at(const pace_matrix *w, long i) {
 // Activations: [rows][ld] f32 or bf16. bf16 rows have an ld that is a multiple of 32 with ld * 2 no multiple of 4096
 // bytes (rows of one tile must not share a cache set), and zeros from column `width` to the next multiple of 32.
 //
-// int8: 32 columns of a row are a group, width is a multiple of 32. A row has int8 [width], in every 8 columns the
-// order 0 4 1 5 2 6 3 7 (that of PACE_MXFP4's nibbles), then f32 scales [width / 32], then int32 [width / 32],
-// -PACE_INT8_ZERO times the sum of the group's integers. An element is integer * scale; the scale is amax / 127, the
-// integer x / scale to the nearest, ties to even. amax 0: scale 0 and zeros; with a NaN or an infinity: scale NaN and
-// zeros. ld counts bytes.
+// int8: `group` columns of a row share a scale, the last ones may be fewer; group is 16, 32, 64, 128 or the width,
+// which is a multiple of 32. A row has int8 [width], in every 8 columns the order 0 4 1 5 2 6 3 7 (that of PACE_MXFP4's
+// nibbles), then f32 scales [groups], then int32 [groups], -PACE_INT8_ZERO times the sum of the group's integers. An
+// element is integer * scale; the scale is amax / 127, the integer x / scale to the nearest, ties to even. amax 0:
+// scale 0 and zeros; with a NaN or an infinity: scale NaN and zeros. ld counts bytes.
 #define PACE_INT8_ZERO 16  // added to the integers of 4-bit weights, -12 .. 12, so that they are unsigned
 typedef struct {
     void *data;
     long ld, width;
     int bf16, int8;  // neither: f32
+    long group;      // of int8
 } pace_slot;
+
+static inline long pace_slot_groups(const pace_slot *s) { return (s->width + s->group - 1) / s->group; }
 
 // What a step computes. A group is the layers whose keys and values lie in one pool under one table.
 #define PACE_MAX_GROUPS 8
@@ -188,7 +221,7 @@ typedef struct {
 
 // dst = src in int8, each row by itself.
 typedef struct {
-    pace_slot src, dst;  // bf16, int8 of the same width
+    pace_slot src, dst;  // bf16, int8 of the same width and any group
     long times;          // rows of these slots for each row of the batch
 } pace_quantise;
 #define PACE_FIELDS_quantise(F) F(quantise, slot, src) F(quantise, slot, dst) F(quantise, integer, times)
@@ -223,7 +256,7 @@ typedef struct {
 // other[at] of the row where there is one. mul: dst = scale * act(y) * other[at ..]. gated: dst = act(gate) * up, where
 // columns 0..15 of a panel are gate and 16..31 up, so that a panel makes 16 columns of dst and not 32.
 typedef struct {
-    pace_slot src, dst;  // bf16 [m][weight.k], or int8 where the weight isn't bf16; f32 or bf16, f32 to add
+    pace_slot src, dst;  // bf16 [m][weight.k], or int8 (see gemm.h for which weights); f32 or bf16, f32 to add
     pace_slot other;     // f32, mul and add only; data NULL: none
     pace_matrix weight;  // panels
     const float *bias;   // [n_panels * PACE_NR] in packed column order, or NULL
@@ -442,6 +475,13 @@ typedef struct {
     X(experts_in, choices) \
     X(experts_out, choices)
 
+// Rows of a checkpoint in codes.
+typedef struct {
+    const uint8_t *codes;          // [rows][ld], k of them count
+    const void *scales, *offsets;  // [rows][ld_scales] elements of the matrix' types; offsets may be zeros, or NULL
+    long ld, ld_scales;
+} pace_rows_of_codes;
+
 typedef struct {
     const char *isa;
     void (*embed)(const pace_embed *g, const pace_batch *b, long m0, long m1);
@@ -464,9 +504,15 @@ typedef struct {
     // or the first row with a value that is no finite bf16.
     long (*pack_mxfp4)(uint8_t *dst, const uint8_t *blocks, const uint8_t *scales, long ld_blocks, long ld_scales,
                        long rows, long k, long half);
-    // The same from int8 [rows][ld] with an f32 scale each. Returns -1, or the first row whose scale is not finite.
-    long (*pack_int8)(uint8_t *dst, const int8_t *src, const float *scales, long ld, long rows, long k, long k_pad,
-                      long half);
+    // The same from codes [rows][ld], one a byte, with scales [rows][groups] of the matrix' type, and zeros or offsets
+    // as many where it has some. Returns -1, or the first row with a scale or an offset that is no finite number, a
+    // code above 15 of int4, or a NaN of FP8.
+    long (*pack_groups)(uint8_t *panel, const pace_matrix *w, const pace_rows_of_codes *src, long rows, long half);
+    // Rows of dtype 0 bf16, 1 f16, 2 f32, ld elements apart, to codes [rows][k] and scales [rows][groups] of a
+    // symmetric matrix, whose scales are bf16 or f32. A row with a NaN or an infinity gets a scale that is none. row:
+    // scratch for k_pad numbers.
+    void (*quantise_rows)(uint8_t *codes, void *scales, float *row, const pace_matrix *w, const void *src, int dtype,
+                          long ld, long rows);
     void (*unpack_row)(float *dst, const pace_matrix *w, long row);  // packed column `row` as f32 [k]
     void (*rope)(const pace_rope *g, const pace_batch *b, const pace_rows *rows, long kv_head);
     // Rows times the query heads of a kv head: at most PACE_ATTN_ROWS.

@@ -8,7 +8,8 @@ cdef extern from "matrix.h" nogil:
     ctypedef struct pace_source:
         const void *rows
         size_t bytes, ld
-    int pace_packed_init(pace_packed *w, int layout, long n, long k, long count)
+    int pace_packed_init(pace_packed *w)
+    int pace_packed_recast(pace_packed *w, int scales, int zeros)
     void pace_packed_free(pace_packed *w)
     int pace_packed_fill(pace_packed *w, long i, pace_team *team, const pace_kernels *kernels, const pace_source *src,
                          int dtype, long rows, long at, int mode, long *bad)
@@ -26,6 +27,11 @@ cdef extern from "pool.h" nogil:
     void pace_pool_map_ahead(pace_pool *pool, long reached, long n_seqs)
 
 
+cdef bint sources_are_elements(const pace_source *src):
+    """Rows to be quantised: no scales beside."""
+    return src[1].rows == NULL
+
+
 cdef class Matrix:
     """What an operator takes for a weight [n, k], or for `count` of them."""
     cdef pace_matrix m
@@ -35,14 +41,20 @@ cdef class Matrix:
 cdef class Packed(Matrix):
     cdef pace_packed w
 
-    def __cinit__(self, long n, long k, long count, int layout):
+    def __cinit__(self, long n, long k, long count, int layout, long group=0, int scales=0, int zeros=0):
         if n < 1 or k < 1 or count < 1:
             raise ValueError(f"matrix is [{n}, {k}], both must be positive, and so must their count, {count}")
-        if layout not in (PACE_PANELS, PACE_MXFP4, PACE_INT8):
+        if layout not in (PACE_PANELS, PACE_MXFP4, PACE_INT8, PACE_INT4, PACE_FP8):
             raise ValueError(f"layout {layout} is none of panels")
+        if group and (layout < PACE_INT8 or group < 16 or 256 % group):
+            raise ValueError(f"groups of {group} columns in layout {layout}")
+        if scales not in (0, 1, 2) or zeros not in (0, 1, 2) or (zeros and layout not in (PACE_INT8, PACE_INT4)):
+            raise ValueError(f"scales of type {scales} and zeros of type {zeros} in layout {layout}")
         if layout == PACE_MXFP4 and k % PACE_MX_GROUP:
             raise ValueError(f"MXFP4 matrix is [{n}, {k}], its rows must be whole groups of {PACE_MX_GROUP}")
-        if pace_packed_init(&self.w, layout, n, k, count):
+        self.w.m.layout, self.w.m.n, self.w.m.k, self.w.m.count = layout, n, k, count
+        self.w.m.group, self.w.m.scales, self.w.m.zeros = group, scales, zeros
+        if pace_packed_init(&self.w):
             raise MemoryError(f"cannot allocate a packed matrix [{n}, {k}]" + f" {count} times" * (count > 1))
         self.m, self.n, self.k, self.count = self.w.m, n, k, count
 
@@ -70,27 +82,31 @@ cdef class Packed(Matrix):
         cdef int e
         with nogil:
             e = pace_packed_fill(&self.w, i, team.team, current, src, dtype, rows, at, mode, &bad)
-        if e == EDOM and self.m.layout == PACE_INT8:
-            raise Unrepresentable(f"row {bad} has a scale that is no finite number")
+        if e == EDOM and self.m.layout != PACE_MXFP4:
+            if sources_are_elements(src):
+                raise Unrepresentable(f"row {bad} has a weight that is no finite number")
+            what = {PACE_INT4: ", or a code above 15", PACE_FP8: ", or a NaN"}.get(self.m.layout, "")
+            raise Unrepresentable(f"row {bad} has a scale or an offset that is no finite number{what}")
         if e == EDOM:
             raise Unrepresentable(f"row {bad} has a scale of 255, which is NaN, or a weight of 2^128 or more")
         check_run(e)
         return 0
 
     def pack(self, Team team, const unsigned char[:, ::1] src, int dtype, long at, int mode, long i):
-        cdef pace_source sources[2]
-        if self.m.layout != PACE_PANELS:
+        cdef pace_source sources[3]
+        memset(sources, 0, sizeof(sources))
+        if self.m.layout == PACE_MXFP4 or self.m.zeros:
             raise ValueError("rows of bf16, f16 or f32 for a quantised matrix; expected its codes and scales")
         if dtype not in (0, 1, 2) or src.shape[0] < 1 or src.shape[1] != self.k * (4 if dtype == 2 else 2):
             raise ValueError(f"source rows have {src.shape[1]} bytes, the matrix wants {self.k} elements of type {dtype}")
-        memset(sources, 0, sizeof(sources))
         sources[0].rows, sources[0].bytes, sources[0].ld = &src[0, 0], src.shape[1], src.shape[1]
         self.fill(team, sources, dtype, src.shape[0], at, mode, i)
 
     def pack_mxfp4(self, Team team, const unsigned char[:, :] blocks, const unsigned char[:, :] scales, long at, int mode,
                    long i):
-        cdef pace_source sources[2]
+        cdef pace_source sources[3]
         cdef long groups = self.k // PACE_MX_GROUP
+        memset(sources, 0, sizeof(sources))
         if self.m.layout != PACE_MXFP4:
             raise ValueError("blocks and scales of MXFP4 for a matrix of another format")
         if blocks.shape[0] != scales.shape[0] or blocks.shape[1] != 16 * groups or scales.shape[1] != groups:
@@ -104,15 +120,39 @@ cdef class Packed(Matrix):
         sources[1].rows, sources[1].bytes, sources[1].ld = &scales[0, 0], scales.shape[1], scales.strides[0]
         self.fill(team, sources, 0, blocks.shape[0], at, mode, i)
 
-    def pack_int8(self, Team team, const signed char[:, ::1] codes, const float[::1] scales, long at, int mode, long i):
-        cdef pace_source sources[2]
-        if self.m.layout != PACE_INT8:
-            raise ValueError("integers and scales of int8 for a matrix of another format")
-        if codes.shape[0] < 1 or codes.shape[0] != scales.shape[0] or codes.shape[1] != self.k:
-            raise ValueError(f"{codes.shape[0]} rows of {codes.shape[1]} integers with {scales.shape[0]} scales, the matrix "
-                             f"wants rows of {self.k}")
-        sources[0].rows, sources[0].bytes, sources[0].ld = &codes[0, 0], codes.shape[1], codes.shape[1]
-        sources[1].rows, sources[1].bytes, sources[1].ld = &scales[0], 4, 4
+    @property
+    def kind(self):
+        """Types of scales and of zeros."""
+        return self.m.scales, self.m.zeros
+
+    def recast(self, int scales, int zeros):
+        """Scales and zeros of wider types: the same weights."""
+        if pace_packed_recast(&self.w, scales, zeros):
+            raise MemoryError(f"cannot allocate a packed matrix [{self.n}, {self.k}]")
+        self.m = self.w.m
+
+    def pack_groups(self, Team team, const unsigned char[:, :] codes, const unsigned char[:, ::1] scales,
+                    const unsigned char[:, ::1] offsets, long at, int mode, long i):
+        """Bytes of scales and offsets in the matrix' types; no offsets: as many rows of 0 bytes."""
+        cdef pace_source sources[3]
+        cdef long groups = (self.k + self.m.group - 1) // self.m.group, size = 2 if self.m.scales else 4
+        cdef long zero_size = 0 if not self.m.zeros else 2 if self.m.zeros == 1 else size
+        memset(sources, 0, sizeof(sources))
+        if self.m.layout < PACE_INT8 or self.m.layout > PACE_FP8:
+            raise ValueError("codes and scales for a matrix of another format")
+        if codes.shape[0] < 1 or codes.shape[1] != self.k or codes.strides[1] != 1 or codes.strides[0] < self.k:
+            raise ValueError(f"{codes.shape[0]} rows of {codes.shape[1]} codes, the matrix wants rows of {self.k} that stand "
+                             "side by side")
+        if scales.shape[0] != codes.shape[0] or scales.shape[1] != groups * size:
+            raise ValueError(f"{codes.shape[0]} rows with {scales.shape[0]} rows of scales, {scales.shape[1]} bytes each; the "
+                             f"matrix wants {groups * size}")
+        if offsets.shape[0] != codes.shape[0] or offsets.shape[1] != groups * zero_size:
+            raise ValueError(f"{codes.shape[0]} rows with {offsets.shape[0]} rows of offsets, {offsets.shape[1]} bytes each; "
+                             f"the matrix wants {groups * zero_size}")
+        sources[0].rows, sources[0].bytes, sources[0].ld = &codes[0, 0], self.k, codes.strides[0]
+        sources[1].rows, sources[1].bytes, sources[1].ld = &scales[0, 0], scales.shape[1], scales.shape[1]
+        if zero_size:
+            sources[2].rows, sources[2].bytes, sources[2].ld = &offsets[0, 0], offsets.shape[1], offsets.shape[1]
         self.fill(team, sources, 0, codes.shape[0], at, mode, i)
 
     def unpack(self, long i):

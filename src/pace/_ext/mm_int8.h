@@ -1,15 +1,12 @@
-// mm_int8.h - the register tile on int8 rows: C[mr][cols] is the sum over groups g, ascending, of
+// mm_int8.h - dot products of integers, and the register tile of int8 rows and MXFP4: C[mr][cols] is the sum over
+// groups g of 32, ascending, of
 //
 //     scale[r][g] * scale[c][g] * (sum over k of u[c][k] q[r][k]  -  zero * sum over k of q[r][k])
 //
-// Dot products want unsigned times signed, so weights are unsigned, u: the integer plus a zero point. The sum of q,
-// which corrects that, is a property of the row and the group alone, and the row brings it (see pace_slot). Integers
-// are exact.
-//   MXFP4  u is twice a code's value plus PACE_INT8_ZERO, from a table. A group's sum is multiplied by the row's scale,
-//          which rounds, and added in one fma with the weight's, 2^(e - 128).
-//   int8   u is the integer plus 128. A group's sum is added in one fma with the row's scale, and the column's comes
-//   last.
-// So an element is the same at every mr.
+// Dot products want unsigned times signed, so weights are unsigned: u is twice a code's value plus PACE_INT8_ZERO, from
+// a table. The sum of q, which corrects that, is a property of the row and the group alone, and the row brings it (see
+// pace_slot). Integers are exact; a group's sum is multiplied by the row's scale, which rounds, and added in one fma
+// with the weight's, 2^(e - 128). So an element is the same at every mr.
 //
 //   tier         two dot products of 4 k and 16 columns, one row; MXFP4 also a load, a shift and 2 lookups for all rows
 //   avx512bf16 avx512vnni  2 vpdpbusd
@@ -21,8 +18,8 @@
 #ifndef PACE_MM_INT8_H
 #define PACE_MM_INT8_H
 
+#include "groups.h"
 #include "mxfp4.h"
-#include "q8.h"
 
 #define MI_VALUE(x) PACE_INT8_ZERO + (x)
 #define MI_VALUES                                                                                            \
@@ -36,6 +33,8 @@ static const _Alignas(64) uint8_t mi_values[64] = {MI_VALUES, MI_VALUES, MI_VALU
 #define MI_ROWS 6
 #define MI_VECTORS 2
 typedef __m512i vi;
+INLINE vi mi_first(vi x) { return _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8); }  // of two signed bytes in a word
+INLINE vi mi_second(vi x) { return _mm512_srai_epi16(x, 8); }
 INLINE vi vi_load(const void *p) { return _mm512_loadu_si512(p); }
 INLINE vi vi_set(int32_t x) { return _mm512_set1_epi32(x); }
 INLINE vi vi_high(vi x) { return _mm512_srli_epi16(x, 4); }
@@ -63,10 +62,10 @@ INLINE vi mi_dot(vi acc, const int wide, vi u0, vi q0, vi u1, vi q1) {
 #else
     if (wide) {
         const vi byte = _mm512_set1_epi16(255);
-        const vi even = _mm512_add_epi32(_mm512_madd_epi16(_mm512_and_si512(u0, byte), q8_first(q0)),
-                                         _mm512_madd_epi16(_mm512_and_si512(u1, byte), q8_first(q1)));
-        const vi odd = _mm512_add_epi32(_mm512_madd_epi16(_mm512_srli_epi16(u0, 8), q8_second(q0)),
-                                        _mm512_madd_epi16(_mm512_srli_epi16(u1, 8), q8_second(q1)));
+        const vi even = _mm512_add_epi32(_mm512_madd_epi16(_mm512_and_si512(u0, byte), mi_first(q0)),
+                                         _mm512_madd_epi16(_mm512_and_si512(u1, byte), mi_first(q1)));
+        const vi odd = _mm512_add_epi32(_mm512_madd_epi16(_mm512_srli_epi16(u0, 8), mi_second(q0)),
+                                        _mm512_madd_epi16(_mm512_srli_epi16(u1, 8), mi_second(q1)));
         return _mm512_add_epi32(acc, _mm512_add_epi32(even, odd));
     }
     const vi pairs = _mm512_add_epi16(_mm512_maddubs_epi16(u0, q0), _mm512_maddubs_epi16(u1, q1));
@@ -77,6 +76,8 @@ INLINE vi mi_dot(vi acc, const int wide, vi u0, vi q0, vi u1, vi q1) {
 #define MI_ROWS 3  // 8 columns: 3 + 3, scales, table, mask, ones, 2 values, 2 broadcasts
 #define MI_VECTORS 1
 typedef __m256i vi;
+INLINE vi mi_first(vi x) { return _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8); }
+INLINE vi mi_second(vi x) { return _mm256_srai_epi16(x, 8); }
 INLINE vi vi_load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
 INLINE vi vi_set(int32_t x) { return _mm256_set1_epi32(x); }
 INLINE vi vi_high(vi x) { return _mm256_srli_epi16(x, 4); }
@@ -90,10 +91,10 @@ INLINE vf mi_scales(const uint8_t *e) {
 INLINE vi mi_dot(vi acc, const int wide, vi u0, vi q0, vi u1, vi q1) {
     if (wide) {
         const vi byte = _mm256_set1_epi16(255);
-        const vi even = _mm256_add_epi32(_mm256_madd_epi16(_mm256_and_si256(u0, byte), q8_first(q0)),
-                                         _mm256_madd_epi16(_mm256_and_si256(u1, byte), q8_first(q1)));
-        const vi odd = _mm256_add_epi32(_mm256_madd_epi16(_mm256_srli_epi16(u0, 8), q8_second(q0)),
-                                        _mm256_madd_epi16(_mm256_srli_epi16(u1, 8), q8_second(q1)));
+        const vi even = _mm256_add_epi32(_mm256_madd_epi16(_mm256_and_si256(u0, byte), mi_first(q0)),
+                                         _mm256_madd_epi16(_mm256_and_si256(u1, byte), mi_first(q1)));
+        const vi odd = _mm256_add_epi32(_mm256_madd_epi16(_mm256_srli_epi16(u0, 8), mi_second(q0)),
+                                        _mm256_madd_epi16(_mm256_srli_epi16(u1, 8), mi_second(q1)));
         return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
     }
     const vi pairs = _mm256_add_epi16(_mm256_maddubs_epi16(u0, q0), _mm256_maddubs_epi16(u1, q1));
@@ -101,9 +102,8 @@ INLINE vi mi_dot(vi acc, const int wide, vi u0, vi q0, vi u1, vi q1) {
 }
 #endif
 
-// Columns from `vector` * VL on; mr, int8 (PACE_INT8, not PACE_MXFP4) and fetch are compile-time constants in every
-// call.
-INLINE void mi_tile(const int mr, const int int8, const int fetch, const mx_args *t, int vector) {
+// Columns from `vector` * VL on; mr and fetch are compile-time constants in every call.
+INLINE void mi_tile(const int mr, const int fetch, const mx_args *t, int vector) {
     enum { nv = MI_VECTORS };
     const vi table = vi_load(mi_values);
     vf sum[MI_ROWS][nv];
@@ -115,11 +115,11 @@ INLINE void mi_tile(const int mr, const int int8, const int fetch, const mx_args
 #pragma GCC unroll 2
     for (int i = 0; i < 2; i++) a[i] = (const int8_t *)t->a + (3 * i < mr ? 3 * i : 0) * t->lda;
     const long lda = t->lda, groups = t->k / PACE_MX_GROUP, at_scales = t->k, at_sums = t->k + 4 * groups;
-    const long step = int8 ? 8 * PACE_NR : 4 * PACE_NR;  // bytes of 8 k
-    const uint8_t *scales = t->b + vector * VL, *codes = t->b + (int8 ? 4 : 2) * PACE_NR + vector * VL * 4;
+    const long step = 4 * PACE_NR;  // bytes of 8 k
+    const uint8_t *scales = t->b + vector * VL, *codes = t->b + 2 * PACE_NR + vector * VL * 4;
     uintptr_t share = t->share;
     for (long i = 0; i < groups; i++) {
-        if (fetch == MX_SHARE) mx_fetch_share(&share, t->share_step, int8 ? 2 * MX_SHARE_LINES : MX_SHARE_LINES);
+        if (fetch == MX_SHARE) mx_fetch_share(&share, t->share_step, MX_SHARE_LINES);
         if (fetch == MX_AHEAD) FETCH((uintptr_t)scales + MX_BYTES_AHEAD, _MM_HINT_T0);
         vi acc[MI_ROWS][nv];
         const long beside = i * 4 - i * PACE_MX_GROUP;  // a has moved on; scales and sums are 4 bytes a group
@@ -128,7 +128,7 @@ INLINE void mi_tile(const int mr, const int int8, const int fetch, const mx_args
             int32_t zero;
             memcpy(&zero, a[r / 3] + (r % 3) * lda + at_sums + beside, 4);
 #pragma GCC unroll 2
-            for (int j = 0; j < nv; j++) acc[r][j] = int8 ? vi_times_8(vi_set(zero)) : vi_set(zero);
+            for (int j = 0; j < nv; j++) acc[r][j] = vi_set(zero);
         }
 #pragma GCC unroll 4
         for (int q = 0; q < 4; q++) {
@@ -137,8 +137,8 @@ INLINE void mi_tile(const int mr, const int int8, const int fetch, const mx_args
             for (int j = 0; j < nv; j++) {
                 const uint8_t *at = codes + q * step + j * VL * 4;
                 const vi x = vi_load(at);
-                low[j] = int8 ? x : mi_lookup(x, table);
-                high[j] = int8 ? vi_load(at + 4 * PACE_NR) : mi_lookup(vi_high(x), table);
+                low[j] = mi_lookup(x, table);
+                high[j] = mi_lookup(vi_high(x), table);
             }
 #pragma GCC unroll 4
             for (long line = 0; fetch == MX_AHEAD && line < step; line += 64)
@@ -149,61 +149,51 @@ INLINE void mi_tile(const int mr, const int int8, const int fetch, const mx_args
                 memcpy(x, a[r / 3] + (r % 3) * lda + 8 * q, 8);
 #pragma GCC unroll 2
                 for (int j = 0; j < nv; j++)
-                    acc[r][j] = mi_dot(acc[r][j], int8, low[j], vi_set(x[0]), high[j], vi_set(x[1]));
+                    acc[r][j] = mi_dot(acc[r][j], 0, low[j], vi_set(x[0]), high[j], vi_set(x[1]));
             }
         }
         vf weight[nv];
 #pragma GCC unroll 2
-        for (int j = 0; j < nv; j++) weight[j] = int8 ? v_zero() : mi_scales(scales + j * VL);
+        for (int j = 0; j < nv; j++) weight[j] = mi_scales(scales + j * VL);
 #pragma GCC unroll 6
         for (int r = 0; r < mr; r++) {
             float row;
             memcpy(&row, a[r / 3] + (r % 3) * lda + at_scales + beside, 4);
 #pragma GCC unroll 2
             for (int j = 0; j < nv; j++)
-                sum[r][j] = int8 ? v_fma(vi_float(acc[r][j]), v_set(row), sum[r][j])
-                                 : v_fma(v_mul(vi_float(acc[r][j]), v_set(row)), weight[j], sum[r][j]);
+                sum[r][j] = v_fma(v_mul(vi_float(acc[r][j]), v_set(row)), weight[j], sum[r][j]);
         }
         codes += 4 * step;
         scales += PACE_NR;
-        if (!int8 && i % 2) {  // the next block
+        if (i % 2) {  // the next block
             scales += PACE_MX_BLOCK - 2 * PACE_NR;
             codes += 2 * PACE_NR;
         }
 #pragma GCC unroll 2
         for (int r = 0; r < 2; r++) a[r] += PACE_MX_GROUP;
     }
-    const float *last = (const float *)(const void *)t->b + vector * VL;
 #pragma GCC unroll 6
     for (int r = 0; r < mr; r++)
 #pragma GCC unroll 2
-        for (int j = 0; j < nv; j++)
-            v_store(t->c + r * t->ldc + (vector + j) * VL, int8 ? v_mul(sum[r][j], v_load(last + j * VL)) : sum[r][j]);
+        for (int j = 0; j < nv; j++) v_store(t->c + r * t->ldc + (vector + j) * VL, sum[r][j]);
 }
 
-// mr <= MI_ROWS rows of an int8 slot times a panel of that layout.
-static void mi_rows(int mr, int layout, int fetch, const mx_args *t) {
-#define MI_FETCH(MR, INT8)                 \
-    if (fetch == MX_AHEAD && v == 0)       \
-        mi_tile(MR, INT8, MX_AHEAD, t, v); \
-    else if (fetch == MX_SHARE && v == 0)  \
-        mi_tile(MR, INT8, MX_SHARE, t, v); \
-    else                                   \
-        mi_tile(MR, INT8, MX_NONE, t, v);
-#define MI_CASE(MR)                \
-    case MR:                       \
-        if (MR > MI_ROWS) break;   \
-        if (layout == PACE_INT8) { \
-            MI_FETCH(MR, 1)        \
-        } else {                   \
-            MI_FETCH(MR, 0)        \
-        }                          \
+// mr <= MI_ROWS rows of an int8 slot times a panel of MXFP4.
+static void mi_rows(int mr, int fetch, const mx_args *t) {
+#define MI_CASE(MR)                           \
+    case MR:                                  \
+        if (MR > MI_ROWS) break;              \
+        if (fetch == MX_AHEAD && v == 0)      \
+            mi_tile(MR, MX_AHEAD, t, v);      \
+        else if (fetch == MX_SHARE && v == 0) \
+            mi_tile(MR, MX_SHARE, t, v);      \
+        else                                  \
+            mi_tile(MR, MX_NONE, t, v);       \
         break;
     for (int v = 0; v < PACE_NR / VL; v += MI_VECTORS) {
         switch (mr) { MI_CASE(1) MI_CASE(2) MI_CASE(3) MI_CASE(4) MI_CASE(5) MI_CASE(6) }
     }
 #undef MI_CASE
-#undef MI_FETCH
 }
 
 #endif

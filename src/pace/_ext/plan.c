@@ -221,7 +221,7 @@ static cut cut_op(const pace_plan *p, const pace_op *op) {
 }
 
 static void arm(pace_plan *p, long i, int tid) {
-    if (i >= p->n_ops) return;
+    if (i >= p->end_op) return;
     pace_work *w = &p->ring[i & 1];
     const long n = cut_op(p, &p->ops[i]).n;
     if (p->ops[i].kind == PACE_OP_attention)
@@ -247,7 +247,7 @@ static void run_gemm(const pace_plan *p, const pace_op *op, const cut *c, long i
     const long p1 = p0 + c->grain < n_panels ? p0 + c->grain : n_panels;
     const long m1 = m0 + c->rows_per_block < m ? m0 + c->rows_per_block : m;
     pace_gemm g = op->u.gemm;
-    if (op->head) g.src.data = (bf16 *)g.src.data + p->head_row * g.src.ld;
+    if (op->head) g.src.data = (char *)g.src.data + p->head_row * g.src.ld * (g.src.int8 ? 1 : (long)sizeof(bf16));
     op->kernels->gemm(&g, p0, p1, m0, m1, scratch);
     if (op->block_max) note_maxima(op, p0, p1, m0, m1);
 }
@@ -325,7 +325,7 @@ static void step_worker(void *arg, int tid, pace_team *team) {
     pace_plan *p = arg;
     void *scratch = pace_team_scratch(team, tid);
     double last = tid == 0 ? seconds() : 0.0;
-    for (long i = p->first_op; i < p->n_ops; i++) {
+    for (long i = p->first_op; i < p->end_op; i++) {
         const pace_op *op = &p->ops[i];
         const cut c = cut_op(p, op);
         arm(p, i + 1, tid);
@@ -350,17 +350,20 @@ static void step_worker(void *arg, int tid, pace_team *team) {
     }
 }
 
-static int run_from(pace_plan *p, long op, long head_row) {
+static int run(pace_plan *p, long op, long end, long head_row) {
     p->first_op = op;
+    p->end_op = end;
     p->head_row = head_row;
     for (int tid = 0; tid < p->n_threads; tid++) arm(p, op, tid);
     return pace_team_run_with(p->team, step_worker, p, p->scratch_bytes);
 }
 
-int pace_plan_step(pace_plan *p, const pace_batch *batch) {
+int pace_plan_part(pace_plan *p, const pace_batch *batch, long first, long end) {
     p->batch = *batch;
     for (int i = 0; i < p->n_lists; i++) pace_list_make(&p->lists[i], &p->batch, p->n_threads);
-    return run_from(p, 0, 0);
+    return run(p, first, end, 0);
 }
 
-int pace_plan_head(pace_plan *p, long first) { return run_from(p, p->n_ops - 1, first); }
+int pace_plan_step(pace_plan *p, const pace_batch *batch) { return pace_plan_part(p, batch, 0, p->n_ops); }
+
+int pace_plan_head(pace_plan *p, long first) { return run(p, p->n_ops - 1, p->n_ops, first); }

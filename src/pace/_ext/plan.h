@@ -22,7 +22,7 @@ typedef struct {
     pace_op *ops;
     long n_ops, cap_ops;
     long max_tokens, max_seqs, max_logits;  // logits that exist at a time; a step may ask for more, see pace_plan_head
-    long first_op, head_row;                // where a run begins; the first logit row of the head's
+    long first_op, end_op, head_row;        // what a run runs; the first logit row of the head's
     pace_batch batch;
     pace_list lists[PACE_MAX_LISTS];  // this step's work
     int n_lists;
@@ -43,6 +43,8 @@ int pace_plan_add(pace_plan *p, const pace_op *op);
 // The batch must have been checked by the caller (ranges, monotone q_start, table entries). 0 or an error of
 // pace_team_run.
 int pace_plan_step(pace_plan *p, const pace_batch *batch);
+// Operators first .. end - 1 of it alone, so that somebody can look at slots in between.
+int pace_plan_part(pace_plan *p, const pace_batch *batch, long first, long end);
 // The logits of the last step's rows from `first` on, at most max_logits of them: scoring a prompt of 2000 tokens must
 // not take a gigabyte. The step itself has made the first ones.
 int pace_plan_head(pace_plan *p, long first);

@@ -30,7 +30,7 @@ cdef extern from "plan.h" nogil:
     int pace_plan_init(pace_plan *p, pace_team *team, long max_tokens, long max_seqs, long max_logits)
     void pace_plan_free(pace_plan *p)
     int pace_plan_add(pace_plan *p, const pace_op *op)
-    int pace_plan_step(pace_plan *p, const pace_batch *batch)
+    int pace_plan_part(pace_plan *p, const pace_batch *batch, long first, long end)
     int pace_plan_head(pace_plan *p, long first)
 
 
@@ -91,17 +91,21 @@ cdef class Plan:
         self.pools.append(pool)
         self.reaches.append(0 if reach is None else reach)
 
-    def add_slot(self, long width, dtype, long rows):
+    def add_slot(self, long width, dtype, long rows, long group=0):
         if self.n_slots == 64:
             raise ValueError("more than 64 slots")
         if not 1 <= width <= 0x7fffffff or not 1 <= rows <= 0x7fffffff:
             raise ValueError(f"slot of {rows} rows of {width}: both must be positive int32")
         if dtype not in ("f32", "bf16", "int8") or (dtype == "int8" and width % PACE_MX_GROUP):
             raise ValueError(f"slot of {width} columns of {dtype}: int8 wants whole groups of {PACE_MX_GROUP}")
+        if dtype == "int8" and group and (group < 16 or group > 128 or group & (group - 1)):
+            raise ValueError(f"slot of int8 with groups of {group}: expected 16, 32, 64, 128, or 0 for whole rows")
         cdef pace_slot s
+        s.group = 0
         # 64 extra bytes a row: rows of a register tile then fall into different cache sets.
         if dtype == "int8":
-            s.ld = (width + width // 4 + 63) // 64 * 64
+            s.group = group if group and group < width else width
+            s.ld = (width + 8 * ((width + s.group - 1) // s.group) + 63) // 64 * 64
             s.ld += 64 if s.ld % 128 == 0 else 0
         else:
             s.ld = (width + 31) // 32 * 32 + 32 if dtype == "bf16" else (width + 15) // 16 * 16
@@ -245,12 +249,15 @@ cdef class Plan:
         return reached
 
     def step(self, const int32_t[::1] token_ids, const int32_t[::1] q_start, const int32_t[::1] kv_len, tuple block_tables,
-             const int32_t[::1] logit_rows):
+             const int32_t[::1] logit_rows, long first=0, long end=-1):
         cdef pace_batch b
         cdef const int32_t[:, ::1] table
         cdef long s, i, n_seqs = kv_len.shape[0], n = token_ids.shape[0], n_logits = logit_rows.shape[0], last = -1, q_len
         cdef long most = self.p.max_tokens if self.p.n_ops and self.p.ops[self.p.n_ops - 1].head else self.p.max_logits
         cdef long reached[8]
+        end = self.p.n_ops if end < 0 else end
+        if not 0 <= first <= end <= self.p.n_ops:
+            raise ValueError(f"operators {first} to {end} of {self.p.n_ops}")
         if not 1 <= n <= self.p.max_tokens or not 1 <= n_seqs <= self.p.max_seqs or n_logits > most:
             raise ValueError(f"step of {n} tokens, {n_seqs} sequences, {n_logits} logit rows; the plan holds "
                              f"{self.p.max_tokens}, {self.p.max_seqs}, {most}")
@@ -284,7 +291,7 @@ cdef class Plan:
             for i in range(len(self.pools)):
                 self.map_ahead(self.pools[i], reached[i], n_seqs)
             with nogil:
-                e = pace_plan_step(&self.p, &b)
+                e = pace_plan_part(&self.p, &b, first, end)
         finally:
             self.stepping = False
         check_run(e)

@@ -41,11 +41,33 @@ static double mxfp4_at(const pace_matrix *w, long n, long k) {
     return code & 8 ? -x : x;
 }
 
-static double int8_weight_at(const pace_matrix *w, long n, long k) {
+// Element i of scales of a type.
+static double scale_at(const uint8_t *p, int type, long i) {
+    float f;
+    uint16_t h;
+    memcpy(&f, p + 4 * i * (type == PACE_SCALES_F32), 4);
+    memcpy(&h, p + 2 * i, 2);
+    return type == PACE_SCALES_F32 ? (double)f : type == PACE_SCALES_BF16 ? from_bf16(h) : from_f16(h);
+}
+
+static double from_e4m3(int code) {
+    const int magnitude = code & 127;
+    const double x = magnitude < 8 ? ldexp(magnitude, -9) : ldexp(8 + magnitude % 8, magnitude / 8 - 10);
+    return code & 128 ? -x : x;
+}
+
+static double grouped_at(const pace_matrix *w, long n, long k) {
     const uint8_t *panel = (const uint8_t *)w->data + n / PACE_NR * pace_panel_bytes(w);
-    float scale;
-    memcpy(&scale, panel + n % PACE_NR * 4, 4);
-    return (double)pace_int8_code(panel, n % PACE_NR, k) * (double)scale;
+    const uint8_t *block = panel + k / w->group * pace_block_bytes(w), *codes = block + pace_block_head(w);
+    const uint8_t *zeros = block + PACE_NR * (w->scales == PACE_SCALES_F32 ? 4 : 2);
+    const long column = n % PACE_NR, in = k % w->group;
+    const double scale = scale_at(block, w->scales, column);
+    const int code = w->layout == PACE_INT4 ? pace_nibble_code(codes, column, in) : pace_byte_code(codes, column, in);
+    if (w->layout == PACE_FP8) return from_e4m3(code) * scale;
+    if (w->zeros == PACE_OFFSETS) return (double)code * scale + scale_at(zeros, w->scales, column);
+    int16_t zero = w->layout == PACE_INT4 ? 8 : 128;
+    if (w->zeros == PACE_ZEROS) memcpy(&zero, zeros + 2 * column, 2);
+    return (double)(code - zero) * scale;
 }
 
 static double weight_at(const pace_matrix *w, long n, long k) {
@@ -60,7 +82,9 @@ static double weight_at(const pace_matrix *w, long n, long k) {
         case PACE_MXFP4:
             return mxfp4_at(w, n, k);
         case PACE_INT8:
-            return int8_weight_at(w, n, k);
+        case PACE_INT4:
+        case PACE_FP8:
+            return grouped_at(w, n, k);
         default:
             return packed_at(w->data, n, k, w->k_pad);
     }
@@ -73,7 +97,7 @@ static double load(const pace_slot *s, long r, long i) {
     if (s->int8) {
         const int8_t *row = (const int8_t *)s->data + r * s->ld;
         float scale;
-        memcpy(&scale, row + s->width + i / PACE_MX_GROUP * 4, 4);
+        memcpy(&scale, row + s->width + i / s->group * 4, 4);
         return (double)row[int8_at(i)] * (double)scale;
     }
     return s->bf16 ? from_bf16(((const bf16 *)s->data)[r * s->ld + i])
@@ -277,22 +301,23 @@ static void kernel_select(const pace_select *g, const pace_batch *b, long m0, lo
 static void kernel_quantise(const pace_quantise *g, const pace_batch *b, long m0, long m1) {
     (void)b;
     for (long r = m0; r < m1; r++)
-        for (long at = 0; at < g->dst.width; at += PACE_MX_GROUP) {
-            int8_t *row = (int8_t *)g->dst.data + r * g->dst.ld, *beside = row + g->dst.width + at / PACE_MX_GROUP * 4;
+        for (long at = 0, group = g->dst.group; at < g->dst.width; at += group) {
+            int8_t *row = (int8_t *)g->dst.data + r * g->dst.ld, *beside = row + g->dst.width + at / group * 4;
+            const long end = at + group < g->dst.width ? at + group : g->dst.width;
             int32_t sum = 0;
             float top = 0.0f;
-            for (long i = at; i < at + PACE_MX_GROUP; i++) {
+            for (long i = at; i < end; i++) {
                 const float x = (float)load(&g->src, r, i);
                 top = isfinite(x) && top == top ? fmaxf(top, fabsf(x)) : NAN;
             }
             const float scale = top / 127.0f;
-            for (long i = at; i < at + PACE_MX_GROUP; i++) {
+            for (long i = at; i < end; i++) {
                 const int8_t q = scale > 0.0f ? (int8_t)rintf((float)load(&g->src, r, i) / scale) : 0;
                 row[int8_at(i)] = q;
                 sum -= PACE_INT8_ZERO * q;
             }
             memcpy(beside, &scale, 4);
-            memcpy(beside + g->dst.width / PACE_MX_GROUP * 4, &sum, 4);
+            memcpy(beside + pace_slot_groups(&g->dst) * 4, &sum, 4);
         }
 }
 

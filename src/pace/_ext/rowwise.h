@@ -3,8 +3,8 @@
 #ifndef PACE_ROWWISE_H
 #define PACE_ROWWISE_H
 
+#include "groups.h"
 #include "mxfp4.h"
-#include "q8.h"
 #include "simd.h"
 
 // ---- packing ----------------------------------------------------------------------------------------------
@@ -71,8 +71,8 @@ static void unpack_row(float *dst, const pace_matrix *w, long row) {
         mx_unpack_row(dst, w, row);
         return;
     }
-    if (w->layout == PACE_INT8) {
-        q8_unpack_row(dst, w, row);
+    if (pace_is_grouped(w)) {
+        gr_unpack(dst, w, row, 0, w->k);
         return;
     }
     const bf16 *s = (const bf16 *)w->data + (row / PACE_NR) * w->k_pad * PACE_NR + (row % PACE_NR) * 2;
@@ -94,6 +94,8 @@ static void gather(float *dst, const pace_matrix *w, long row, long k0, long n) 
             dst[2 * p] = bf16_to_f32(s[p * 2 * PACE_NR]);
             dst[2 * p + 1] = bf16_to_f32(s[p * 2 * PACE_NR + 1]);
         }
+    } else if (pace_is_grouped(w)) {
+        gr_unpack(dst, w, row, k0, n);
     } else if (w->layout == PACE_F32_ROWS) {
         memcpy(dst, (const float *)w->data + at, (size_t)n * sizeof(float));
     } else {
@@ -137,24 +139,35 @@ static void kernel_embed(const pace_embed *g, const pace_batch *b, long m0, long
 
 static void kernel_quantise(const pace_quantise *g, const pace_batch *b, long m0, long m1) {
     (void)b;
-    const long width = g->dst.width, groups = width / PACE_MX_GROUP;
+    const long width = g->dst.width, groups = pace_slot_groups(&g->dst);
     const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
     for (long r = m0; r < m1; r++) {
         const bf16 *src = (const bf16 *)g->src.data + r * g->src.ld;
         int8_t *row = (int8_t *)g->dst.data + r * g->dst.ld;
-        for (long i = 0; i < groups; i++) {
-            _Alignas(64) float x[PACE_MX_GROUP];
-            _Alignas(16) int8_t q[PACE_MX_GROUP];
-            for (long e = 0; e < PACE_MX_GROUP; e += VL) v_store(x + e, v_load_bf16(src + i * PACE_MX_GROUP + e));
-            const float scale = quantise_row(q, x, PACE_MX_GROUP);
-            int32_t sum = 0;
-            for (int e = 0; e < PACE_MX_GROUP; e++) sum += q[e];
-            sum *= -PACE_INT8_ZERO;
-            for (int e = 0; e < PACE_MX_GROUP; e += 16)
-                _mm_storeu_si128((__m128i *)(row + i * PACE_MX_GROUP + e),
-                                 _mm_shuffle_epi8(_mm_load_si128((const __m128i *)(q + e)), order));
+        for (long i = 0, at = 0; i < groups; i++) {
+            const long n = g->dst.group < width - at ? g->dst.group : width - at;
+            vf top = v_zero(), bad = v_zero();
+            for (long e = 0; e < n; e += VL) {
+                const vf x = v_load_bf16(src + at + e);
+                top = v_max(top, v_abs(x));
+                bad = v_add(bad, v_mul(x, v_zero()));  // NaN for a NaN or an infinity, else 0
+            }
+            const float scale = (v_hmax(top) + v_sum(bad)) / 127.0f;
+            __m128i sums = _mm_setzero_si128();
+            for (long e = 0; e < n; e += 16) {
+                _Alignas(16) int8_t q[16] = {0};
+                for (long l = 0; l < 16 && scale > 0.0f; l += VL)
+                    v_store_int8(q + l, v_div(v_load_bf16(src + at + e + l), v_set(scale)));
+                const __m128i x = _mm_load_si128((const __m128i *)q);
+                // Bytes as unsigned ones, 128 more each.
+                sums = _mm_add_epi64(sums, _mm_sad_epu8(_mm_xor_si128(x, _mm_set1_epi8(-128)), _mm_setzero_si128()));
+                _mm_storeu_si128((__m128i *)(row + at + e), _mm_shuffle_epi8(x, order));
+            }
+            const int64_t sum = _mm_cvtsi128_si64(sums) + _mm_extract_epi64(sums, 1) - 128 * n;
+            const int32_t beside = (int32_t)sum * -PACE_INT8_ZERO;
             memcpy(row + width + 4 * i, &scale, 4);
-            memcpy(row + width + 4 * (groups + i), &sum, 4);
+            memcpy(row + width + 4 * (groups + i), &beside, 4);
+            at += n;
         }
     }
 }

@@ -11,6 +11,7 @@
 #include "attention.h"
 #include "experts.h"
 #include "gemm.h"
+#include "quantise.h"
 #include "roofline_impl.h"
 #include "rope.h"
 #include "route.h"
@@ -32,7 +33,8 @@ const pace_kernels PASTE(pace_kernels_, PACE_ISA) = {
     .gemm_rows = GEMM_TILE_ROWS,
     .pack_half = pack_half,
     .pack_mxfp4 = pack_mxfp4,
-    .pack_int8 = pack_int8,
+    .pack_groups = pack_groups,
+    .quantise_rows = quantise_rows,
     .unpack_row = unpack_row,
     .attention_part = attention_part,
     .attention_fold = attention_fold,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pace.engine.memory import BITS
+from pace.models.operators import bits_of
 from pace.models.plan import (
     Attention,
     Embed,
@@ -146,7 +146,7 @@ def op_kind(name: str) -> str:
 def _weight_bytes(plan: Plan, op: Gemm | ExpertsIn | ExpertsOut, n_params: int) -> float:
     """Of so many of an operator's weights, in the format that they have in memory."""
     (shape,) = (s for field, s in op.needs(plan) if field == "weight" and isinstance(s, WeightShape))
-    return n_params * BITS[shape.format] / 8
+    return n_params * bits_of(shape.format) / 8
 
 
 def _kv_token_bytes(layer: KVLayer, kv_cache_dtype: str) -> int:

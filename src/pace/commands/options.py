@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pace.config import (
+    ACTIVATION_DTYPES,
     ADMISSIONS,
     KV_CACHE_DTYPES,
     KV_CACHE_TYPES,
+    QUANTIZATIONS,
     EngineConfig,
     parse_cpus,
     parse_kernels,
@@ -44,6 +46,8 @@ ENGINE_FIELDS = (
     "block_size",
     "kv_cache_memory",
     "kv_cache_dtype",
+    "quantization",
+    "activation_dtype",
     "enable_prefix_caching",
     "generation_config",
     "max_logprobs",
@@ -149,6 +153,16 @@ def add_engine_options(
         metavar="JSON",
         help='guess tokens, such as \'{"method": "pard", "model": "demo-draft", "num_speculative_tokens": 8}\'; changes '
         "the speed, never the output",
+    )
+    group.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        help="round a bf16 checkpoint's matrices while it is loaded (default: leave them)",
+    )
+    group.add_argument(
+        "--activation-dtype",
+        choices=ACTIVATION_DTYPES,
+        help="round rows to int8 where they meet integer matrices; auto: where that hardly changes outputs (default: auto)",
     )
     group = parser.add_argument_group("KV cache")
     group.add_argument("--kv-cache-type", choices=KV_CACHE_TYPES, help="default: slab")

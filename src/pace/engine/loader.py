@@ -16,6 +16,7 @@ from pace.config import EngineConfig
 from pace.console import progress_bar
 from pace.engine.build import SCORED_ROWS, build_engine, make_team
 from pace.engine.core import Engine
+from pace.engine.guard import choose_activations
 from pace.engine.memory import MemoryPlan, available_bytes, plan_memory
 from pace.engine.packing import PackedSink, invent_weights
 from pace.engine.speculation import SpeculationMaker, Target
@@ -23,6 +24,7 @@ from pace.errors import CheckpointError, ConfigError
 from pace.log import logger
 from pace.models import rope
 from pace.models.decoder import lower
+from pace.models.formats import formats_of, with_formats
 from pace.models.plan import Plan
 from pace.models.quantisation import quantised_in, with_own_file
 from pace.models.registry import parse_config
@@ -116,7 +118,7 @@ def load(
         if defaults.sampling:
             logger.info("sampling defaults from generation_config.json: %s", dict(defaults.sampling))
         taps = () if speculation is None else speculation.taps(spec)
-        plan = lower(spec, memory.max_model_len, taps)
+        plan = quantised(config, lower(spec, memory.max_model_len, taps))
         team = make_team(config)
         try:
             guesses = None
@@ -126,6 +128,7 @@ def load(
                 )
             sink = PackedSink(team)
             load_packed(plan, tensors, sink, show_progress)
+            plan = _with_activations(config, plan, sink, tokenizer)
             engine, executor = build_engine(config, plan, sink, team, memory, defaults, tokenizer, guesses)
         except BaseException:
             team.close()
@@ -153,6 +156,22 @@ def load(
     )
 
 
+def quantised(config: EngineConfig, plan: Plan) -> Plan:
+    """The plan with its matrices in the formats that the options ask for."""
+    return plan if config.quantization is None else with_formats(plan, formats_of(plan, config.quantization))
+
+
+def _with_activations(
+    config: EngineConfig, plan: Plan, sink: PackedSink, tokenizer: Tokenizer | None
+) -> Plan:
+    """The plan with int8 rows where the options, or the guard, want them."""
+    if config.activation_dtype == "bf16":
+        return plan
+    if config.activation_dtype == "int8":
+        return with_formats(plan, {}, "int8")
+    return with_formats(plan, {}, choose_activations(plan, sink.weights, sink.team, tokenizer))
+
+
 def read_config(files: ModelFiles) -> dict[str, Any]:
     """The config.json of a checkpoint, with the quantization_config that some tools put into a file of its own.
 
@@ -168,7 +187,9 @@ def read_config(files: ModelFiles) -> dict[str, Any]:
 
 
 def _plan_memory(config: EngineConfig, spec: DecoderSpec, speculation: SpeculationMaker | None) -> MemoryPlan:
-    plan = lower(spec, 1, () if speculation is None else speculation.taps(spec))
+    plan = quantised(config, lower(spec, 1, () if speculation is None else speculation.taps(spec)))
+    if config.activation_dtype != "bf16":
+        plan = with_formats(plan, {}, "int8")
     available, n_draft_rows, kv_share = None, 0, 1.0
     if speculation is not None:
         available, n_draft_rows = available_bytes() - speculation.n_bytes, speculation.max_draft_rows

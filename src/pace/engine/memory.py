@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pace.engine.kv_memory import GroupMemory, KVMemory, plan_groups
 from pace.errors import CapacityError
+from pace.models.operators import bits_of
 from pace.models.plan import Embed, ExpertsIn, ExpertsOut, Gemm, Plan, WeightShape
 
 __all__ = ["MemoryPlan", "available_bytes", "packed_bytes", "plan_memory", "read_bytes", "slot_bytes"]
@@ -22,8 +23,6 @@ PANEL = 64  # rows that a packed matrix is padded to at most
 SPARSE = 0.8
 """Share of the weights below which it is worth telling how much of them a token reads."""
 PAGE = 4096  # at which each expert's matrix begins
-BITS = {"bf16": 16, "mxfp4": 4.25}
-"""Of a packed weight, scales included."""
 SLOT_BYTES = {"f32": 4, "bf16": 2, "int8": 1.25}
 NO_LIMIT = 1 << 60  # cgroup v1 writes "no limit" as a number near 2^63
 
@@ -210,7 +209,7 @@ def _packed_bytes(shape: WeightShape) -> int:
         return 0  # a row is read where the file has it; its pages are the page cache's and can be dropped
     if shape.k is None:
         return 4 * shape.n * shape.count
-    bits = BITS[shape.format]
+    bits = bits_of(shape.format)
     one = int(-(-shape.n // PANEL) * PANEL * (shape.k + shape.k % 2) * bits / 8)
     return one if shape.count == 1 else shape.count * -(-one // PAGE) * PAGE
 

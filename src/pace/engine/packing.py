@@ -27,7 +27,11 @@ class PackedSink:
         """Pack matrices [n, k] part by part."""
         packed = ops.PackedMatrix(self.team, shape.n, shape.k or 1, shape.count, shape.format)
         for array, dtype, at, mode, matrix, scales in parts:
-            if isinstance(array, GroupedRows | Fp8Rows):
+            if isinstance(array, GroupedRows) and shape.format.startswith("int"):
+                packed.pack_groups(array, at, mode, matrix)
+            elif isinstance(array, Fp8Rows) and shape.format.startswith("fp8"):
+                packed.pack_fp8(array, at, mode, matrix)
+            elif isinstance(array, GroupedRows | Fp8Rows):
                 packed.pack(array.dequantised(), "f32", at, mode, matrix)
             elif scales is None:
                 packed.pack(array, dtype, at, mode, matrix)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Final, Literal, get_args
 
 if TYPE_CHECKING:
     from pace.models.plan import Plan
@@ -22,8 +22,15 @@ NormScope = Literal["head", "head_own", "full"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu", "sigmoid"]
 Epilogue = Literal["store", "add", "gated", "mul"]
 RouterOrder = Literal["softmax", "chosen", "sigmoid"]
-WeightFormat = Literal["bf16", "mxfp4"]
+WeightFormat = Literal[
+    "bf16", "mxfp4", "int8", "int8g16", "int8g32", "int8g64", "int8g128",
+    "int4", "int4g32", "int4g64", "int4g128", "fp8", "fp8g128",
+]  # fmt: skip
 PartName = Literal["all", "q", "k", "v", "gate", "up"]
+FORMATS: Final = get_args(WeightFormat)
+"""Forms of a packed matrix: a code of 8 or 4 bits for each weight, or FP8 E4M3, and a scale for each row, or for each
+group of so many columns of it."""
+
 GATED_BLOCK = 16
 """Rows of gate that are followed by as many rows of up in the weight of a gated Gemm."""
 
@@ -44,10 +51,11 @@ class Slot:
     Args:
         name: unique within the plan.
         width: columns (elements).
-        dtype: "f32", "bf16", or "int8": integers and a scale per row and 32 columns, width a multiple of 32. The reference
-            in exact mode keeps all in float64.
+        dtype: "f32", "bf16", or "int8": integers and scales, width a multiple of 32. The reference in exact mode keeps all
+            in float64.
         rows: "tokens" (T rows) or "logits" (R rows).
         times: rows for each of those: one for each expert that a row takes.
+        group: of int8, columns of a row that share a scale: 16, 32, 64, 128, or 0 for all.
     """
 
     name: str
@@ -55,6 +63,7 @@ class Slot:
     dtype: Dtype
     rows: Rows
     times: int = 1
+    group: int = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +135,27 @@ class WeightShape:
     format: WeightFormat = "bf16"
 
 
+def bits_of(format: WeightFormat) -> float:
+    """Bits of a weight, scales included: of 16 bits, as most are."""
+    if format in ("bf16", "mxfp4"):
+        return 16 if format == "bf16" else 4.25
+    group = group_of(format)
+    return (4 if format.startswith("int4") else 8) + (16 / group if group else 0)
+
+
+def int8_group(format: str) -> int | None:
+    """Columns that share a scale in int8 rows that weights of a format are multiplied by; 0: any number, and None: such
+    rows can't be."""
+    if format == "mxfp4":
+        return 32
+    return None if format == "bf16" or format.startswith("fp8") else group_of(format)
+
+
+def group_of(format: str) -> int:
+    """Columns that share a scale; 0: all of a row."""
+    return int(format.partition("g")[2] or 0)
+
+
 Needs = Iterator[tuple[str, SlotShape | WeightShape]]
 """(field, what it must name) for every field that names a slot or a weight and is not None."""
 
@@ -146,6 +176,7 @@ class Embed:
         n_positions: rows of `positions`, those before `offset` included.
         offset: row of `positions` that stands for position 0.
         mapped: the table's rows are read from the checkpoint file where they stand; it is never packed.
+        format: of `weight` in memory.
     """
 
     operator: ClassVar[str] = "embed"
@@ -160,13 +191,14 @@ class Embed:
     add: bool = False
     post: float = 1.0
     mapped: bool = False
+    format: WeightFormat = "bf16"
 
     def needs(self, plan: Plan) -> Needs:
         """See `Needs`."""
         dim = plan.slots[self.dst].width
         _require(self.weight is not None or self.positions is not None, f"{self.name} names no table")
         yield "dst", SlotShape(dtype="f32" if self.add else None, rows="tokens")
-        yield "weight", WeightShape(plan.vocab_size, dim, mapped=self.mapped)
+        yield "weight", WeightShape(plan.vocab_size, dim, mapped=self.mapped, format=self.format)
         yield "positions", WeightShape(self.n_positions, dim)
 
 
@@ -235,6 +267,7 @@ class Gemm:
         other: f32 slot of the same rows, at least at + n wide (mul), or at + 1 (add).
         blocks: of the weight's rows, where they are fused or padded; () where they are as the checkpoint has them.
         columns: the same of its columns.
+        format: of the weight in memory.
     """
 
     operator: ClassVar[str] = "gemm"
@@ -252,6 +285,7 @@ class Gemm:
     at: int = 0
     blocks: tuple[Blocks, ...] = ()
     columns: Blocks | None = None
+    format: WeightFormat = "bf16"
 
     def needs(self, plan: Plan) -> Needs:
         """See `Needs`."""
@@ -279,7 +313,7 @@ class Gemm:
         yield "src", SlotShape(dtype="int8" if src.dtype == "int8" else "bf16")
         yield "dst", SlotShape(dtype="f32" if self.epilogue == "add" else None, rows=src.rows)
         yield "other", SlotShape(dtype="f32", rows=src.rows)
-        yield "weight", WeightShape(n, src.width, blocks, self.columns)
+        yield "weight", WeightShape(n, src.width, blocks, self.columns, format=self.format)
         yield "bias", WeightShape(n, blocks=blocks)
 
 
@@ -415,7 +449,7 @@ class Select:
 
 @dataclass(frozen=True, slots=True)
 class Quantise:
-    """dst = src in int8: of each row and 32 columns the scale amax / 127, and x / scale to the nearest integer.
+    """dst = src in int8: of each row and group of columns the scale amax / 127, and x / scale to the nearest integer.
 
     Args:
         src: bf16 slot.

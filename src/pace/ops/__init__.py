@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pace.ops.executor import OPERATORS, Plan, check_kernels
 from pace.ops.machine import cpu_info, default_threads, isa, isas, tiers, use_isa, using_isa
-from pace.ops.memory import KV_DTYPES, WEIGHT_FORMATS, KVPool, MappedTable, PackedMatrix
+from pace.ops.memory import KV_DTYPES, KVPool, MappedTable, PackedMatrix
 from pace.ops.sampling import (
     SAMPLE_DTYPE,
     LogprobsResult,
@@ -27,7 +27,6 @@ __all__ = [
     "SAMPLE_DTYPE",
     "SUFFIX_BREAK",
     "SUFFIX_ORDER",
-    "WEIGHT_FORMATS",
     "KVPool",
     "LogprobsResult",
     "MappedTable",

@@ -76,6 +76,7 @@ class Plan:
                 max_logit_rows
                 if slot.rows == "logits" and slot.name == plan.logits
                 else max_tokens * slot.times,
+                slot.group if slot.dtype == "int8" else 0,
             )
             for slot in plan.slots.values()
         }
@@ -140,16 +141,21 @@ class Plan:
             weight = None if name is None else self._weights[name]
             if not isinstance(weight, PackedMatrix):
                 continue
-            if isinstance(op, ir.Embed) and weight.format != "bf16":
+            if isinstance(op, ir.Embed) and weight.format == "mxfp4":
                 raise TypeError(
-                    f"{op.name}: table {name} is {weight.format}, its rows can't be gathered; pack it in bf16"
+                    f"{op.name}: table {name} is {weight.format}, its rows can't be gathered; pack it in another format"
                 )
-            if (
-                not isinstance(op, ir.Embed)
-                and self.ir.slots[op.src].dtype == "int8"
-                and weight.format == "bf16"
-            ):
-                raise TypeError(f"{op.name}: int8 rows times weight {name} in bf16, expected mxfp4 or int8")
+            if not isinstance(op, ir.Embed) and self.ir.slots[op.src].dtype == "int8":
+                group = weight.int8_group
+                if group is None:
+                    raise TypeError(
+                        f"{op.name}: int8 rows times weight {name} in {weight.format}, expected mxfp4, int8 or int4"
+                    )
+                if group and group != self.ir.slots[op.src].group:
+                    raise TypeError(
+                        f"{op.name}: int8 rows with groups of {self.ir.slots[op.src].group or 'a row'} times weight {name} "
+                        f"in {weight.format}, expected groups of {group}"
+                    )
 
     def _value(self, op: ir.Op, field: str, shape: ir.SlotShape | ir.WeightShape | None) -> object:
         """What the extension takes for a field of an operator."""
@@ -206,6 +212,24 @@ class Plan:
         self._n_logit_rows = len(batch.logit_rows)
         self._stepped = self._logits[: self._n_logit_rows]
         return self._stepped
+
+    def step_part(self, batch: ir.Batch, first: int, end: int) -> None:
+        """Run operators first .. end - 1 of a plan's `ops` alone, so that slots can be looked at in between; what the
+        others leave there is the caller's business.
+
+        Raises:
+            ValueError: as `step`, or there are no such operators.
+        """
+        angles = len(self._ropes)
+        self._plan.step(
+            batch.token_ids,
+            batch.q_start,
+            batch.kv_len,
+            batch.tables,
+            batch.logit_rows,
+            first + angles if first else 0,
+            end + angles,
+        )
 
     def logits_from(self, first: int) -> F32:
         """The logits of the last step's logit rows from `first` on, as many as there are or max_logit_rows; they overwrite

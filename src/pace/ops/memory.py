@@ -4,24 +4,73 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from pace._ext import _kernels
 from pace.errors import CheckpointError, ConfigError
+from pace.models.operators import FORMATS, int8_group
 from pace.models.plan import F32Array as F32
 from pace.ops.team import Team
 
 KV_DTYPES: Final = ("bf16", "int8")
 """Element types of the KV cache."""
 
-WEIGHT_FORMATS: Final = ("bf16", "mxfp4", "int8")
-"""What packed weights can be in memory; the order is the extension's."""
-
+_LAYOUTS: Final = {"bf16": 0, "mxfp4": 1, "int8": 2, "int4": 3, "fp8": 4}
+_F32, _BF16, _F16 = range(3)  # types of scales
+_SYMMETRIC, _ZEROS, _OFFSETS = range(3)
 _DTYPES: Final = {"bf16": (0, np.uint16), "f16": (1, np.float16), "f32": (2, np.float32)}
 _MODES: Final = {"rows": 0, "gate": 1, "up": 2}
+
+
+class Codes(Protocol):
+    """Rows of a quantised matrix, as `pace.quant.groups` has them: GroupedRows."""
+
+    @property
+    def codes(self) -> npt.NDArray[np.uint8]:
+        """[rows, k]."""
+        ...
+
+    @property
+    def bits(self) -> int:
+        """4 or 8."""
+        ...
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale."""
+        ...
+
+    @property
+    def scales(self) -> F32:
+        """[rows, ceil(k / group)]."""
+        ...
+
+    @property
+    def offsets(self) -> F32 | None:
+        """As many, or None: -2^(bits - 1) * scale."""
+        ...
+
+
+class Floats(Protocol):
+    """Rows of a matrix of FP8, as `pace.quant.groups` has them: Fp8Rows."""
+
+    @property
+    def codes(self) -> npt.NDArray[np.uint8]:
+        """[rows, k], E4M3."""
+        ...
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale."""
+        ...
+
+    @property
+    def scales(self) -> F32:
+        """[rows, ceil(k / group)]."""
+        ...
 
 
 class PackedMatrix:
@@ -29,7 +78,9 @@ class PackedMatrix:
 
     Args:
         count: how many matrices of this shape: the experts of a layer.
-        format: "bf16"; "mxfp4": 4.25 bits a weight, k a multiple of 32; "int8": an integer a weight, a scale a row.
+        format: "bf16"; "mxfp4": 4.25 bits a weight, k a multiple of 32; "int8", "int4", "fp8": a code for each weight, a
+            scale for each row, or with "g32" and the like behind for so many columns of it. Scales, and what is added to
+            a group, take 16 bits where all are such numbers, else 32: the rows decide.
 
     Raises:
         ValueError: a size is not positive, or k or the format is none of those.
@@ -37,14 +88,34 @@ class PackedMatrix:
     """
 
     def __init__(self, team: Team, n: int, k: int, count: int = 1, format: str = "bf16") -> None:
-        if format not in WEIGHT_FORMATS:
-            raise ValueError(f"weight format is {format!r}, expected one of {', '.join(WEIGHT_FORMATS)}")
+        if format not in FORMATS:
+            raise ValueError(f"weight format is {format!r}, expected one of {', '.join(FORMATS)}")
         self._team = team
-        self._matrix = _kernels.Packed(n, k, count, WEIGHT_FORMATS.index(format))
         self.n = n
         self.k = k
         self.count = count
         self.format = format
+        self.bits = 4 if format.startswith("int4") else 8
+        kind, _, group = format.partition("g")
+        self._layout, self._group = _LAYOUTS[kind], int(group or 0)
+        self._packed: _kernels.Packed | None = None
+        if kind in ("bf16", "mxfp4") or min(n, k, count) < 1:
+            self._packed = self._make(_F32, _SYMMETRIC)
+
+    def _make(self, scales: int, zeros: int) -> _kernels.Packed:
+        return _kernels.Packed(self.n, self.k, self.count, self._layout, self._group, scales, zeros)
+
+    @property
+    def _matrix(self) -> _kernels.Packed:
+        """The memory; of a format with groups it is there when the first rows have said what their scales are."""
+        if self._packed is None:
+            self._packed = self._make(_F32, _SYMMETRIC)
+        return self._packed
+
+    @property
+    def int8_group(self) -> int | None:
+        """Columns that share a scale in int8 rows which this can be multiplied by; 0: any; None: there are none."""
+        return int8_group(self.format)
 
     @property
     def nbytes(self) -> int:
@@ -54,7 +125,8 @@ class PackedMatrix:
     def pack(
         self, src: npt.NDArray[Any], dtype: str, at: int = 0, mode: str = "rows", matrix: int = 0
     ) -> None:
-        """Convert rows to bf16 and place them.
+        """Convert rows to bf16 and place them; in a matrix of int8, int4 or FP8 round them to the nearest, the scale of a
+        group of int4 being that with the least square error.
 
         Args:
             src: [rows, k]; uint16 for "bf16", float16 for "f16", float32 for "f32".
@@ -64,13 +136,18 @@ class PackedMatrix:
 
         Raises:
             ValueError: the rows do not fit, or there is no such matrix.
-            CheckpointError: the rows are of a mapped file that was truncated, or that its disk no longer gives.
+            CheckpointError: the rows are of a mapped file that was truncated, or that its disk no longer gives; a weight
+                that is to be quantised is no finite number.
         """
         code, np_dtype = _DTYPES[dtype]
         if src.dtype != np_dtype or src.ndim != 2 or not src.flags.c_contiguous:
             raise ValueError(
                 f"source is {src.dtype} {src.shape}, expected C-contiguous {np_dtype.__name__} [rows, {self.k}]"
             )
+        if self._packed is None:
+            self._packed = self._make(_BF16 if 0 < self._group < self.k else _F32, _SYMMETRIC)
+        elif self._packed.kind[0] == _F16:
+            self._packed.recast(_F32, self._packed.kind[1])
         with _checkpoint_errors():
             self._matrix.pack(self._team._team, src.view(np.uint8), code, at, _MODES[mode], matrix)
 
@@ -107,36 +184,139 @@ class PackedMatrix:
         with _checkpoint_errors():
             self._matrix.pack_mxfp4(self._team._team, blocks, scales, at, _MODES[mode], matrix)
 
-    def pack_int8(
-        self,
-        codes: npt.NDArray[np.int8],
-        scales: F32,
-        at: int = 0,
-        mode: str = "rows",
-        matrix: int = 0,
-    ) -> None:
-        """Place rows of int8; a weight is codes[i, j] * scales[i].
+    def pack_groups(self, rows: Codes, at: int = 0, mode: str = "rows", matrix: int = 0) -> None:
+        """Place rows of integers, exactly: a weight is codes[r, c] * scales[r, c // group] + offsets[r, c // group].
 
         Args:
-            codes: int8 [rows, k], -128 included.
-            scales: f32 [rows].
+            rows: of this matrix' bits and group, or fewer bits and longer groups.
             at, mode, matrix: as of `pack`.
 
         Raises:
-            ValueError: shapes or dtypes are not those, or the rows do not fit.
-            CheckpointError: a scale is NaN or infinite; or as of `pack`.
+            ValueError: shapes, dtypes, bits or groups are not those, or the rows do not fit.
+            CheckpointError: a scale or an offset that is no finite number, a code beyond its bits; or as of `pack`.
         """
-        if codes.dtype != np.int8 or codes.ndim != 2 or scales.dtype != np.float32 or scales.ndim != 1:
+        codes, offsets = rows.codes, rows.offsets
+        if self._layout not in (_LAYOUTS["int8"], _LAYOUTS["int4"]) or rows.bits > self.bits:
+            raise ValueError(f"rows of {rows.bits}-bit integers for a matrix of {self.format}")
+        scales = self._per_group(codes, rows.scales, rows.group, "scales")
+        zeros = _SYMMETRIC
+        stored = np.empty((len(codes), 0), np.int16)
+        if offsets is not None:
+            offsets = self._per_group(codes, offsets, rows.group, "offsets")
+            zero = _zeros_of(scales, offsets)
+            zeros, stored = (_OFFSETS, stored) if zero is None else (_ZEROS, zero)
+        elif rows.bits < self.bits:
+            codes = codes + np.uint8(128 - 8)
+        type_, held = self._settle(scales, zeros)
+        if held == _ZEROS and zeros == _SYMMETRIC:
+            stored = np.full(scales.shape, 1 << (self.bits - 1), np.int16)
+        if held == _OFFSETS:
+            middle = np.float32(1 << (self.bits - 1))
+            whole = -middle * scales if offsets is None else offsets
+            stored = np.ascontiguousarray(whole, np.float32)
+        self._place(codes, _as_type(scales, type_), stored, at, mode, matrix)
+
+    def pack_fp8(self, rows: Floats, at: int = 0, mode: str = "rows", matrix: int = 0) -> None:
+        """Place rows of FP8 E4M3, exactly: a weight is the number of codes[r, c] times scales[r, c // group].
+
+        Args:
+            rows: of this matrix' group, or longer ones.
+            at, mode, matrix: as of `pack`.
+
+        Raises:
+            ValueError: shapes, dtypes or groups are not those, or the rows do not fit.
+            CheckpointError: a scale that is no finite number, a code of NaN; or as of `pack`.
+        """
+        if self._layout != _LAYOUTS["fp8"]:
+            raise ValueError(f"rows of FP8 for a matrix of {self.format}")
+        scales = self._per_group(rows.codes, rows.scales, rows.group, "scales")
+        type_, _ = self._settle(scales, _SYMMETRIC)
+        self._place(
+            rows.codes, _as_type(scales, type_), np.empty((len(scales), 0), np.int16), at, mode, matrix
+        )
+
+    def _per_group(self, codes: npt.NDArray[np.uint8], values: F32, group: int, what: str) -> F32:
+        """Scales or offsets of rows [rows, groups of theirs] as [rows, groups of this matrix]."""
+        own = self._group or self.k
+        whole = group >= self.k
+        groups = 1 if whole else -(-self.k // group)
+        if codes.dtype != np.uint8 or codes.ndim != 2 or values.dtype != np.float32:
             raise ValueError(
-                f"codes are {codes.dtype} {codes.shape}, scales {scales.dtype} {scales.shape}; expected int8 "
-                f"[rows, {self.k}] and float32 [rows]"
+                f"codes are {codes.dtype} {list(codes.shape)}, {what} {values.dtype}; expected uint8 [rows, {self.k}] and "
+                "float32"
             )
+        if values.shape != (len(codes), groups) or codes.shape[1] != self.k:
+            raise ValueError(
+                f"codes are {list(codes.shape)} with {what} {list(values.shape)}, expected [rows, {self.k}] and [rows, "
+                f"{groups}]"
+            )
+        if not whole and (own > group or group % own):
+            raise ValueError(f"{what} for groups of {group} columns, the matrix has groups of {own}")
+        count = -(-self.k // own)
+        repeat = count if whole else group // own
+        return values if repeat == 1 else np.repeat(values, repeat, axis=1)[:, :count]
+
+    def _settle(self, scales: F32, zeros: int) -> tuple[int, int]:
+        """Types of scales and zeros that hold these and all before: the matrix is made, or made wider."""
+        row = not self._group or self._group >= self.k
+        types = {_F32} if row or zeros == _OFFSETS else _types_of(scales)
+        if self._packed is None:
+            self._packed = self._make(min(types - {_F32}, default=_F32), zeros)
+            return self._packed.kind
+        held, had = self._packed.kind
+        wanted = held if held in types else _F32
+        if wanted != held or zeros > had:
+            self._packed.recast(wanted, max(zeros, had))
+        return self._packed.kind
+
+    def _place(
+        self,
+        codes: npt.NDArray[np.uint8],
+        scales: npt.NDArray[Any],
+        zeros: npt.NDArray[Any],
+        at: int,
+        mode: str,
+        matrix: int,
+    ) -> None:
+        rows = len(codes)
+        if not rows:
+            raise ValueError("no rows")
+        if codes.strides[1] != 1 or codes.strides[0] < codes.shape[1]:
+            codes = np.ascontiguousarray(codes)
+        held, less = (np.ascontiguousarray(part).view(np.uint8).reshape(rows, -1) for part in (scales, zeros))
         with _checkpoint_errors():
-            self._matrix.pack_int8(self._team._team, codes, scales, at, _MODES[mode], matrix)
+            self._matrix.pack_groups(self._team._team, codes, held, less, at, _MODES[mode], matrix)
 
     def unpack(self, matrix: int = 0) -> F32:
         """A matrix as f32 [n, k]."""
         return self._matrix.unpack(matrix)
+
+
+def _types_of(scales: F32) -> set[int]:
+    """The types of scales that hold all of these exactly."""
+    types = {_F32}
+    if not (scales.view(np.uint32) & 0xFFFF).any():
+        types.add(_BF16)
+    with np.errstate(over="ignore"):
+        if np.array_equal(scales.astype(np.float16).astype(np.float32), scales):
+            types.add(_F16)
+    return types
+
+
+def _as_type(scales: F32, type_: int) -> npt.NDArray[Any]:
+    if type_ == _BF16:
+        return (np.ascontiguousarray(scales).view(np.uint32) >> 16).astype(np.uint16)
+    return scales.astype(np.float16) if type_ == _F16 else scales
+
+
+def _zeros_of(scales: F32, offsets: F32) -> npt.NDArray[np.int16] | None:
+    """The integers 0 .. 256 of which offsets = -zero * scale, if they are such."""
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        zeros = np.rint(np.where(scales == 0, 0, -offsets / scales))
+        exact = -zeros.astype(np.float64) * scales  # a product that was rounded is an offset of its own
+        if not ((zeros >= 0) & (zeros <= 256)).all() or not np.array_equal(exact, offsets):
+            return None
+    return zeros.astype(np.int16)
 
 
 @contextmanager
