@@ -1,4 +1,4 @@
-"""Weights of int8 with a scale per column, on every tier, by int8 rows (by bf16 rows: test_groups).
+"""Weights of int8 with a scale per column, on every tier, by int8 rows (by bf16 rows: test_group_formats).
 
 Tolerance: a group's sum of integers is exact, below 2^24; k / 32 fmas and the product with the scale: (2 k / 32 + 4) u S.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ext.kit import U_F32, assert_close, memory, poison, put, rng, rows_batch, take
-from ext.test_groups import Rows, matrix_of
+from ext.test_group_formats import Rows, matrix_of
 from ext.test_mxfp4 import FEW_ROWS, MANY_ROWS, int8_plan, quantised
 
 from pace import ops

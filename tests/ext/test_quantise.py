@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ext.kit import bf16, rng, to_bf16
-from ext.test_groups import FORMATS, e4m3, random_rows
+from ext.test_group_formats import FORMATS, e4m3, random_rows
 
 from pace import ops
 from pace.errors import CheckpointError

@@ -218,12 +218,12 @@ MQ_TILE(mq_groups, PACE_INT4, 1)
 MQ_TILE(mq_groups, PACE_INT4, 0)
 #undef MQ_CASES
 #ifdef __AVX512F__
-#define MQ_CASES(...)                                                                                                  \
-    MQ_6(13, __VA_ARGS__)                                                                                              \
-    MQ_CASE(7, 13, __VA_ARGS__)                                                                                        \
-    MQ_CASE(8, 13, __VA_ARGS__)                                                                                        \
-    MQ_CASE(9, 13, __VA_ARGS__) MQ_CASE(10, 13, __VA_ARGS__) MQ_CASE(11, 13, __VA_ARGS__) MQ_CASE(12, 13, __VA_ARGS__) \
-        MQ_CASE(13, 13, __VA_ARGS__)
+#define MQ_CASES(...)           \
+    MQ_6(13, __VA_ARGS__)       \
+    MQ_CASE(7, 13, __VA_ARGS__) \
+    MQ_CASE(8, 13, __VA_ARGS__) \
+    MQ_CASE(9, 13, __VA_ARGS__) \
+    MQ_CASE(10, 13, __VA_ARGS__) MQ_CASE(11, 13, __VA_ARGS__) MQ_CASE(12, 13, __VA_ARGS__) MQ_CASE(13, 13, __VA_ARGS__)
 #else
 #define MQ_CASES(...) MQ_6(6, __VA_ARGS__)
 #endif
