@@ -194,6 +194,7 @@ SHARED = {
     "config",
     "decoder",
     "experts",
+    "formats",
     "names",
     "operators",
     "plan",
