@@ -1,6 +1,6 @@
-"""Write a trained state as an ordinary Hugging Face checkpoint, weights in bfloat16.
+"""Write the trained target as an ordinary Hugging Face checkpoint, weights in bfloat16.
 
-python demo/export.py --work build/demo --out src/pace/demo
+python demo/export.py --work build/demo --out src/pace/demo/target
 """
 
 from __future__ import annotations
@@ -12,19 +12,18 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from shapes import ROLES, generation_config, model_config
+from shapes import generation_config, model_config
 from train import state_path
 
 
-def export(role: str, work: Path, out: Path) -> int:
-    """Write the checkpoint folder of `role` under `out`; its size in bytes."""
-    folder = out / role
+def export(work: Path, folder: Path) -> int:
+    """Write the checkpoint folder; its size in bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = torch.load(state_path(work, role), weights_only=True)["model"]
+    state = torch.load(state_path(work), weights_only=True)["model"]
     state.pop("lm_head.weight", None)  # tied to model.embed_tokens.weight
     tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    for name, content in (("config", model_config(role)), ("generation_config", generation_config())):
+    for name, content in (("config", model_config()), ("generation_config", generation_config())):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(work / name, folder / name)
@@ -34,14 +33,12 @@ def export(role: str, work: Path, out: Path) -> int:
 
 
 def main() -> None:
-    """Export every role that has a saved state."""
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--work", type=Path, default=Path("build/demo"), help="the training states")
-    parser.add_argument("--out", type=Path, default=Path("src/pace/demo"))
+    parser.add_argument("--work", type=Path, default=Path("build/demo"), help="the training state")
+    parser.add_argument("--out", type=Path, default=Path("src/pace/demo/target"))
     args = parser.parse_args()
-    for role in ROLES:
-        if state_path(args.work, role).exists():
-            print(f"{role}: {export(role, args.work, args.out)} bytes")
+    print(f"{export(args.work, args.out)} bytes")
 
 
 if __name__ == "__main__":

@@ -1,32 +1,22 @@
-"""Shapes of the embedded pair, written as the ``config.json`` that ships with each."""
+"""The shape of the embedded target, as the ``config.json`` that ships with it."""
 
 from __future__ import annotations
 
 from train_tokenizer import BOS, END, MAX_MODEL_LEN, PAD, VOCAB_SIZE
 
-# Together at most 12 MB in bf16 (the wheel's limit is 15 MB): 4.00 M + 0.87 M parameters are 9.7 MB. Every
+# With the draft (three of its layers, made by `pace train pard`) at most 12 MB in bf16; the wheel's limit is 15 MB. Every
 # width is a multiple of 32, so that the models take the engine's fast paths without padding.
-_SHAPES: dict[str, dict[str, int]] = {
-    "target": {
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_attention_heads": 8,
-        "num_hidden_layers": 5,
-        "num_key_value_heads": 4,
-    },
-    "draft": {
-        "hidden_size": 128,
-        "intermediate_size": 320,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 2,
-        "num_key_value_heads": 2,
-    },
+_SHAPE = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 5,
+    "num_key_value_heads": 4,
 }
-ROLES = tuple(_SHAPES)
 
 
-def model_config(role: str) -> dict[str, object]:
-    """``config.json`` of the ``target`` or the ``draft``, in the keys that transformers 4 and 5 both read."""
+def model_config() -> dict[str, object]:
+    """``config.json``, in the keys that transformers 4 and 5 both read."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
@@ -47,7 +37,7 @@ def model_config(role: str) -> dict[str, object]:
         "torch_dtype": "bfloat16",
         "use_cache": True,
         "vocab_size": VOCAB_SIZE,
-    } | _SHAPES[role]
+    } | _SHAPE
 
 
 def generation_config() -> dict[str, object]:

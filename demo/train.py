@@ -1,11 +1,10 @@
-"""Train the embedded target on the encoded corpus, or the draft to imitate it.
+"""Train the embedded target on the encoded corpus.
 
 The run may be stopped (SIGSTOP), killed and started again at will: the schedule counts steps, never seconds,
 every batch is a function of (seed, step), and the state is saved every `SAVE_EVERY` steps, so that a resumed
 run continues the very same sequence of batches.
 
-    python demo/train.py target --work build/demo --steps 5000
-    python demo/train.py draft  --work build/demo --steps 1500      (needs the target's state)
+    python demo/train.py --work build/demo --steps 5000
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from shapes import ROLES, model_config
+from shapes import model_config
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
@@ -35,7 +34,7 @@ LONG_CONTEXT_LEN = 2048  # every 8th step, every 2nd in the last 15 %: it must h
 # Writing this share of them as two tokens ("):", "\n") teaches the model to go on from there.
 SPLIT_SHARE = 0.1
 MIXTURE = {"module": 0.5, "test": 0.35, "chat": 0.15}
-PEAK_LR = {"target": 2e-3, "draft": 3e-3}
+PEAK_LR = 2e-3
 WARMUP_STEPS = 200
 WEIGHT_DECAY = 0.1
 CLIP_NORM = 1.0
@@ -108,10 +107,10 @@ class Batches:
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
-def build(role: str) -> LlamaForCausalLM:
+def build() -> LlamaForCausalLM:
     """A freshly initialised model in float32 (the master weights; the arithmetic runs in bfloat16)."""
     torch.manual_seed(SEED)
-    model = LlamaForCausalLM(LlamaConfig.from_dict(model_config(role)))
+    model = LlamaForCausalLM(LlamaConfig.from_dict(model_config()))
     return model.to(torch.float32)  # type: ignore[no-any-return, arg-type]
 
 
@@ -123,23 +122,8 @@ def logits(model: LlamaForCausalLM, inputs: Tensor) -> Tensor:
 
 
 def cross_entropy(model: LlamaForCausalLM) -> Loss:
-    """The target's loss: the next token's surprise."""
+    """The next token's surprise."""
     return lambda inputs, labels: functional.cross_entropy(logits(model, inputs), labels.flatten())
-
-
-def distillation(model: LlamaForCausalLM, teacher: LlamaForCausalLM) -> Loss:
-    """The draft's loss: KL divergence from the target's next-token distribution to the draft's.
-
-    What a draft is paid for is agreement with its target, not with the text.
-    """
-
-    def loss(inputs: Tensor, labels: Tensor) -> Tensor:
-        with torch.no_grad():
-            wanted = functional.log_softmax(logits(teacher, inputs), -1)
-        got = functional.log_softmax(logits(model, inputs), -1)
-        return functional.kl_div(got, wanted, reduction="batchmean", log_target=True)
-
-    return loss
 
 
 def learning_rate(step: int, n_steps: int, peak: float) -> float:
@@ -157,14 +141,14 @@ def optimizer_of(model: LlamaForCausalLM) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
 
 
-def state_path(work: Path, role: str) -> Path:
-    """Where the training state of `role` lives."""
-    return work / f"{role}.pt"
+def state_path(work: Path) -> Path:
+    """Where the training state lives."""
+    return work / "target.pt"
 
 
-def save(work: Path, role: str, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, step: int) -> None:
+def save(work: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, step: int) -> None:
     """Replace the state file in one rename, so that a kill leaves the old or the new one, never a half."""
-    path = state_path(work, role)
+    path = state_path(work)
     partial = path.with_suffix(".tmp")
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, partial)
     partial.replace(path)
@@ -182,33 +166,29 @@ def forget_after(curve: Path, step: int) -> None:
     curve.write_text("".join(row for row in rows if int(row.split(",")[0]) <= step), encoding="utf-8")
 
 
-def train(role: str, work: Path, n_steps: int) -> None:
-    """Train `role` up to `n_steps`, from its saved state if there is one; curve in ``<role>.csv``."""
-    model = build(role)
+def train(work: Path, n_steps: int) -> None:
+    """Train up to `n_steps`, from the saved state if there is one; curve in ``target.csv``."""
+    model = build()
     optimizer = optimizer_of(model)
-    first = 0
-    if state_path(work, role).exists():
-        state = torch.load(state_path(work, role), weights_only=True)
+    first, curve = 0, work / "target.csv"
+    if state_path(work).exists():
+        state = torch.load(state_path(work), weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
-    forget_after(work / f"{role}.csv", first)
+    forget_after(curve, first)
     loss = cross_entropy(model)
-    if role == "draft":
-        teacher = build("target")
-        teacher.load_state_dict(torch.load(state_path(work, "target"), weights_only=True)["model"])
-        loss = distillation(model, teacher.requires_grad_(False))
     # Fusing the element-wise work makes a step 1.6 times as fast (7300 tokens/s against 4600, two cores).
     compiled = torch.compile(loss, dynamic=False)
     batches, held_out = Batches(work, "train"), Batches(work, "valid")
     n_params = sum(p.numel() for p in model.parameters())
-    print(f"{role}: {n_params} parameters, steps {first}-{n_steps}", flush=True)
+    print(f"{n_params} parameters, steps {first}-{n_steps}", flush=True)
     started, cpu_started, running = time.monotonic(), time.process_time(), []
     for step in range(first, n_steps):
         long = step % (2 if step >= 0.85 * n_steps else 8) == 0
         inputs, labels = batches(SEED, step, LONG_CONTEXT_LEN if long else CONTEXT_LEN)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, n_steps, PEAK_LR[role])
+            group["lr"] = learning_rate(step, n_steps, PEAK_LR)
         value = compiled(inputs, labels)
         value.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
@@ -217,11 +197,11 @@ def train(role: str, work: Path, n_steps: int) -> None:
         running.append(value.item())
         done = step + 1
         if done % SAVE_EVERY == 0 or done == n_steps:
-            save(work, role, model, optimizer, done)
+            save(work, model, optimizer, done)
         if done % LOG_EVERY == 0 or done == n_steps:
             valid = f"{validate(loss, held_out):.4f}" if done % VALID_EVERY == 0 or done == n_steps else ""
             row = [done, done * BATCH_TOKENS, f"{sum(running) / len(running):.4f}", valid]
-            with (work / f"{role}.csv").open("a", newline="", encoding="utf-8") as file:
+            with curve.open("a", newline="", encoding="utf-8") as file:
                 csv.writer(file, lineterminator="\n").writerow(row)
             wall, cpu = time.monotonic() - started, time.process_time() - cpu_started
             print(*row, f"wall {wall:.0f} s", f"cpu {cpu:.0f} s", flush=True)
@@ -231,13 +211,12 @@ def train(role: str, work: Path, n_steps: int) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("role", choices=ROLES)
     parser.add_argument("--work", type=Path, default=Path("build/demo"), help="encoded corpus")
     parser.add_argument("--steps", type=int, required=True, help=f"steps in all, {BATCH_TOKENS} tokens each")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    train(args.role, args.work, args.steps)
+    train(args.work, args.steps)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ def plain() -> Iterator[list[Any]]:
     "options",
     [
         {"model": "demo-draft", "num_speculative_tokens": 3},
+        {"method": "pard", "model": "demo-draft", "num_speculative_tokens": 8},
         pytest.param({"model": "demo", "num_speculative_tokens": 3}, marks=pytest.mark.slow),
         pytest.param(
             {"model": "demo-draft", "num_speculative_tokens": 16, "draft_window": 32}, marks=pytest.mark.slow
