@@ -10,7 +10,18 @@ import traceback
 from collections.abc import Sequence
 
 from pace import __version__, console, log
-from pace.commands import bench, chat, config_file, evaluate, generate, info, run_batch, serve, train
+from pace.commands import (
+    bench,
+    chat,
+    config_file,
+    evaluate,
+    generate,
+    info,
+    quantize,
+    run_batch,
+    serve,
+    train,
+)
 from pace.commands.options import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE
 from pace.config import ENVIRONMENT, PACE_LOG_LEVEL
 from pace.errors import PaceError, one_line
@@ -31,6 +42,7 @@ EXAMPLES = """examples:
   pace bench throughput --model ./Llama-3.2-1B --num-prompts 64 --kv-cache-type paged --profile steps.png
   pace bench serve --port 8000 --dataset-name sharegpt-like --request-rate 2
   pace eval perplexity --model demo --data text.txt --json
+  pace quantize ./Llama-3.2-1B ./Llama-3.2-1B-w4g64 --scheme w4g64
   pace train pard --config recipe.toml --out my-draft
 """
 
@@ -112,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pace {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (generate, chat, serve, run_batch, info, bench, evaluate, train):
+    for command in (generate, chat, serve, run_batch, info, bench, evaluate, quantize, train):
         command.add(commands)
     return parser
 

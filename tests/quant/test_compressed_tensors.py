@@ -27,13 +27,22 @@ SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
         for symmetric in (True, False)
         for group in (32, 128, None)
     },
-    "int8 channel": ("int-quantized", {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}),
+    "int8 channel": (
+        "int-quantized",
+        {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
+    ),
     "int8 channel asymmetric": (
         "int-quantized",
         {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "channel"},
     ),
-    "fp8 channel": ("float-quantized", {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}),
-    "fp8 tensor": ("float-quantized", {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor"}),
+    "fp8 channel": (
+        "float-quantized",
+        {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"},
+    ),
+    "fp8 tensor": (
+        "float-quantized",
+        {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor"},
+    ),
     "fp8 block": (
         "float-quantized",
         {
@@ -91,7 +100,9 @@ def test_values_are_the_tools(name: str, dtype: str) -> None:
     stored = compressor.compress(state, scheme)
     expected = compressor.decompress(stored, scheme)["weight"]
     quantised = layouts.Quantised(
-        {end: bits_of(tensor) for end, tensor in stored.items()}, np.empty(0), layouts.ct_config(form, **weights)
+        {end: bits_of(tensor) for end, tensor in stored.items()},
+        np.empty(0),
+        layouts.ct_config(form, **weights),
     )
     matrix = opened(quantised)
     rows = matrix.rows(slice(0, n, 1))

@@ -65,7 +65,7 @@ cdef extern from "kernels.h" nogil:
     ctypedef uint16_t bf16
     int PACE_NR, PACE_LOGIT_BLOCK
     int PACE_MAX_HEAD_DIM, PACE_MAX_GROUPS, PACE_BF16_ROWS, PACE_PANELS, PACE_MXFP4, PACE_INT8, PACE_INT4, PACE_FP8
-    int PACE_MX_GROUP
+    int PACE_MX_GROUP, PACE_KPAD, PACE_SCALES_BF16
     ctypedef struct pace_matrix:
         const void *data
         long n, k, k_pad, n_panels
@@ -106,6 +106,8 @@ cdef extern from "kernels.h" nogil:
         const char *isa
         pace_roofline roof
         int gemm_rows
+        void (*quantise_rows)(unsigned char *codes, void *scales, float *row, const pace_matrix *w, const void *src, int dtype,
+                              long ld, long rows) noexcept nogil
         void (*unpack_row)(float *dst, const pace_matrix *w, long row) noexcept nogil
         void (*softmax)(float *x, long n) noexcept nogil
         long (*argmax)(const float *x, long n) noexcept nogil

@@ -166,6 +166,29 @@ cdef class Packed(Matrix):
         return out
 
 
+def quantise_rows(const unsigned char[:, ::1] src, int dtype, long k, int layout, long group):
+    """Codes uint8 [rows, k] and scales, bf16 bits [rows, ceil(k / group)], of rows of dtype 0 bf16, 1 f16, 2 f32."""
+    cdef pace_matrix m
+    cdef long rows = src.shape[0]
+    if layout not in (PACE_INT8, PACE_INT4, PACE_FP8) or k < 1 or group < 1 or (group < k and group % 16):
+        raise ValueError(f"rows of {k} columns, groups of {group}, in layout {layout}")
+    if dtype not in (0, 1, 2) or rows < 1 or src.shape[1] != k * (4 if dtype == 2 else 2):
+        raise ValueError(f"{rows} rows of {src.shape[1]} bytes, expected {k} elements of type {dtype}")
+    memset(&m, 0, sizeof(m))
+    m.layout, m.k, m.scales = layout, k, PACE_SCALES_BF16
+    m.k_pad = (k + PACE_KPAD - 1) // PACE_KPAD * PACE_KPAD
+    m.group = group if group < k else m.k_pad
+    codes = np.empty((rows, k), np.uint8)
+    scales = np.empty((rows, (k + group - 1) // group), np.uint16)
+    row = np.empty(m.k_pad + 16, np.float32)
+    cdef unsigned char[:, ::1] c = codes
+    cdef unsigned short[:, ::1] s = scales
+    cdef float[::1] r = row
+    with nogil:
+        current.quantise_rows(&c[0, 0], &s[0, 0], &r[0], &m, &src[0, 0], dtype, k, rows)
+    return codes, scales
+
+
 cdef class Mapped(Matrix):
     """Rows [n, k] of dtype 0 bf16, 1 f16, 2 f32 where they are; keeps their array."""
     cdef const unsigned char[:, ::1] rows

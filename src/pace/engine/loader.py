@@ -25,7 +25,8 @@ from pace.log import logger
 from pace.models import rope
 from pace.models.decoder import lower
 from pace.models.formats import formats_of, with_formats
-from pace.models.plan import Plan
+from pace.models.held import held_formats
+from pace.models.plan import Plan, WeightFormat
 from pace.models.quantisation import quantised_in, with_own_file
 from pace.models.registry import parse_config
 from pace.models.spec import DecoderSpec
@@ -100,7 +101,8 @@ def load(
             checkpoint = opened.enter_context(closing(files.tensors()))
             tensors = Tensors(checkpoint, weight_map, len(spec.layers), quantised_in(checkpoint, values))
             spec = settle_head(spec, tensors)
-        memory = _plan_memory(config, spec, speculation)
+        formats = _formats(config, spec, tensors)
+        memory = _plan_memory(config, spec, speculation, formats)
         if on_plan is not None:
             on_plan(memory)
         tokenizer_directory, tokenizer = directory, None
@@ -118,7 +120,7 @@ def load(
         if defaults.sampling:
             logger.info("sampling defaults from generation_config.json: %s", dict(defaults.sampling))
         taps = () if speculation is None else speculation.taps(spec)
-        plan = quantised(config, lower(spec, memory.max_model_len, taps))
+        plan = with_formats(lower(spec, memory.max_model_len, taps), formats)
         team = make_team(config)
         try:
             guesses = None
@@ -156,9 +158,17 @@ def load(
     )
 
 
-def quantised(config: EngineConfig, plan: Plan) -> Plan:
-    """The plan with its matrices in the formats that the options ask for."""
-    return plan if config.quantization is None else with_formats(plan, formats_of(plan, config.quantization))
+def _formats(config: EngineConfig, spec: DecoderSpec, tensors: Tensors | None) -> dict[str, WeightFormat]:
+    """The formats that the options ask for, or that the checkpoint has."""
+    plan = lower(spec, 1)
+    held = {} if tensors is None else held_formats(plan, tensors)
+    if config.quantization is None:
+        return held
+    if held:
+        raise ConfigError(
+            f"quantization is {config.quantization}, but the checkpoint is quantised already; leave the option out"
+        )
+    return formats_of(plan, config.quantization)
 
 
 def _with_activations(
@@ -186,8 +196,13 @@ def read_config(files: ModelFiles) -> dict[str, Any]:
     return with_own_file(config, files)
 
 
-def _plan_memory(config: EngineConfig, spec: DecoderSpec, speculation: SpeculationMaker | None) -> MemoryPlan:
-    plan = quantised(config, lower(spec, 1, () if speculation is None else speculation.taps(spec)))
+def _plan_memory(
+    config: EngineConfig,
+    spec: DecoderSpec,
+    speculation: SpeculationMaker | None,
+    formats: dict[str, WeightFormat],
+) -> MemoryPlan:
+    plan = with_formats(lower(spec, 1, () if speculation is None else speculation.taps(spec)), formats)
     if config.activation_dtype != "bf16":
         plan = with_formats(plan, {}, "int8")
     available, n_draft_rows, kv_share = None, 0, 1.0

@@ -197,6 +197,13 @@ class Tensors:
         """Every tensor name."""
         return self._names.keys()
 
+    def file_names(self) -> dict[str, list[str]]:
+        """The file's own names by ours, those of experts by one name with {e}."""
+        found: dict[str, list[str]] = {}
+        for ours, name in self._names.items():
+            found.setdefault(any_expert(ours), []).append(name)
+        return found
+
     def is_ignored(self, name: str) -> bool:
         """Whether a tensor belongs to what is never run, or is nothing: zeros that old tools wrote for a bias."""
         module = name.removesuffix(".bias")

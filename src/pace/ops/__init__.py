@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pace.ops.executor import OPERATORS, Plan, check_kernels
 from pace.ops.machine import cpu_info, default_threads, isa, isas, tiers, use_isa, using_isa
-from pace.ops.memory import KV_DTYPES, KVPool, MappedTable, PackedMatrix
+from pace.ops.memory import KV_DTYPES, KVPool, MappedTable, PackedMatrix, quantise_rows
 from pace.ops.sampling import (
     SAMPLE_DTYPE,
     LogprobsResult,
@@ -43,6 +43,7 @@ __all__ = [
     "isa",
     "isas",
     "logprobs",
+    "quantise_rows",
     "roof_dot",
     "roof_read",
     "sample",

@@ -319,6 +319,36 @@ def _zeros_of(scales: F32, offsets: F32) -> npt.NDArray[np.int16] | None:
     return zeros.astype(np.int16)
 
 
+def quantise_rows(
+    src: npt.NDArray[Any], dtype: str, format: str, group: int
+) -> tuple[npt.NDArray[np.uint8], F32]:
+    """Round rows as `PackedMatrix.pack` rounds them, without packing; on the calling thread, without the GIL.
+
+    Args:
+        src: [rows, k], as of `PackedMatrix.pack`; a multiple of 4 bytes apart.
+        format: "int8", "int4" or "fp8".
+        group: columns that share a scale; k or more: all.
+
+    Returns:
+        Codes uint8 [rows, k], integers with 2^(bits - 1) added, and scales of 16 bits as f32 [rows, ceil(k / group)].
+
+    Raises:
+        ValueError: another dtype, layout or format.
+        CheckpointError: a weight is no finite number.
+    """
+    code, np_dtype = _DTYPES[dtype]
+    if src.dtype != np_dtype or src.ndim != 2 or not src.flags.c_contiguous:
+        raise ValueError(
+            f"source is {src.dtype} {src.shape}, expected C-contiguous {np_dtype.__name__} [rows, columns]"
+        )
+    codes, bits = _kernels.quantise_rows(src.view(np.uint8), code, src.shape[1], _LAYOUTS[format], group)
+    scales = (bits.astype(np.uint32) << 16).view(np.float32)
+    if not np.isfinite(scales).all():
+        row = int((~np.isfinite(scales)).any(axis=1).argmax())
+        raise CheckpointError(f"row {row} holds a weight that is no finite number; make the checkpoint again")
+    return codes, scales
+
+
 @contextmanager
 def _checkpoint_errors() -> Iterator[None]:
     """Say what is wrong with a checkpoint where packing its rows found out."""

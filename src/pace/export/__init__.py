@@ -1,0 +1,7 @@
+"""Quantised checkpoints written from plain ones: `pace quantize`."""
+
+from __future__ import annotations
+
+from pace.export.quantize import SCHEMES, Summary, quantize_checkpoint
+
+__all__ = ["SCHEMES", "Summary", "quantize_checkpoint"]

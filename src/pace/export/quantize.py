@@ -1,0 +1,309 @@
+"""From a plain checkpoint to a quantised one in compressed-tensors' format, matrix by matrix, without data."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pace import ops
+from pace.checkpoint import ModelFiles, model_files, resolve
+from pace.errors import ConfigError, show
+from pace.export.schemes import SCHEMES, WrittenScheme, written
+from pace.export.writer import Described, ShardWriter, new_folder
+from pace.models.decoder import lower
+from pace.models.formats import formats_of
+from pace.models.plan import Gemm
+from pace.models.quantisation import CONFIG_KEYS, with_own_file
+from pace.models.registry import parse_config
+from pace.models.tensors import DTYPES, Tensors, to_f32
+from pace.quant.groups import F32Array, Fp8Rows, GroupedRows, U8Array
+
+__all__ = ["SCHEMES", "Summary", "quantize_checkpoint"]
+
+Progress = Callable[[int, int], None]
+_PIECE: Final = 1 << 20  # weights that one thread rounds at a time
+_SHARD_BYTES: Final = 5_000_000_000
+_SAMPLED: Final = 8  # of so many rows, one is compared with what it became
+_LEFT: Final = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".msgpack",
+    ".h5",
+    ".onnx",
+)
+_MOST_COPIED: Final = 64 << 20
+
+
+@dataclass
+class Summary:
+    """What was written.
+
+    Attributes:
+        n_bytes, source_bytes: of all tensors.
+        n_weights, weight_bytes: of the quantised matrices, scales included.
+        signal, noise: sums of squares over the sampled rows of those, by scheme.
+        kept: modules that stayed as they were, though they are multiplied.
+    """
+
+    n_bytes: int = 0
+    source_bytes: int = 0
+    n_weights: int = 0
+    weight_bytes: int = 0
+    signal: float = 0.0
+    noise: float = 0.0
+    kept: list[str] = field(default_factory=list)
+
+    @property
+    def bits(self) -> float:
+        """Per quantised weight, scales included."""
+        return 8 * self.weight_bytes / max(self.n_weights, 1)
+
+    @property
+    def snr(self) -> float:
+        """Signal to noise of the quantised weights, in dB."""
+        return 10 * float(np.log10(self.signal / self.noise)) if self.noise > 0 else float("inf")
+
+
+class _Job(NamedTuple):
+    """A tensor of the source and what becomes of it.
+
+    Args:
+        name: the file's.
+        shape, dtype: of it.
+        scheme: None: it is copied.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    scheme: WrittenScheme | None
+
+    @property
+    def module(self) -> str:
+        return self.name.removesuffix(".weight")
+
+    def described(self) -> list[Described]:
+        if self.scheme is None:
+            return [Described(self.name, self.dtype, self.shape)]
+        tensors = self.scheme.tensors(self.shape[0], self.shape[1])
+        return [Described(f"{self.module}.{end}", dtype, shape) for end, (dtype, shape) in tensors.items()]
+
+
+def quantize_checkpoint(
+    model: str,
+    out: Path,
+    scheme: str,
+    keep: Sequence[tuple[str, str]] = (),
+    progress: Progress | None = None,
+    n_threads: int | None = None,
+) -> Summary:
+    """Write a quantised copy of a checkpoint; nothing is left where it fails.
+
+    Args:
+        model: a folder, or a name of the hub.
+        out: a folder that does not exist, or is empty.
+        scheme: one of `SCHEMES`, of every linear layer but the LM head and routers.
+        keep: (pattern of module names, "bf16" or "int8"): what matching layers become instead; the first that fits counts.
+        progress: called with bytes done and in total.
+        n_threads: that round; None: as many as the engine would have.
+
+    Raises:
+        ConfigError: unknown scheme, a pattern that fits no layer, `out` can't be used.
+        CheckpointError: the model can't be read, or is quantised already.
+    """
+    if scheme not in SCHEMES:
+        raise ConfigError(f"scheme is {show(scheme)}, expected one of {', '.join(SCHEMES)}")
+    files = model_files(resolve(model))
+    values = _config(files)
+    with closing(files.tensors()) as checkpoint:
+        jobs, head = _jobs(values, files, checkpoint, SCHEMES[scheme], keep)
+        tensors = [tensor for job in jobs for tensor in job.described()]
+        summary = Summary(n_bytes=sum(tensor.n_bytes for tensor in tensors))
+        summary.source_bytes = sum(Described(job.name, job.dtype, job.shape).n_bytes for job in jobs)
+        summary.kept = [job.module for job in jobs if job.scheme is None and job.module in head]
+        with new_folder(out, summary.n_bytes) as folder:
+            writer = ShardWriter(folder, tensors, _SHARD_BYTES)
+            with ThreadPoolExecutor(n_threads or ops.default_threads()[0]) as pool:
+                writer.write(_pieces(jobs, checkpoint, pool, summary, progress))
+            _copy_rest(files, folder)
+            config = {**values, "quantization_config": _quantization_config(jobs)}
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return summary
+
+
+def _config(files: ModelFiles) -> dict[str, Any]:
+    values = files.json("config.json")
+    if values is None:
+        raise ConfigError(f"{files.path}: no config.json; expected the folder of a Hugging Face checkpoint")
+    if any(with_own_file(values, files).get(key) for key in CONFIG_KEYS):
+        raise ConfigError(
+            f"{files.path} is quantised already; take the original checkpoint, nothing is rounded twice"
+        )
+    return values
+
+
+def _jobs(
+    values: dict[str, Any],
+    files: ModelFiles,
+    checkpoint: Any,
+    scheme: WrittenScheme,
+    keep: Sequence[tuple[str, str]],
+) -> tuple[list[_Job], set[str]]:
+    """What becomes of every tensor, and the modules that rows are multiplied by."""
+    spec, weight_map = parse_config(values, files.where("config.json"))
+    tensors = Tensors(checkpoint, weight_map, len(spec.layers))
+    plan = lower(spec, 1)
+    heads = {op.weight for op in plan.ops if isinstance(op, Gemm) and op.dst == plan.logits}
+    own_names = tensors.file_names()
+    targets: set[str] = set()
+    for weight in formats_of(plan, "int8").keys() - heads:
+        for part in tensors.table[weight]:
+            targets.update(own_names.get(part.name, ()))
+    used = dict.fromkeys((pattern for pattern, _ in keep), False)
+    jobs: list[_Job] = []
+    for name in checkpoint.names():
+        info = checkpoint.info(name)
+        own: WrittenScheme | None = None
+        if (
+            name in targets
+            and len(info.shape) == 2
+            and name.endswith(".weight")
+            and info.dtype in ("BF16", "F16", "F32")
+        ):
+            own = _chosen(name.removesuffix(".weight"), info.shape[1], scheme, keep, used)
+        jobs.append(_Job(name, tuple(info.shape), info.dtype, own))
+    for pattern, fits in used.items():
+        if not fits:
+            raise ConfigError(
+                f"--keep {show(pattern)} fits no linear layer, of which one is {min(targets, default='none')}"
+            )
+    return jobs, {name.removesuffix(".weight") for name in targets}
+
+
+def _chosen(
+    module: str, k: int, scheme: WrittenScheme, keep: Sequence[tuple[str, str]], used: dict[str, bool]
+) -> WrittenScheme | None:
+    for pattern, kind in keep:
+        if fnmatch.fnmatchcase(module, pattern):
+            used[pattern] = True
+            return None if kind == "bf16" else SCHEMES["w8"]
+    own: WrittenScheme | None = scheme
+    while own is not None and not own.fits(k):
+        own = own.narrower()
+    return own
+
+
+def _pieces(
+    jobs: Sequence[_Job],
+    checkpoint: Any,
+    pool: ThreadPoolExecutor,
+    summary: Summary,
+    progress: Progress | None,
+) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """The data of every tensor in order, rounded ahead by the pool."""
+    done = 0
+    for job in jobs:
+        array = checkpoint.tensor(job.name)
+        if job.scheme is None:
+            yield job.name, array
+        else:
+            yield from _rounded(job, job.scheme, array, pool, summary)
+        del array
+        checkpoint.drop(job.name)
+        done += Described(job.name, job.dtype, job.shape).n_bytes
+        if progress is not None:
+            progress(done, summary.source_bytes)
+
+
+def _rounded(
+    job: _Job, scheme: WrittenScheme, array: npt.NDArray[Any], pool: ThreadPoolExecutor, summary: Summary
+) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    n, k = job.shape
+    step = max(_PIECE // k, 1)
+
+    def one(at: int) -> tuple[dict[str, npt.NDArray[Any]], float, float]:
+        source = np.ascontiguousarray(array[at : at + step])
+        dtype, form = DTYPES[job.dtype.lower()], "fp8" if scheme.kind == "float" else f"int{scheme.bits}"
+        codes, scales = ops.quantise_rows(source, dtype, form, scheme.group or k)
+        some = slice(None, None, _SAMPLED)
+        exact = to_f32(source[some], dtype).astype(np.float64)
+        error = exact - _rows(scheme, codes[some], scales[some]).dequantised()
+        return written(codes, scales, scheme), float((exact**2).sum()), float((error**2).sum())
+
+    starts = range(0, n, step)
+    ahead = 8
+    waiting = [pool.submit(one, at) for at in starts[:ahead]]
+    for i in range(len(starts)):
+        tensors, signal, noise = waiting[i].result()
+        waiting[i] = None  # type: ignore[call-overload]
+        if i + ahead < len(starts):
+            waiting.append(pool.submit(one, starts[i + ahead]))
+        summary.signal += signal
+        summary.noise += noise
+        for end, values in tensors.items():
+            summary.weight_bytes += values.nbytes
+            yield f"{job.module}.{end}", values
+    summary.n_weights += n * k
+    if scheme.packed:
+        yield f"{job.module}.weight_shape", np.array([n, k], np.int64)
+
+
+def _rows(scheme: WrittenScheme, codes: U8Array, scales: F32Array) -> GroupedRows | Fp8Rows:
+    group = scheme.group or codes.shape[1]
+    if scheme.kind == "float":
+        return Fp8Rows(codes, group, scales)
+    return GroupedRows(codes, scheme.bits, group, scales)
+
+
+def _quantization_config(jobs: Sequence[_Job]) -> dict[str, Any]:
+    """One group of layers for each scheme: the commonest by class, the others by name; what is left is named."""
+    by_scheme: dict[WrittenScheme, list[str]] = {}
+    for job in jobs:
+        if job.scheme is not None:
+            by_scheme.setdefault(job.scheme, []).append(job.module)
+    ordered = sorted(by_scheme.items(), key=lambda item: -len(item[1]))
+    groups = {
+        f"group_{i}": scheme.config(["Linear"] if i == 0 else modules)
+        for i, (scheme, modules) in enumerate(ordered)
+    }
+    formats = list(dict.fromkeys(scheme.format for scheme, _ in ordered))
+    plain = [
+        job.module
+        for job in jobs
+        if job.scheme is None
+        and len(job.shape) == 2
+        and job.name.endswith(".weight")
+        and "embed" not in job.module
+    ]
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats[0] if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": list(dict.fromkeys([*plain, "lm_head"])),
+        "kv_cache_scheme": None,
+    }
+
+
+def _copy_rest(files: ModelFiles, folder: Path) -> None:
+    """Tokenizer, templates and whatever else stands beside the weights, but weights of other formats."""
+    if not files.path.is_dir():
+        return
+    for path in sorted(files.path.iterdir()):
+        whole = not path.name.startswith(".") and path.is_file() and path.name != "config.json"
+        if whole and not path.name.endswith(_LEFT) and path.stat().st_size <= _MOST_COPIED:
+            shutil.copyfile(path, folder / path.name)

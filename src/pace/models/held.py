@@ -1,0 +1,71 @@
+"""In which packed form a plan's matrices hold what a quantised checkpoint has, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import gcd
+from typing import Final, cast
+
+from pace.log import logger
+from pace.models.operators import FORMATS, WeightFormat, WeightShape
+from pace.models.plan import Plan
+from pace.models.sources import Source, check
+from pace.models.tensors import Tensors
+from pace.quant.groups import Fp8Rows, GroupedRows
+from pace.quant.matrices import QuantisedRows
+
+__all__ = ["held_formats"]
+
+_ENDS: Final = {"g128": 128, "g64": 64, "g32": 32, "g16": 16}
+"""Columns that may share a scale in memory; where more do in the file, scales are repeated."""
+
+
+def held_formats(plan: Plan, tensors: Tensors) -> dict[str, WeightFormat]:
+    """The format of each matrix that has one; others become bf16, which rounds a weight once.
+
+    Parts of a fused matrix that differ get the wider codes and the shorter groups, so that all are exact.
+
+    Raises:
+        WeightsError: the checkpoint does not match the plan.
+    """
+    formats: dict[str, WeightFormat] = {}
+    rounded: list[str] = []
+    needed = plan.weights()
+    for name, sources in check(needed, tensors).items():
+        if not any(source.quantised for source in sources):
+            continue
+        found = _format(needed[name], sources, tensors)
+        if found is None:
+            rounded.append(name)
+        else:
+            formats[name] = found
+    if rounded:
+        logger.warning(
+            "%d matrices, the first of them %s, become bf16: no packed form holds their groups, or parts of them are plain",
+            len(rounded),
+            rounded[0],
+        )
+    return formats
+
+
+def _format(shape: WeightShape, sources: Iterable[Source], tensors: Tensors) -> WeightFormat | None:
+    matrices = [tensors.matrix(name) for name in dict.fromkeys(source.name for source in sources)]
+    # A first row says what all are.
+    rows = [None if matrix is None else matrix.rows(slice(0, 1, 1)) for matrix in matrices]
+    integers = [row for row in rows if isinstance(row, GroupedRows)]
+    floats = [row for row in rows if isinstance(row, Fp8Rows)]
+    if len(integers) == len(rows):
+        kinds: tuple[str, ...] = ("int8",) if any(row.bits == 8 for row in integers) else ("int4", "int8")
+    elif len(floats) == len(rows):
+        kinds = ("fp8",)
+    else:
+        return None
+    grouped: list[QuantisedRows] = [*integers, *floats]
+    groups = [row.group for row in grouped if row.group < row.codes.shape[1]]
+    columns = shape.columns
+    if groups and columns is not None and columns.count > 1 and columns.filled != columns.width:
+        return None  # zeros between heads move columns that share a scale apart
+    step = gcd(*groups)
+    ends = ["", *_ENDS] if not groups else [end for end, group in _ENDS.items() if step % group == 0]
+    fitting = [f"{kind}{end}" for kind in kinds for end in ends if f"{kind}{end}" in FORMATS]
+    return cast(WeightFormat, fitting[0]) if fitting else None
