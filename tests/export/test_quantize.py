@@ -48,8 +48,9 @@ def test_what_is_written_is_what_was_rounded(scheme: str, source: Path, tmp_path
         np.testing.assert_array_equal(
             found[name], type(rows)(**{**_fields(rows), "group": group}).dequantised(), err_msg=name
         )
-        step = np.abs(values).max() / (6 if own.bits == 4 else 100 if own.kind == "int" else 12)
-        assert np.abs(found[name] - values).max() <= step
+        # The search for a scale of 4 bits clips to no less than 0.7 * 7 / 8 of the largest.
+        most = 0.3876 if own.bits == 4 else 0.01 if own.kind == "int" else 1 / 12
+        assert np.abs(found[name] - values).max() <= most * np.abs(values).max()
     assert 0 < summary.n_bytes < summary.source_bytes and summary.snr > 15
     assert summary.bits < (5 if own.bits == 4 else 9)
 

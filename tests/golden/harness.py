@@ -14,6 +14,7 @@ import numpy.typing as npt
 from pace.checkpoint.safetensors import Checkpoint
 from pace.models.decoder import lower
 from pace.models.plan import Batch, ExpertsIn, ExpertsOut, Plan, Route, Runner
+from pace.models.quantisation import quantisation
 from pace.models.registry import parse_config
 from pace.models.spec import DecoderSpec
 from pace.models.weights import DenseSink, Tensors, WeightMap, load_weights, settle_head
@@ -58,10 +59,11 @@ class Model:
 
 def load(directory: Path, max_model_len: int) -> Model:
     """config.json and safetensors of a directory, as a plan with dense float64 weights."""
-    spec, weight_map = parse_config(json.loads((directory / "config.json").read_text()))
+    values = json.loads((directory / "config.json").read_text())
+    spec, weight_map = parse_config(values)
     sink = DenseSink()
     with Checkpoint(directory) as checkpoint:
-        tensors = Tensors(checkpoint, weight_map, len(spec.layers))
+        tensors = Tensors(checkpoint, weight_map, len(spec.layers), quantisation(values))
         spec = settle_head(spec, tensors)
         plan = lower(spec, max_model_len)
         load_weights(plan, tensors, sink)
