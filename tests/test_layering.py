@@ -195,6 +195,7 @@ SHARED = {
     "config",
     "decoder",
     "experts",
+    "held",
     "formats",
     "names",
     "operators",
