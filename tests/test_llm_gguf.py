@@ -11,6 +11,7 @@ import pytest
 
 import pace
 from pace import LLM, SamplingParams
+from pace.errors import ConfigError
 
 DEMO = Path(pace.__file__).parent / "demo" / "target"
 PROMPTS = ["def read(path):", "import os\n", "class Stack:\n    def push(self,", "  \t 1234567 é 👍🏽"]
@@ -49,3 +50,25 @@ def test_chats_use_the_template_of_the_file(demo: Path) -> None:
         ours, theirs = file.chat(messages, params)[0], folder.chat(messages, params)[0]
         assert ours.prompt_token_ids == theirs.prompt_token_ids
         assert ours.outputs[0].text == theirs.outputs[0].text
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
+def test_blocks_stay_blocks_in_memory(kind: str, demo: Path, tmp_path: Path) -> None:
+    """Not bf16: that would take twice to four times the memory, and round every weight once more."""
+    path = from_demo(tmp_path / "demo.gguf", kind)
+    params = SamplingParams(max_tokens=1, temperature=0.0, repetition_penalty=1.0, logprobs=1)
+    with LLM(model=str(demo)) as plain, LLM(model=str(path), activation_dtype="bf16") as blocks:
+        # 8.5 bits a weight; 4.5 or, with a scale and an offset of each group, 5 or more, and the tied head.
+        assert (
+            blocks.loaded.weights_bytes
+            < {"Q8_0": 0.55, "Q4_0": 0.32, "Q4_1": 0.45}[kind] * plain.loaded.weights_bytes
+        )
+        for ours, theirs in zip(
+            blocks.generate(PROMPTS, params), plain.generate(PROMPTS, params), strict=True
+        ):
+            assert abs(ours.outputs[0].cumulative_logprob - theirs.outputs[0].cumulative_logprob) < 1.0
+
+
+def test_a_file_of_blocks_is_not_rounded_again(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="quantised already"):
+        LLM(model=str(from_demo(tmp_path / "demo.gguf", "Q8_0")), quantization="int4")

@@ -112,3 +112,10 @@ def test_baseline_code_uses_no_vectors_beyond_sse() -> None:
         elif name.startswith(baseline) and wide.search(line):
             found.add(name)
     assert checked > 40 and not found
+
+
+@in_checkout
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports them by it: a second one stops the run, but only one that collects both."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names)), sorted({name for name in names if names.count(name) > 1})

@@ -25,7 +25,7 @@ OTHERS: tuple[dict[str, Any], ...] = (
     {"kv_cache_type": "paged", "threads": 2},
     {"kv_cache_type": "contiguous", "enable_prefix_caching": False, "threads": 1},
     {
-        "speculative": {"method": "draft_model", "model": "demo-draft", "num_speculative_tokens": 4},
+        "speculative": {"method": "pard", "model": "demo-draft", "num_speculative_tokens": 4},
         "threads": 2,
     },
 )

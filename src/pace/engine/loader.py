@@ -161,10 +161,9 @@ def load(
 def _formats(config: EngineConfig, spec: DecoderSpec, tensors: Tensors | None) -> dict[str, WeightFormat]:
     """The formats that the options ask for, or that the checkpoint has."""
     plan = lower(spec, 1)
-    held = {} if tensors is None else held_formats(plan, tensors)
     if config.quantization is None:
-        return held
-    if held:
+        return {} if tensors is None else held_formats(plan, tensors)
+    if tensors is not None and tensors.quantised:
         raise ConfigError(
             f"quantization is {config.quantization}, but the checkpoint is quantised already; leave the option out"
         )

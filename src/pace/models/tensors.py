@@ -222,6 +222,11 @@ class Tensors:
         """A view of the data; bf16 as uint16."""
         return self._checkpoint.tensor(self._names[name])
 
+    @property
+    def quantised(self) -> bool:
+        """Whether any matrix is."""
+        return bool(self._matrices)
+
     def matrix(self, name: str) -> Matrix | None:
         """A quantised matrix; None: that tensor is a plain one."""
         return self._matrices.get(name)
