@@ -54,3 +54,10 @@ def _pace_logger() -> Iterator[None]:
     state = list(logger.handlers), logger.level, logger.propagate
     yield
     logger.handlers[:], logger.level, logger.propagate = state
+
+
+@pytest.fixture(autouse=True)
+def _interruptible() -> Iterator[None]:
+    """Whatever ran in this process, Ctrl-C still raises KeyboardInterrupt behind it."""
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from pace.server.app import make_app
 from pace.server.placement import place
 from pace.server.router import Router
 from pace.server.service import Limits, Service
+from pace.server.signals import on_signals
 
 __all__ = ["BATCH_PATHS", "BatchOptions", "run_batch"]
 
@@ -306,28 +306,27 @@ async def _run(options: BatchOptions, output: BinaryIO, done: set[str], n_wanted
         if not ended.done():
             ended.set_result(error)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, end, None)
     router = Router(
         config, places, max_waiting=1 << 30, restarts=True, on_fatal=end, stall_timeout_s=float("inf")
     )
     bar = None
-    try:
-        if not await _before(ended, router.start()):
-            raise ended.result() or KeyboardInterrupt
-        bar = progress_bar(
-            options.show_progress, total=n_wanted, initial=len(done), desc="requests", unit="request"
-        )
-        app = make_app(Service(router, options.names, options.limits))
-        batch = _Batch(app, lambda: router.health().ready, output, bar)
-        requests = (line for _, line in read_requests(options.input) if line.custom_id not in done)
-        n_open = WAITING * len(places) * config.max_num_seqs
-        if not await _before(ended, batch.all(requests, n_open)):
-            raise ended.result() or KeyboardInterrupt
-    finally:
-        if bar is not None:
-            bar.close()
-        await router.close()
+    with on_signals(lambda: end(None)):
+        try:
+            if not await _before(ended, router.start()):
+                raise ended.result() or KeyboardInterrupt
+            bar = progress_bar(
+                options.show_progress, total=n_wanted, initial=len(done), desc="requests", unit="request"
+            )
+            app = make_app(Service(router, options.names, options.limits))
+            batch = _Batch(app, lambda: router.health().ready, output, bar)
+            requests = (line for _, line in read_requests(options.input) if line.custom_id not in done)
+            n_open = WAITING * len(places) * config.max_num_seqs
+            if not await _before(ended, batch.all(requests, n_open)):
+                raise ended.result() or KeyboardInterrupt
+        finally:
+            if bar is not None:
+                bar.close()
+            await router.close()
     os.fsync(output.fileno())
     err(
         f"[{n_wanted - len(done) - batch.n_lost} requests answered, {batch.n_failed} of them with an error"

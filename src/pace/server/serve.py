@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import socket
 import ssl
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from pace.server.keys import Keys
 from pace.server.placement import place
 from pace.server.router import Router
 from pace.server.service import Limits, Service
+from pace.server.signals import on_signals
 from pace.server.tracing import Tracer
 from pace.server.wire import Parsers
 
@@ -162,11 +162,12 @@ class _Run:
         Raises:
             PaceError: the model can't be loaded, or no engine lives any more.
         """
+        with on_signals(self._on_signal):
+            return await self._run()
+
+    async def _run(self) -> int:
         options = self._options
         config = options.config
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
         n_threads = config.n_threads or ops.default_threads()[0]
         backend = Router(
             config,
