@@ -70,12 +70,13 @@ def module_of(path: Path) -> str:
 
 
 def unit_of(module: str) -> str:
-    """pace.engine.core -> engine; the plan with its operators is a unit of its own, as ops and the
+    """pace.engine.core -> engine; the plan with its operators and formats is a unit of its own, as ops and the
     reference speak it."""
     inside = module.split(".")[1:]
     if not inside:
         return "__init__"
-    return "models.plan" if inside[0] == "models" and inside[1:2] in (["plan"], ["operators"]) else inside[0]
+    plan = ("plan", "operators", "weight_formats")
+    return "models.plan" if inside[0] == "models" and inside[1:2] and inside[1] in plan else inside[0]
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
@@ -199,7 +200,9 @@ SHARED = {
     "formats",
     "names",
     "operators",
+    "weight_formats",
     "plan",
+    "quantisation",
     "registry",
     "rope",
     "sources",
@@ -218,7 +221,7 @@ def test_the_decoder_names_no_architecture() -> None:
     assert {"llama", "qwen3"} <= families
     stems = sorted({re.sub(r"[\d_]+$", "", name) for name in families})
     pattern = re.compile(rf"\b(?:{'|'.join(stems)})(?:\b|[\d_-])", re.I)
-    for name in ("decoder.py", "operators.py", "plan.py"):
+    for name in ("decoder.py", "operators.py", "plan.py", "weight_formats.py"):
         found = pattern.search((PACE / "models" / name).read_text())
         assert not found, f"{name} names {found and found.group()}"
 

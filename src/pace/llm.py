@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import suppress
 from queue import SimpleQueue
@@ -138,14 +138,14 @@ class LLM(Frontend):
         *,
         priority: int = 0,
         timeout_s: float | None = None,
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         """Complete one prompt token by token.
 
         The engine runs while the iterator waits for the next token. When other callers let it run further,
         the next output tells of several tokens at once.
 
         Returns:
-            An iterator of outputs, of the kind that sampling_params.output_kind says: the whole output so
+            A generator of outputs, of the kind that sampling_params.output_kind says: the whole output so
             far (CUMULATIVE, the default), what is new (DELTA), or the last one only (FINAL_ONLY). Text that
             has been shown never changes. Closing or dropping the iterator ends the request.
 
@@ -173,7 +173,7 @@ class LLM(Frontend):
         tool_parser: str | None = None,
         priority: int = 0,
         timeout_s: float | None = None,
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         """`stream` for a conversation; arguments as `chat`."""
         self._driver.check()
         options = ChatOptions(
@@ -295,7 +295,7 @@ class LLM(Frontend):
 
     def _stream(
         self, prompts: Seq[Encoded], params: SamplingParams | None, priority: object, timeout_s: object
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         (request,) = self._inputs.requests(
             prompts,
             params,
@@ -307,7 +307,7 @@ class LLM(Frontend):
         inbox: Inbox = SimpleQueue()
         return self._outputs(Ticket(request, inbox.put), inbox)
 
-    def _outputs(self, ticket: Ticket, inbox: Inbox) -> Iterator[RequestOutput]:
+    def _outputs(self, ticket: Ticket, inbox: Inbox) -> Generator[RequestOutput, None, None]:
         try:
             self._driver.submit(ticket)
             finished = False

@@ -18,7 +18,7 @@ from ext.test_mxfp4 import FEW_ROWS, MANY_ROWS, int8_plan, quantised
 from pace import ops
 from pace.errors import CheckpointError
 from pace.models import plan as ir
-from pace.models.operators import group_of
+from pace.models.weight_formats import group_of
 
 FORMATS = (
     "int8", "int8g16", "int8g32", "int8g64", "int8g128", "int4", "int4g32", "int4g64", "int4g128", "fp8", "fp8g128",

@@ -11,7 +11,7 @@ from ext.test_group_formats import FORMATS, e4m3, random_rows
 
 from pace import ops
 from pace.errors import CheckpointError
-from pace.models.operators import group_of
+from pace.models.weight_formats import group_of
 
 
 def quantised(team: ops.Team, format: str, w: Any, dtype: str = "f32") -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pace.models.operators import bits_of
 from pace.models.plan import (
     Attention,
     Embed,
@@ -20,6 +19,7 @@ from pace.models.plan import (
     Select,
     WeightShape,
 )
+from pace.models.weight_formats import bits_of
 
 __all__ = ["Cost", "op_cost", "op_kind", "rowwise_bytes", "step_cost"]
 

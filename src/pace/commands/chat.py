@@ -138,7 +138,7 @@ def _answer(
     text, output, start = "", None, time.perf_counter()
     try:
         stream = llm.stream_chat(messages, params, **chat_options)
-        with contextlib.closing(stream):  # type: ignore[type-var]  # a generator, as its docstring says
+        with contextlib.closing(stream):
             for output in stream:
                 new = output.outputs[0].text
                 out(new[len(text) :], end="")

@@ -222,6 +222,17 @@ def engines(text: str) -> int | None:
     return None if text == "auto" else positive(text)
 
 
+def add_data_parallel(group: Any) -> None:
+    """`--data-parallel`, of commands whose engines are processes."""
+    group.add_argument(
+        "--data-parallel",
+        type=engines,
+        default=None,
+        metavar="N",
+        help="engines, each a process with its own copy of the model; auto: one per NUMA node (default: auto)",
+    )
+
+
 def unescape(text: str) -> str:
     r"""What a text with `\n`, `\t`, `\r`, `\\`, `\xNN`, `\uNNNN` and `\UNNNNNNNN` stands for; other backslashes stay."""
 

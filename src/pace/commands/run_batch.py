@@ -39,13 +39,7 @@ def add(commands: Any) -> None:
     group.add_argument(
         "--served-model-name", nargs="+", metavar="NAME", help="what requests call it (default: as given)"
     )
-    group.add_argument(
-        "--data-parallel",
-        type=options.engines,
-        default=None,
-        metavar="N",
-        help="engines, each a process with its own copy of the model; auto: one per NUMA node (default: auto)",
-    )
+    options.add_data_parallel(group)
     group.add_argument(
         "--max-n", type=options.positive, default=16, metavar="N", help="completions of a prompt"
     )

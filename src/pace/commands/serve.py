@@ -95,13 +95,7 @@ def add(commands: Any) -> None:
         help="how long streams may go on after SIGTERM (default: 30)",
     )
     group = parser.add_argument_group("engines")
-    group.add_argument(
-        "--data-parallel",
-        type=options.engines,
-        default=None,
-        metavar="N",
-        help="engines, each a process with its own copy of the model; auto: one per NUMA node (default: auto)",
-    )
+    options.add_data_parallel(group)
     group.add_argument(
         "--on-engine-death",
         choices=("restart", "exit"),

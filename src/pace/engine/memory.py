@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pace.engine.kv_memory import GroupMemory, KVMemory, plan_groups
 from pace.errors import CapacityError
-from pace.models.operators import bits_of
 from pace.models.plan import Embed, ExpertsIn, ExpertsOut, Gemm, Plan, WeightShape
+from pace.models.weight_formats import bits_of
 
 __all__ = ["MemoryPlan", "available_bytes", "packed_bytes", "plan_memory", "read_bytes", "slot_bytes"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -246,10 +247,9 @@ def _rounded(
 
     starts = range(0, n, step)
     ahead = 8
-    waiting = [pool.submit(one, at) for at in starts[:ahead]]
+    waiting = deque(pool.submit(one, at) for at in starts[:ahead])
     for i in range(len(starts)):
-        tensors, signal, noise = waiting[i].result()
-        waiting[i] = None  # type: ignore[call-overload]
+        tensors, signal, noise = waiting.popleft().result()
         if i + ahead < len(starts):
             waiting.append(pool.submit(one, starts[i + ahead]))
         summary.signal += signal

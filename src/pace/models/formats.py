@@ -17,10 +17,9 @@ from pace.models.operators import (
     Quantise,
     Route,
     Slot,
-    WeightFormat,
-    int8_group,
 )
 from pace.models.plan import Plan
+from pace.models.weight_formats import WeightFormat, int8_group
 
 __all__ = ["SCHEMES", "Activations", "formats_of", "int8_candidates", "int8_rows", "with_formats"]
 

@@ -7,10 +7,11 @@ from math import gcd
 from typing import Final, cast
 
 from pace.log import logger
-from pace.models.operators import FORMATS, WeightFormat, WeightShape
+from pace.models.operators import WeightShape
 from pace.models.plan import Plan
 from pace.models.sources import Source, check
 from pace.models.tensors import Tensors
+from pace.models.weight_formats import FORMATS, WeightFormat
 from pace.quant.groups import Fp8Rows, GroupedRows
 from pace.quant.matrices import QuantisedRows
 

@@ -49,9 +49,9 @@ from pace.models.operators import (
     Select,
     Slot,
     SlotShape,
-    WeightFormat,
     WeightShape,
 )
+from pace.models.weight_formats import WeightFormat
 
 __all__ = [
     "GATED_BLOCK",

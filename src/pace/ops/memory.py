@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from pace._ext import _kernels
 from pace.errors import CheckpointError, ConfigError
-from pace.models.operators import FORMATS, int8_group
 from pace.models.plan import F32Array as F32
+from pace.models.weight_formats import FORMATS, int8_group
 from pace.ops.team import Team
 
 KV_DTYPES: Final = ("bf16", "int8")

@@ -45,7 +45,7 @@ class JsonScanner:
         self._stack: list[str] = []  # closing brackets
         self._word = ""
         self._is_key = False
-        self._n_hex = 0  # digits of \\uXXXX that are still to come
+        self._n_hex = 0  # digits of a character's number, behind \\u, that are still to come
 
     def feed(self, text: str) -> tuple[int, str]:
         """Read on, up to the end of the value or to what breaks it.
