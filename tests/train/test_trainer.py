@@ -23,9 +23,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.live
 
+from pace.train import trainer as trainer_module  # noqa: E402
 from pace.train.loss import Counts, Teacher, gold_of, guess_loss, row_weights  # noqa: E402
 from pace.train.model import batch_of, hidden_states, load_model, tokens_of  # noqa: E402
-from pace.train.trainer import Trainer, learning_rate, train  # noqa: E402
+from pace.train.trainer import Trainer, arithmetic_of, learning_rate, train  # noqa: E402
 
 MASK = 263  # behind the toy tokenizer's tokens, inside its embedding
 LENGTHS = ((11, 4), (7, 3), (5, 1))
@@ -221,12 +222,35 @@ def test_micro_batches_change_no_step(recipe: Recipe, tmp_path: Path) -> None:
     small = dataclasses.replace(
         recipe, training=dataclasses.replace(recipe.training, micro_batch_size=1, dtype="f32", steps=1)
     )
-    large = dataclasses.replace(small, training=dataclasses.replace(small.training, micro_batch_size=None))
+    large = dataclasses.replace(
+        small, training=dataclasses.replace(small.training, micro_batch_size=small.training.batch_size)
+    )
+    unsaid = dataclasses.replace(small, training=dataclasses.replace(small.training, micro_batch_size=None))
     losses = []
-    for name, run in (("small", small), ("large", large)):
+    for name, run in (("small", small), ("large", large), ("unsaid", unsaid)):
         train(run, tmp_path / name)
         losses.append(json.loads((tmp_path / name / "metrics.jsonl").read_text())["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[2] == losses[0], "a CPU takes one sequence at a time"
+
+
+@pytest.mark.parametrize(
+    ("tiers", "expected"),
+    [
+        (["avx2"], "f32"),
+        (["avx512vnni", "avx512"], "f32"),
+        (["avx512bf16", "avx512"], "bf16"),
+        (["amx"], "bf16"),
+    ],
+)
+def test_arithmetic_is_bf16_where_the_cpu_has_it(
+    tiers: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_module, "isas", lambda: tiers)
+    cpu = torch.device("cpu")
+    assert arithmetic_of("auto", cpu) == expected
+    assert arithmetic_of("auto", torch.device("cuda")) == "bf16"
+    assert arithmetic_of("bf16", cpu) == "bf16" and arithmetic_of("f32", cpu) == "f32"
 
 
 def test_a_state_of_another_recipe_is_not_taken_up(recipe: Recipe, tmp_path: Path) -> None:

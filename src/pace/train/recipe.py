@@ -125,10 +125,12 @@ class Training:
     Attributes:
         epochs, steps: how long; steps, where given, decide.
         context_len: tokens of a sequence; longer documents are cut, shorter ones packed together.
-        batch_size: sequences of one step. micro_batch_size: of them at once in memory; None: all.
+        batch_size: sequences of one step. micro_batch_size: of them at once in memory; None: all on a GPU, one on a CPU,
+            which padding costs more than small products do.
         lr, schedule, warmup_share, final_lr_share: linear warm-up, then "constant", or "cosine" down to a share of lr.
         betas, weight_decay (on matrices), clip_norm: AdamW's.
-        dtype: of the arithmetic, "bf16" or "f32"; the weights stay f32 until they are saved.
+        dtype: of the arithmetic, "bf16", "f32", or "auto": bf16 where the device has instructions for it; the weights stay
+            f32 until they are saved.
         device: "auto" (a GPU where torch has one), "cpu" or "cuda".
         threads: of torch and of the target's engine; None: the machine's.
         checkpointing: compute each layer twice to hold fewer activations.
@@ -148,7 +150,7 @@ class Training:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = 0.0
     clip_norm: float = 1.0
-    dtype: str = "bf16"
+    dtype: str = "auto"
     device: str = "auto"
     threads: int | None = None
     checkpointing: bool = False
@@ -172,7 +174,7 @@ class Training:
             raise ConfigError(f"training.betas is {show(self.betas)}, expected two numbers in [0, 1)")
         _in("training.seed", self.seed, 0, (1 << 31) - 1)
         _one_of("training.schedule", self.schedule, "constant", "cosine")
-        _one_of("training.dtype", self.dtype, "bf16", "f32")
+        _one_of("training.dtype", self.dtype, "auto", "bf16", "f32")
         _one_of("training.device", self.device, "auto", "cpu", "cuda")
 
 
