@@ -86,7 +86,7 @@ ALTERED: dict[str, Any] = {
     "no_rope_layers": [0] * 9,
     "no_rope_layer_interval": 3,
     "attn_type_list": [0, 1],
-    "mlp_only_layers": [0],
+    "mlp_only_layers": [0, 1],  # one of them has experts where every second layer has
     "moe_layers": [0],
     "text_config": {"hidden_size": 8},
     "vision_config": {"hidden_size": 8},
