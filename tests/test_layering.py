@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "reference": {"models.plan"},
     "checkpoint": {"ops", "quant"},
     "models": {"checkpoint", "ops", "models.plan", "quant"},
-    "export": {"checkpoint", "ops", "models", "models.plan", "quant"},
+    "export": {"checkpoint", "ops", "models", "models.plan", "quant", "engine", "text"},
     "kvcache": {"ops", "models.plan"},
     "text": {"checkpoint"},
     "engine": {"kvcache", "models", "models.plan", "checkpoint", "ops", "quant", "text"},

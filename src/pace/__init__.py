@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pace import ops as _ops  # picks the kernels; raises ImportError on a CPU below AVX2
+from pace.config import VERSION
 
 if TYPE_CHECKING:
     from pace.async_llm import AsyncLLM
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from pace.pooling_params import PoolingParams
     from pace.structured_outputs import StructuredOutputsParams
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = [
     "LLM",
     "AsyncLLM",

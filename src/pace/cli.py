@@ -17,6 +17,7 @@ from pace.commands import (
     evaluate,
     generate,
     info,
+    pack,
     quantize,
     run_batch,
     serve,
@@ -43,6 +44,7 @@ EXAMPLES = """examples:
   pace bench serve --port 8000 --dataset-name sharegpt-like --request-rate 2
   pace eval perplexity --model demo --data text.txt --json
   pace quantize ./Llama-3.2-1B ./Llama-3.2-1B-w4g64 --scheme w4g64
+  pace pack ./Llama-3.2-1B ./Llama-3.2-1B-packed
   pace train pard --config recipe.toml --out my-draft
 """
 
@@ -124,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pace {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (generate, chat, serve, run_batch, info, bench, evaluate, quantize, train):
+    for command in (generate, chat, serve, run_batch, info, bench, evaluate, quantize, pack, train):
         command.add(commands)
     return parser
 

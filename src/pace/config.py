@@ -22,12 +22,16 @@ __all__ = [
     "PACE_ISA",
     "PACE_LOG_LEVEL",
     "PACE_THREADS",
+    "VERSION",
     "EngineConfig",
     "EnvVar",
     "parse_bytes",
     "parse_cpus",
     "parse_kernels",
 ]
+
+VERSION = "0.1.0"
+"""Of pace."""
 
 T = TypeVar("T")
 
@@ -212,6 +216,8 @@ class EngineConfig:
         quantization: round a bf16 checkpoint's matrices while it is loaded: "int8" (groups of 32 columns), "int4" (the
             same, LM head int8), "fp8" (groups of 128), or by bits and group: "w8" (a scale per row), "w8g128",
             "w4g64" and the like. None: they stay what they are.
+        pack_cache: folder of packed weights: written when a checkpoint is first used, mapped from then on; None: they are
+            packed each time.
         activation_dtype: what meets integer matrices: "int8": rows rounded to int8, token by token; "bf16": not; "auto":
             int8 where a matrix' outputs on a built-in text hardly change by it.
         enable_prefix_caching: keep computed prompts for later requests with the same beginning (slab and
@@ -244,6 +250,7 @@ class EngineConfig:
     kv_cache_memory: int | str | None = None
     kv_cache_dtype: str = "bf16"
     quantization: str | None = None
+    pack_cache: str | None = None
     activation_dtype: str = "auto"
     enable_prefix_caching: bool = True
     generation_config: str = "auto"
@@ -261,7 +268,7 @@ class EngineConfig:
         _check_int("max_logprobs", self.max_logprobs, -1, MAX_LOGPROBS)
         if self.kv_cache_dtype in BF16_NAMES:
             object.__setattr__(self, "kv_cache_dtype", "bf16")
-        for name in ("revision", "tokenizer"):
+        for name in ("revision", "tokenizer", "pack_cache"):
             if getattr(self, name) is not None:
                 _check_text(name, getattr(self, name))
         for name in ("trust_tokenizer", "enable_prefix_caching"):

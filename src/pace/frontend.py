@@ -48,6 +48,7 @@ class Frontend(metaclass=AnswersByName):
         kv_cache_memory: int | str | None = None,
         kv_cache_dtype: str = "bf16",
         quantization: str | None = None,
+        pack_cache: str | os.PathLike[str] | None = None,
         activation_dtype: str = "auto",
         enable_prefix_caching: bool = True,
         generation_config: str | os.PathLike[str] = "auto",
@@ -82,6 +83,8 @@ class Frontend(metaclass=AnswersByName):
             kv_cache_dtype: "bf16", or "int8" with a scale per token and head.
             quantization: round a bf16 checkpoint's matrices while it is loaded: "int8", "int4" or "fp8", or by bits and
                 group "w8", "w8g128", "w4g64" and the like; see docs/quantisation.md.
+            pack_cache: a folder that keeps the packed weights: written on first use, mapped from then on, which takes no
+                time and shares memory between processes; see docs/packing.md. None: they are packed each time.
             activation_dtype: whether rows are rounded to int8 where they meet integer matrices: "int8", "bf16" (they are
                 not), or "auto": where a matrix' outputs on a built-in text hardly change by it.
             enable_prefix_caching: keep computed prompts for later requests with the same beginning.
@@ -116,6 +119,7 @@ class Frontend(metaclass=AnswersByName):
             kv_cache_memory=kv_cache_memory,
             kv_cache_dtype=kv_cache_dtype,
             quantization=quantization,
+            pack_cache=None if pack_cache is None else os.fspath(pack_cache),
             activation_dtype=activation_dtype,
             enable_prefix_caching=enable_prefix_caching,
             generation_config=(

@@ -28,10 +28,21 @@ class Matrix:
     k: int
     count: int
 
+LAYOUTS: str
+
 class Packed(Matrix):
     def __init__(
-        self, n: int, k: int, count: int, layout: int, group: int = 0, scales: int = 0, zeros: int = 0
+        self,
+        n: int,
+        k: int,
+        count: int,
+        layout: int,
+        group: int = 0,
+        scales: int = 0,
+        zeros: int = 0,
+        source: npt.NDArray[np.uint8] | None = None,
     ) -> None: ...
+    def __buffer__(self, flags: int) -> memoryview: ...
     @property
     def nbytes(self) -> int: ...
     @property
@@ -59,7 +70,7 @@ class Packed(Matrix):
         mode: int,
         i: int,
     ) -> None: ...
-    def unpack(self, i: int) -> F32: ...
+    def unpack(self, i: int, rows: npt.NDArray[np.int32] | None = None) -> F32: ...
 
 def quantise_rows(
     src: npt.NDArray[np.uint8], dtype: int, k: int, layout: int, group: int

@@ -63,6 +63,7 @@ cdef extern from "pages.h" nogil:
 
 cdef extern from "kernels.h" nogil:
     ctypedef uint16_t bf16
+    const char *PACE_LAYOUTS
     int PACE_NR, PACE_LOGIT_BLOCK
     int PACE_MAX_HEAD_DIM, PACE_MAX_GROUPS, PACE_BF16_ROWS, PACE_PANELS, PACE_MXFP4, PACE_INT8, PACE_INT4, PACE_FP8
     int PACE_MX_GROUP, PACE_KPAD, PACE_SCALES_BF16

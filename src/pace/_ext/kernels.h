@@ -51,6 +51,10 @@ typedef uint16_t bf16;
 //     PACE_OFFSETS    u * scale + offset, of the scales' type
 // and of FP8 its E4M3 number times the scale. Padding has weights of 0 where there are no offsets, and scales and
 // offsets of 0 where a whole column or group is.
+//
+// Every tier reads the same bytes. Files of packed weights name PACE_LAYOUTS, which gets another number when any byte
+// of these gets another meaning.
+#define PACE_LAYOUTS "panels32-1"
 #define PACE_NR 32
 #define PACE_KPAD 32
 #define PACE_MX_GROUP 32

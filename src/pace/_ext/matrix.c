@@ -11,10 +11,9 @@
 
 enum { PAGE = 4096 };
 
-int pace_packed_init(pace_packed *w) {
+int pace_packed_size(pace_packed *w) {
     pace_matrix *m = &w->m;
     size_t panel, one;
-    w->data = NULL;
     if (m->n > LONG_MAX - PACE_NR || m->k > LONG_MAX / 8 / PACE_NR) return ENOMEM;
     m->k_pad = (m->k + PACE_KPAD - 1) / PACE_KPAD * PACE_KPAD;
     m->n_panels = (m->n + PACE_NR - 1) / PACE_NR;
@@ -23,8 +22,15 @@ int pace_packed_init(pace_packed *w) {
     if (__builtin_mul_overflow((size_t)m->n_panels, panel, &one) || one > SIZE_MAX - PAGE) return ENOMEM;
     const size_t stride = m->count == 1 ? one : (one + PAGE - 1) / PAGE * PAGE;
     if (__builtin_mul_overflow(stride, (size_t)m->count, &w->bytes)) return ENOMEM;
-    m->data = w->data = pace_alloc_huge(w->bytes);
     m->stride = (long)stride;
+    return 0;
+}
+
+int pace_packed_init(pace_packed *w) {
+    w->data = NULL;
+    const int e = pace_packed_size(w);
+    if (e) return e;
+    w->m.data = w->data = pace_alloc_huge(w->bytes);
     return w->data ? 0 : ENOMEM;
 }
 

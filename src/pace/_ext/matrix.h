@@ -7,7 +7,7 @@
 
 typedef struct {
     pace_matrix m;  // as kernels see it
-    char *data;     // panels, zero until they are filled
+    char *data;     // panels, zero until they are filled; NULL: they are somebody else's
     size_t bytes;
 } pace_packed;
 
@@ -15,6 +15,8 @@ typedef struct {
 // zeros where the layout has groups (group 0: a column is one); sizes are positive, k fits the layout. Each begins on a
 // page of its own, in one mapping of huge pages. 0, or ENOMEM.
 int pace_packed_init(pace_packed *w);
+// What they take: the sizes of w->m that follow from those, and w->bytes. 0, or ENOMEM where they overflow.
+int pace_packed_size(pace_packed *w);
 // Other types of scales and zeros, of which the old ones are a special case: the same weights. 0, or ENOMEM.
 int pace_packed_recast(pace_packed *w, int scales, int zeros);
 void pace_packed_free(pace_packed *w);

@@ -9,6 +9,7 @@ cdef extern from "matrix.h" nogil:
         const void *rows
         size_t bytes, ld
     int pace_packed_init(pace_packed *w)
+    int pace_packed_size(pace_packed *w)
     int pace_packed_recast(pace_packed *w, int scales, int zeros)
     void pace_packed_free(pace_packed *w)
     int pace_packed_fill(pace_packed *w, long i, pace_team *team, const pace_kernels *kernels, const pace_source *src,
@@ -38,10 +39,15 @@ cdef class Matrix:
     cdef readonly long n, k, count
 
 
-cdef class Packed(Matrix):
-    cdef pace_packed w
+LAYOUTS = PACE_LAYOUTS.decode()
 
-    def __cinit__(self, long n, long k, long count, int layout, long group=0, int scales=0, int zeros=0):
+
+cdef class Packed(Matrix):
+    """Panels of their own, or those that a file has: `source`, of just their bytes, which is kept and only read."""
+    cdef pace_packed w
+    cdef const unsigned char[::1] source
+
+    def __cinit__(self, long n, long k, long count, int layout, long group=0, int scales=0, int zeros=0, source=None):
         if n < 1 or k < 1 or count < 1:
             raise ValueError(f"matrix is [{n}, {k}], both must be positive, and so must their count, {count}")
         if layout not in (PACE_PANELS, PACE_MXFP4, PACE_INT8, PACE_INT4, PACE_FP8):
@@ -54,7 +60,12 @@ cdef class Packed(Matrix):
             raise ValueError(f"MXFP4 matrix is [{n}, {k}], its rows must be whole groups of {PACE_MX_GROUP}")
         self.w.m.layout, self.w.m.n, self.w.m.k, self.w.m.count = layout, n, k, count
         self.w.m.group, self.w.m.scales, self.w.m.zeros = group, scales, zeros
-        if pace_packed_init(&self.w):
+        if source is not None:
+            self.source = source
+            if pace_packed_size(&self.w) or self.w.bytes != <size_t>self.source.shape[0]:
+                raise ValueError(f"{self.source.shape[0]} bytes for a packed matrix [{n}, {k}], which has {self.w.bytes}")
+            self.w.m.data = &self.source[0]
+        elif pace_packed_init(&self.w):
             raise MemoryError(f"cannot allocate a packed matrix [{n}, {k}]" + f" {count} times" * (count > 1))
         self.m, self.n, self.k, self.count = self.w.m, n, k, count
 
@@ -64,6 +75,9 @@ cdef class Packed(Matrix):
     @property
     def nbytes(self):
         return self.w.bytes
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        PyBuffer_FillInfo(view, self, <void *>self.w.m.data, <Py_ssize_t>self.w.bytes, True, flags)
 
     cdef long index(self, long i) except -1:
         if not 0 <= i < self.count:
@@ -79,6 +93,8 @@ cdef class Packed(Matrix):
         if at < 0 or at % 16 or at > room or most > room - at:
             raise ValueError(f"{rows} rows at {at} do not fit a packed matrix of {self.n} rows")
         self.index(i)
+        if self.w.data == NULL:
+            raise ValueError("rows for a packed matrix that a file has")
         cdef int e
         with nogil:
             e = pace_packed_fill(&self.w, i, team.team, current, src, dtype, rows, at, mode, &bad)
@@ -127,6 +143,8 @@ cdef class Packed(Matrix):
 
     def recast(self, int scales, int zeros):
         """Scales and zeros of wider types: the same weights."""
+        if self.w.data == NULL:
+            raise ValueError("other types of scales for a packed matrix that a file has")
         if pace_packed_recast(&self.w, scales, zeros):
             raise MemoryError(f"cannot allocate a packed matrix [{self.n}, {self.k}]")
         self.m = self.w.m
@@ -155,14 +173,18 @@ cdef class Packed(Matrix):
             sources[2].rows, sources[2].bytes, sources[2].ld = &offsets[0, 0], offsets.shape[1], offsets.shape[1]
         self.fill(team, sources, 0, codes.shape[0], at, mode, i)
 
-    def unpack(self, long i):
+    def unpack(self, long i, rows=None):
         cdef pace_matrix m = pace_matrix_at(&self.m, self.index(i))
-        out = np.empty((self.n, self.k), np.float32)
+        cdef const int32_t[::1] which = np.arange(self.n, dtype=np.int32) if rows is None else rows
+        cdef long row, n = which.shape[0]
+        for row in range(n):
+            if not 0 <= which[row] < self.n:
+                raise ValueError(f"row {which[row]} of {self.n}")
+        out = np.empty((n, self.k), np.float32)
         cdef float[:, ::1] o = out
-        cdef long row
         with nogil:
-            for row in range(self.n):
-                current.unpack_row(&o[row, 0], &m, row)
+            for row in range(n):
+                current.unpack_row(&o[row, 0], &m, which[row])
         return out
 
 

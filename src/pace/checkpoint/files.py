@@ -76,6 +76,10 @@ class ModelFiles(Protocol):
         """
         ...
 
+    def weight_paths(self) -> list[Path]:
+        """The files that the tensors may come from, sorted."""
+        ...
+
     def tensors(self) -> TensorFiles:
         """The tensors, to be closed by the caller.
 
@@ -104,6 +108,12 @@ class ModelFolder:
         """The object that a JSON file holds; see `ModelFiles`."""
         path = checkpoint_file(self.path, name)
         return None if path is None else read_json(path)
+
+    def weight_paths(self) -> list[Path]:
+        """The files that the tensors may come from; see `ModelFiles`."""
+        return sorted(
+            path for end in ("safetensors", "safetensors.index.json") for path in self.path.glob(f"*.{end}")
+        )
 
     def tensors(self) -> Checkpoint:
         """The tensors; see `ModelFiles`."""

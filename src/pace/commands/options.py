@@ -47,6 +47,7 @@ ENGINE_FIELDS = (
     "kv_cache_memory",
     "kv_cache_dtype",
     "quantization",
+    "pack_cache",
     "activation_dtype",
     "enable_prefix_caching",
     "generation_config",
@@ -158,6 +159,11 @@ def add_engine_options(
         "--quantization",
         choices=QUANTIZATIONS,
         help="round a bf16 checkpoint's matrices while it is loaded (default: leave them)",
+    )
+    group.add_argument(
+        "--pack-cache",
+        metavar="DIR",
+        help="keep packed weights there: written on first use, mapped from then on (default: pack them each time)",
     )
     group.add_argument(
         "--activation-dtype",

@@ -9,7 +9,8 @@ choice is the same each time; and it is made for whole matrices, so that a token
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from math import inf, isfinite
 from typing import Any, Final
 
 import numpy as np
@@ -22,7 +23,7 @@ from pace.models.operators import Blocks, ExpertsIn, ExpertsOut, Gemm, Op, Slot
 from pace.models.plan import Batch, F32Array, Plan
 from pace.text.tokenizer import Tokenizer
 
-__all__ = ["MAX_ERROR", "choose_activations", "int8_errors"]
+__all__ = ["MAX_ERROR", "Measured", "choose_activations", "int8_errors", "measure"]
 
 MAX_ERROR: Final = 0.02
 """Of a matrix' outputs by int8 rows, relative: the root of the mean over rows of |difference|^2 / |output|^2. Normal
@@ -36,21 +37,72 @@ _TOKENS: Final = 32
 _BLOCK: Final = 32
 
 
-def choose_activations(
-    plan: Plan, weights: Mapping[str, Any], team: ops.Team, tokenizer: Tokenizer | None
-) -> dict[str, Activations]:
-    """What each matrix of a packed plan that could meet int8 rows should meet; said in one line of the log.
+@dataclass(frozen=True)
+class Measured:
+    """What int8 rows change on one tier.
+
+    Args:
+        isa: the tier.
+        ids: the text's tokens.
+        errors: of each matrix, see `MAX_ERROR`.
+    """
+
+    isa: str
+    ids: tuple[int, ...]
+    errors: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` takes; None is what has no number."""
+        errors = {name: error if isfinite(error) else None for name, error in self.errors.items()}
+        return {"isa": self.isa, "ids": list(self.ids), "errors": errors}
+
+    @classmethod
+    def from_json(cls, value: object) -> Measured | None:
+        """None where that is something else."""
+        if not isinstance(value, dict):
+            return None
+        isa, ids, errors = (value.get(key) for key in ("isa", "ids", "errors"))
+        if not (isinstance(isa, str) and isinstance(ids, list) and isinstance(errors, dict)):
+            return None
+        if not all(error is None or isinstance(error, int | float) for error in errors.values()):
+            return None
+        return cls(isa, tuple(ids), {k: inf if error is None else error for k, error in errors.items()})
+
+
+def measure(
+    plan: Plan,
+    weights: Mapping[str, Any],
+    team: ops.Team,
+    tokenizer: Tokenizer | None,
+    before: Measured | None = None,
+) -> Measured | None:
+    """What int8 rows change in a packed plan; None: no matrix could meet them.
 
     Args:
         plan: with the formats of its weights, and bf16 rows.
         tokenizer: None: the text is numbers spread over the vocabulary.
+        before: is returned where it is of these matrices, this text and this tier.
     """
-    if not _candidates(plan):
-        return {}
+    candidates = _candidates(plan)
+    if not candidates:
+        return None
     ids = [] if tokenizer is None else list(tokenizer.encode(_TEXT))[:_TOKENS]
     if not ids:
         ids = [(7919 * i + 13) % plan.vocab_size for i in range(_TOKENS)]
-    errors = int8_errors(plan, weights, team, ids)
+    if before is not None and (before.isa, before.ids, set(before.errors)) == (
+        ops.isa(),
+        tuple(ids),
+        candidates,
+    ):
+        return before
+    return Measured(ops.isa(), tuple(ids), int8_errors(plan, weights, team, ids))
+
+
+def choose_activations(measured: Measured | None) -> dict[str, Activations]:
+    """What each matrix that could meet int8 rows should meet; said in one line of the log."""
+    if measured is None:
+        return {}
+    errors = measured.errors
     chosen: dict[str, Activations] = {
         name: "int8" if error <= MAX_ERROR else "bf16" for name, error in errors.items()
     }
@@ -101,7 +153,8 @@ def int8_errors(
 def _candidates(plan: Plan) -> set[str]:
     """Matrices that int8 rows are chosen for: not those of MXFP4, whose bf16 rows are exact products of what the checkpoint
     holds, and as fast but for a few rows."""
-    return {name for name in int8_candidates(plan) if plan.weights()[name].format != "mxfp4"}
+    weights = plan.weights()
+    return {name for name in int8_candidates(plan) if weights[name].format != "mxfp4"}
 
 
 def _rows(slot: npt.NDArray[Any], n: int) -> F32Array:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,28 +12,26 @@ from pace import ops
 from pace.checkpoint import GenerationDefaults, ModelFiles, load_generation_defaults, model_files, resolve
 from pace.checkpoint.config_json import adapter_hint
 from pace.config import EngineConfig
-from pace.console import progress_bar
 from pace.engine.build import SCORED_ROWS, build_engine, make_team
 from pace.engine.core import Engine
-from pace.engine.guard import choose_activations
+from pace.engine.guard import choose_activations, measure
 from pace.engine.memory import MemoryPlan, available_bytes, plan_memory
-from pace.engine.packing import PackedSink, invent_weights
+from pace.engine.packing import PackedSink
 from pace.engine.speculation import SpeculationMaker, Target
+from pace.engine.weight_source import WeightSource, open_weights
 from pace.errors import CheckpointError, ConfigError
 from pace.log import logger
 from pace.models import rope
 from pace.models.decoder import lower
-from pace.models.formats import formats_of, with_formats
-from pace.models.held import held_formats
+from pace.models.formats import with_formats
 from pace.models.plan import Plan, WeightFormat
-from pace.models.quantisation import quantised_in, with_own_file
+from pace.models.quantisation import with_own_file
 from pace.models.registry import parse_config
 from pace.models.spec import DecoderSpec
-from pace.models.weights import Tensors, load_weights, settle_head
 from pace.text.harmony import end_ids
 from pace.text.tokenizer import Tokenizer
 
-__all__ = ["Loaded", "load", "load_packed", "read_config"]
+__all__ = ["Loaded", "load", "read_config"]
 
 
 @dataclass
@@ -95,13 +92,16 @@ def load(
     files = model_files(directory)
     values = read_config(files)
     spec, weight_map = parse_config(values, files.where("config.json"))
-    with ExitStack() as opened:
-        tensors = None
-        if not random_weights:
-            checkpoint = opened.enter_context(closing(files.tensors()))
-            tensors = Tensors(checkpoint, weight_map, len(spec.layers), quantised_in(checkpoint, values))
-            spec = settle_head(spec, tensors)
-        formats = _formats(config, spec, tensors)
+    with open_weights(
+        config,
+        files,
+        values,
+        spec,
+        weight_map,
+        quantization=config.quantization,
+        random_weights=random_weights,
+    ) as source:
+        spec, formats = source.spec, source.formats
         memory = _plan_memory(config, spec, speculation, formats)
         if on_plan is not None:
             on_plan(memory)
@@ -129,8 +129,8 @@ def load(
                     Target(spec.vocab_size, spec.dim, memory, tokenizer, team, show_progress)
                 )
             sink = PackedSink(team)
-            load_packed(plan, tensors, sink, show_progress)
-            plan = _with_activations(config, plan, sink, tokenizer)
+            source.fill(plan, sink, show_progress)
+            plan = _with_activations(config, plan, sink, tokenizer, source)
             engine, executor = build_engine(config, plan, sink, team, memory, defaults, tokenizer, guesses)
         except BaseException:
             team.close()
@@ -158,27 +158,17 @@ def load(
     )
 
 
-def _formats(config: EngineConfig, spec: DecoderSpec, tensors: Tensors | None) -> dict[str, WeightFormat]:
-    """The formats that the options ask for, or that the checkpoint has."""
-    plan = lower(spec, 1)
-    if config.quantization is None:
-        return {} if tensors is None else held_formats(plan, tensors)
-    if tensors is not None and tensors.quantised:
-        raise ConfigError(
-            f"quantization is {config.quantization}, but the checkpoint is quantised already; leave the option out"
-        )
-    return formats_of(plan, config.quantization)
-
-
 def _with_activations(
-    config: EngineConfig, plan: Plan, sink: PackedSink, tokenizer: Tokenizer | None
+    config: EngineConfig, plan: Plan, sink: PackedSink, tokenizer: Tokenizer | None, source: WeightSource
 ) -> Plan:
-    """The plan with int8 rows where the options, or the guard, want them."""
-    if config.activation_dtype == "bf16":
-        return plan
-    if config.activation_dtype == "int8":
-        return with_formats(plan, {}, "int8")
-    return with_formats(plan, {}, choose_activations(plan, sink.weights, sink.team, tokenizer))
+    """The plan with int8 rows where the options, or the guard, want them; the weights are kept with what it measured."""
+    measured = None
+    if config.activation_dtype == "auto" or source.is_stored:
+        measured = measure(plan, sink.weights, sink.team, tokenizer, source.measured)
+    source.store(sink.weights, measured)
+    if config.activation_dtype == "auto":
+        return with_formats(plan, {}, choose_activations(measured))
+    return plan if config.activation_dtype == "bf16" else with_formats(plan, {}, "int8")
 
 
 def read_config(files: ModelFiles) -> dict[str, Any]:
@@ -256,27 +246,3 @@ def _check_len(max_model_len: int | None, max_len: int) -> int | None:
             f"max_model_len is {max_model_len}, the checkpoint supports {max_len} tokens; lower it"
         )
     return max_model_len
-
-
-def load_packed(plan: Plan, tensors: Tensors | None, sink: PackedSink, show_progress: bool | None) -> None:
-    """Fill the sink with a plan's weights; without tensors, invented ones."""
-    with _progress_bar(show_progress) as progress:
-        if tensors is None:
-            invent_weights(plan, sink)
-        else:
-            load_weights(plan, tensors, sink, progress)
-
-
-@contextmanager
-def _progress_bar(show: bool | None) -> Iterator[Callable[[int, int], None] | None]:
-    bar = progress_bar(show, desc="loading", unit="B", unit_scale=True, leave=False)
-    if bar is None:
-        yield None
-        return
-    with bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield progress

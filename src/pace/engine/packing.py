@@ -13,7 +13,10 @@ from pace.models.plan import F32Array, Plan, WeightShape
 from pace.models.weights import SourcePart
 from pace.quant.groups import Fp8Rows, GroupedRows
 
-__all__ = ["PackedSink", "invent_weights"]
+__all__ = ["PackedSink", "Weight", "invent_weights"]
+
+Weight = ops.PackedMatrix | F32Array | ops.MappedTable
+"""As `ops.Plan` takes them."""
 
 
 class PackedSink:
@@ -21,7 +24,7 @@ class PackedSink:
 
     def __init__(self, team: ops.Team) -> None:
         self.team = team
-        self.weights: dict[str, ops.PackedMatrix | F32Array | ops.MappedTable] = {}
+        self.weights: dict[str, Weight] = {}
 
     def matrix(self, name: str, shape: WeightShape, parts: Iterator[SourcePart]) -> None:
         """Pack matrices [n, k] part by part."""
@@ -46,6 +49,10 @@ class PackedSink:
     def table(self, name: str, rows: npt.NDArray[Any], dtype: str) -> None:
         """Keep a view of a mapped table [n, k]."""
         self.weights[name] = ops.MappedTable(rows, dtype)
+
+    def packed(self, name: str, weight: Weight) -> None:
+        """Keep what was packed before."""
+        self.weights[name] = weight
 
     @property
     def n_bytes(self) -> int:

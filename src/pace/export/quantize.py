@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +18,9 @@ import numpy.typing as npt
 from pace import ops
 from pace.checkpoint import ModelFiles, model_files, resolve
 from pace.errors import ConfigError, show
+from pace.export.folder import copy_rest, new_folder
 from pace.export.schemes import SCHEMES, WrittenScheme, written
-from pace.export.writer import Described, ShardWriter, new_folder
+from pace.export.writer import Described, ShardWriter
 from pace.models.decoder import lower
 from pace.models.formats import formats_of
 from pace.models.plan import Gemm
@@ -35,18 +35,6 @@ Progress = Callable[[int, int], None]
 _PIECE: Final = 1 << 20  # weights that one thread rounds at a time
 _SHARD_BYTES: Final = 5_000_000_000
 _SAMPLED: Final = 8  # of so many rows, one is compared with what it became
-_LEFT: Final = (
-    ".safetensors",
-    ".safetensors.index.json",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".msgpack",
-    ".h5",
-    ".onnx",
-)
-_MOST_COPIED: Final = 64 << 20
 
 
 @dataclass
@@ -140,7 +128,7 @@ def quantize_checkpoint(
             writer = ShardWriter(folder, tensors, _SHARD_BYTES)
             with ThreadPoolExecutor(n_threads or ops.default_threads()[0]) as pool:
                 writer.write(_pieces(jobs, checkpoint, pool, summary, progress))
-            _copy_rest(files, folder)
+            copy_rest(files, folder)
             config = {**values, "quantization_config": _quantization_config(jobs)}
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return summary
@@ -297,13 +285,3 @@ def _quantization_config(jobs: Sequence[_Job]) -> dict[str, Any]:
         "ignore": list(dict.fromkeys([*plain, "lm_head"])),
         "kv_cache_scheme": None,
     }
-
-
-def _copy_rest(files: ModelFiles, folder: Path) -> None:
-    """Tokenizer, templates and whatever else stands beside the weights, but weights of other formats."""
-    if not files.path.is_dir():
-        return
-    for path in sorted(files.path.iterdir()):
-        whole = not path.name.startswith(".") and path.is_file() and path.name != "config.json"
-        if whole and not path.name.endswith(_LEFT) and path.stat().st_size <= _MOST_COPIED:
-            shutil.copyfile(path, folder / path.name)

@@ -1,13 +1,11 @@
-"""A checkpoint that is written tensor by tensor into a folder that appears whole or not at all."""
+"""A checkpoint that is written tensor by tensor."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from io import BufferedWriter
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
@@ -15,9 +13,7 @@ from typing import Any, BinaryIO, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pace.errors import ConfigError
-
-__all__ = ["Described", "ShardWriter", "new_folder"]
+__all__ = ["Described", "ShardWriter"]
 
 _SIZES: Final = {"BF16": 2, "F16": 2, "F32": 4, "I8": 1, "U8": 1, "F8_E4M3": 1, "I32": 4, "I64": 8}
 
@@ -37,33 +33,6 @@ class Described(NamedTuple):
     def n_bytes(self) -> int:
         """Of its data."""
         return math.prod(self.shape) * _SIZES[self.dtype]
-
-
-@contextmanager
-def new_folder(out: Path, n_bytes: int) -> Iterator[Path]:
-    """A folder beside `out` that takes its name when the block ends well, and is gone when it does not.
-
-    Raises:
-        ConfigError: `out` exists and is not empty, its folder does not, or the disk has no room for n_bytes.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists; name a new folder, or remove it")
-    if not out.parent.is_dir():
-        raise ConfigError(f"{out.parent}: no such folder")
-    free = shutil.disk_usage(out.parent).free
-    if free < n_bytes:
-        raise ConfigError(f"{out.parent}: {free >> 20} MiB are free, the model needs {n_bytes >> 20}")
-    partial = out.parent / f".{out.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    partial.mkdir()
-    try:
-        yield partial
-        if out.is_dir():
-            out.rmdir()
-        partial.replace(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 class ShardWriter:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pace.ops.executor import OPERATORS, Plan, check_kernels
 from pace.ops.machine import cpu_info, default_threads, isa, isas, tiers, use_isa, using_isa
-from pace.ops.memory import KV_DTYPES, KVPool, MappedTable, PackedMatrix, quantise_rows
+from pace.ops.memory import KV_DTYPES, PACKED_LAYOUTS, KVPool, MappedTable, PackedMatrix, quantise_rows
 from pace.ops.sampling import (
     SAMPLE_DTYPE,
     LogprobsResult,
@@ -24,6 +24,7 @@ from pace.ops.team import Team, roof_dot, roof_read
 __all__ = [
     "KV_DTYPES",
     "OPERATORS",
+    "PACKED_LAYOUTS",
     "SAMPLE_DTYPE",
     "SUFFIX_BREAK",
     "SUFFIX_ORDER",

@@ -18,6 +18,9 @@ from pace.ops.team import Team
 KV_DTYPES: Final = ("bf16", "int8")
 """Element types of the KV cache."""
 
+PACKED_LAYOUTS: Final[str] = _kernels.LAYOUTS
+"""What the bytes of packed matrices mean: of every tier the same, and another name when that changes."""
+
 _LAYOUTS: Final = {"bf16": 0, "mxfp4": 1, "int8": 2, "int4": 3, "fp8": 4}
 _F32, _BF16, _F16 = range(3)  # types of scales
 _SYMMETRIC, _ZEROS, _OFFSETS = range(3)
@@ -87,10 +90,19 @@ class PackedMatrix:
         MemoryError: the system refuses the memory.
     """
 
+    _team: Team | None = None
+    """Who packs; None: a file has it."""
+    _packed: _kernels.Packed | None = None
+
     def __init__(self, team: Team, n: int, k: int, count: int = 1, format: str = "bf16") -> None:
+        self._describe(n, k, count, format)
+        self._team = team
+        if format in ("bf16", "mxfp4") or min(n, k, count) < 1:
+            self._packed = self._make(_F32, _SYMMETRIC)
+
+    def _describe(self, n: int, k: int, count: int, format: str) -> None:
         if format not in FORMATS:
             raise ValueError(f"weight format is {format!r}, expected one of {', '.join(FORMATS)}")
-        self._team = team
         self.n = n
         self.k = k
         self.count = count
@@ -98,12 +110,49 @@ class PackedMatrix:
         self.bits = 4 if format.startswith("int4") else 8
         kind, _, group = format.partition("g")
         self._layout, self._group = _LAYOUTS[kind], int(group or 0)
-        self._packed: _kernels.Packed | None = None
-        if kind in ("bf16", "mxfp4") or min(n, k, count) < 1:
-            self._packed = self._make(_F32, _SYMMETRIC)
 
-    def _make(self, scales: int, zeros: int) -> _kernels.Packed:
-        return _kernels.Packed(self.n, self.k, self.count, self._layout, self._group, scales, zeros)
+    def _make(self, scales: int, zeros: int, source: npt.NDArray[np.uint8] | None = None) -> _kernels.Packed:
+        return _kernels.Packed(self.n, self.k, self.count, self._layout, self._group, scales, zeros, source)
+
+    @classmethod
+    def mapped(
+        cls,
+        n: int,
+        k: int,
+        count: int,
+        format: str,
+        kind: tuple[int, int],
+        source: npt.NDArray[np.uint8],
+    ) -> PackedMatrix:
+        """A matrix whose bytes a file has: `data` of another of this shape, format and kind; only read, never copied.
+
+        Args:
+            kind: of the other.
+            source: uint8 [bytes], C-contiguous. It is kept.
+
+        Raises:
+            ValueError: there is no such matrix, or it has another number of bytes.
+        """
+        matrix = cls.__new__(cls)
+        matrix._describe(n, k, count, format)
+        matrix._packed = matrix._make(*kind, source)
+        return matrix
+
+    @property
+    def _workers(self) -> _kernels.Team:
+        if self._team is None:
+            raise ValueError("rows for a packed matrix that a file has")
+        return self._team._team
+
+    @property
+    def kind(self) -> tuple[int, int]:
+        """Types of scales and of zeros, as `enum pace_scales` and `pace_zeros` have them."""
+        return self._matrix.kind
+
+    @property
+    def data(self) -> npt.NDArray[np.uint8]:
+        """The packed bytes [nbytes], read-only, for as long as nothing more is packed."""
+        return np.frombuffer(memoryview(self._matrix), np.uint8)
 
     @property
     def _matrix(self) -> _kernels.Packed:
@@ -149,7 +198,7 @@ class PackedMatrix:
         elif self._packed.kind[0] == _F16:
             self._packed.recast(_F32, self._packed.kind[1])
         with _checkpoint_errors():
-            self._matrix.pack(self._team._team, src.view(np.uint8), code, at, _MODES[mode], matrix)
+            self._matrix.pack(self._workers, src.view(np.uint8), code, at, _MODES[mode], matrix)
 
     def pack_mxfp4(
         self,
@@ -182,7 +231,7 @@ class PackedMatrix:
                     f"{name} are {array.dtype} {array.shape}, expected uint8 [rows, {self.k} / 2 or / 32]"
                 )
         with _checkpoint_errors():
-            self._matrix.pack_mxfp4(self._team._team, blocks, scales, at, _MODES[mode], matrix)
+            self._matrix.pack_mxfp4(self._workers, blocks, scales, at, _MODES[mode], matrix)
 
     def pack_groups(self, rows: Codes, at: int = 0, mode: str = "rows", matrix: int = 0) -> None:
         """Place rows of integers, exactly: a weight is codes[r, c] * scales[r, c // group] + offsets[r, c // group].
@@ -285,11 +334,15 @@ class PackedMatrix:
             codes = np.ascontiguousarray(codes)
         held, less = (np.ascontiguousarray(part).view(np.uint8).reshape(rows, -1) for part in (scales, zeros))
         with _checkpoint_errors():
-            self._matrix.pack_groups(self._team._team, codes, held, less, at, _MODES[mode], matrix)
+            self._matrix.pack_groups(self._workers, codes, held, less, at, _MODES[mode], matrix)
 
-    def unpack(self, matrix: int = 0) -> F32:
-        """A matrix as f32 [n, k]."""
-        return self._matrix.unpack(matrix)
+    def unpack(self, matrix: int = 0, rows: npt.NDArray[np.int32] | None = None) -> F32:
+        """A matrix as f32 [n, k], or some rows of it [len(rows), k].
+
+        Raises:
+            ValueError: there is no such matrix or row.
+        """
+        return self._matrix.unpack(matrix, rows)
 
 
 def _types_of(scales: F32) -> set[int]:
@@ -378,6 +431,8 @@ class MappedTable:
             )
         self._matrix = _kernels.Mapped(rows.view(np.uint8), code)
         self.n, self.k = rows.shape
+        self.rows = rows
+        self.dtype = dtype
 
 
 class KVPool:

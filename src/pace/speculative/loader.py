@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
 
@@ -14,19 +13,19 @@ from pace.config import EngineConfig
 from pace.engine import loader
 from pace.engine.build import make_cache, shares_prefixes
 from pace.engine.kv_memory import plan_groups
-from pace.engine.loader import Loaded, load_packed, read_config
+from pace.engine.loader import Loaded, read_config
 from pace.engine.memory import packed_bytes, slot_bytes
 from pace.engine.packing import PackedSink
 from pace.engine.sampler import NO_IDS
 from pace.engine.speculation import Speculation, Target
+from pace.engine.weight_source import open_weights
 from pace.errors import CheckpointError, ConfigError, show
 from pace.log import logger
 from pace.models.decoder import lower
+from pace.models.formats import with_formats
 from pace.models.plan import I32Array, Plan
-from pace.models.quantisation import quantised_in
 from pace.models.registry import parse_config
 from pace.models.spec import DecoderSpec, LayerSpec
-from pace.models.weights import Tensors, settle_head
 from pace.speculative.controller import Controller
 from pace.speculative.draft_model import ModelDrafter
 from pace.speculative.drafter import Drafter
@@ -37,7 +36,7 @@ from pace.speculative.pard2 import Pard2
 from pace.speculative.reader import DraftReader
 from pace.speculative.speculator import Speculator
 from pace.speculative.suffix import SuffixDrafter
-from pace.speculative.trim import TrimmingSink, read_ids, trimmed
+from pace.speculative.trim import read_ids, trim, trimmed
 from pace.speculative.verifier import Match, SyntheticMatch
 from pace.speculative.vocabulary import check_same_tokens
 from pace.speculative_config import SpeculativeConfig
@@ -245,17 +244,22 @@ class DraftMaker(Maker):
 
     def _load(self, target: Target, max_len: int, ids: I32Array | None) -> tuple[Plan, PackedSink]:
         """The draft's plan, with logits for `ids` only where they are given, and its weights."""
-        with ExitStack() as files:
-            tensors, spec = None, self.spec
-            if not self._random_weights:
-                checkpoint = files.enter_context(closing(self.files.tensors()))
-                tensors = Tensors(
-                    checkpoint, self.weight_map, len(spec.layers), quantised_in(checkpoint, self.values)
-                )
-                spec = settle_head(spec, tensors)
-            plan = lower(spec, max_len)
-            sink = PackedSink(target.team) if ids is None else TrimmingSink(target.team, plan, ids)
-            load_packed(plan, tensors, sink, target.show_progress)
+        with open_weights(
+            self.config,
+            self.files,
+            self.values,
+            self.spec,
+            self.weight_map,
+            quantization=None,
+            random_weights=self._random_weights,
+        ) as source:
+            spec = source.spec
+            plan = with_formats(lower(spec, max_len), source.formats)
+            sink = PackedSink(target.team)
+            source.fill(plan, sink, target.show_progress)
+            source.store(sink.weights, None)
+        if ids is not None:
+            trim(sink, plan, ids)
         if self._pard2 is not None and self._depths:
             self._pard2.load(sink, spec.dim)
             plan = with_features(plan, self._pard2.width, self._pard2.scale, self._pard2.bias)

@@ -6,22 +6,18 @@ of a text. What the draft never guesses the target still says.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pace import ops
 from pace.checkpoint import read_json
 from pace.engine.packing import PackedSink
 from pace.errors import ConfigError, show
-from pace.models.plan import Gemm, I32Array, Plan, WeightShape
-from pace.models.weights import SourcePart
+from pace.models.plan import Gemm, I32Array, Plan
 
-__all__ = ["TrimmingSink", "read_ids", "trimmed"]
+__all__ = ["read_ids", "trim", "trimmed"]
 
 HEAD = "lm_head.trimmed"
 
@@ -54,7 +50,7 @@ def read_ids(path: str, vocab_size: int, never: I32Array) -> I32Array:
 
 
 def trimmed(plan: Plan, n_ids: int) -> Plan:
-    """The plan with n_ids columns of logits, whose head is the weight that `TrimmingSink` makes."""
+    """The plan with n_ids columns of logits, whose head is the weight that `trim` makes."""
     head = plan.ops[-1]
     if not isinstance(head, Gemm):
         raise ConfigError("speculative: draft_vocab needs a draft whose last operator is its LM head")
@@ -63,56 +59,28 @@ def trimmed(plan: Plan, n_ids: int) -> Plan:
     return replace(
         plan,
         slots=plan.slots | {plan.logits: logits},
-        ops=(*plan.ops[:-1], replace(head, weight=HEAD, bias=bias)),
+        ops=(*plan.ops[:-1], replace(head, weight=HEAD, bias=bias, format="bf16")),
     )
 
 
-class TrimmingSink(PackedSink):
-    """Packs some rows of the head beside all other weights.
+def trim(sink: PackedSink, plan: Plan, ids: I32Array) -> None:
+    """Give a sink the head of `trimmed`, in the place of the whole one.
 
     Args:
-        team: as of `PackedSink`.
-        plan: whose weights come: the whole one.
+        sink: has all weights of the plan.
+        plan: the whole one.
         ids: i32 [n]: rows of its head, ascending.
     """
-
-    def __init__(self, team: ops.Team, plan: Plan, ids: I32Array) -> None:
-        super().__init__(team)
-        head = plan.ops[-1]
-        self._ids = ids
-        self._weight = head.weight if isinstance(head, Gemm) else ""
-        self._bias = head.bias if isinstance(head, Gemm) else None
-        # A tied head is the embedding, which is needed whole.
-        self._is_shared = sum(getattr(op, "weight", None) == self._weight for op in plan.ops) > 1
-
-    def matrix(self, name: str, shape: WeightShape, parts: Iterator[SourcePart]) -> None:
-        """Pack matrices [n, k] part by part, of the head the chosen rows."""
-        if name != self._weight:
-            super().matrix(name, shape, parts)
-            return
-        kept: list[tuple[npt.NDArray[Any], str]] = []
-
-        def chosen() -> Iterator[SourcePart]:
-            for part in parts:
-                first, end = np.searchsorted(self._ids, (part.at, part.at + len(part.array)))
-                rows, dtype = part.array, part.dtype
-                if not isinstance(rows, np.ndarray):
-                    rows, dtype = rows.dequantised(), "f32"
-                kept.append((rows[self._ids[first:end] - part.at], dtype))
-                yield part
-
-        if self._is_shared:
-            super().matrix(name, shape, chosen())
-        else:
-            for _ in chosen():
-                pass
-        packed = ops.PackedMatrix(self.team, len(self._ids), shape.k or 1)
-        packed.pack(np.concatenate([rows for rows, _ in kept]), kept[0][1])
-        self.weights[HEAD] = packed
-
-    def vector(self, name: str, values: Any) -> None:
-        """Keep a vector [n], of the head's bias the chosen entries."""
-        if name == self._bias:
-            super().vector(f"{HEAD}.bias", np.ascontiguousarray(values[self._ids]))
-        else:
-            super().vector(name, values)
+    head = plan.ops[-1]
+    whole = sink.weights[head.weight] if isinstance(head, Gemm) else None
+    if not isinstance(head, Gemm) or not isinstance(whole, ops.PackedMatrix):
+        raise ConfigError("speculative: draft_vocab needs a draft whose last operator is its LM head")
+    packed = ops.PackedMatrix(sink.team, len(ids), whole.k)
+    packed.pack(whole.unpack(rows=ids), "f32")
+    sink.weights[HEAD] = packed
+    # A tied head is the embedding, which is needed whole.
+    if sum(getattr(op, "weight", None) == head.weight for op in plan.ops) == 1:
+        del sink.weights[head.weight]
+    bias = None if head.bias is None else sink.weights.pop(head.bias)
+    if isinstance(bias, np.ndarray):
+        sink.weights[f"{HEAD}.bias"] = np.ascontiguousarray(bias[ids])

@@ -89,6 +89,10 @@ class GgufModel:
         values = self.json(name)
         return None if values is None else json.dumps(values, ensure_ascii=False).encode()
 
+    def weight_paths(self) -> list[Path]:
+        """The file, or the files that it was split into."""
+        return [file.path for file in self._files]
+
     def tensors(self) -> GgufTensors:
         """The tensors; closing them closes the file."""
         heads = self._config.get("num_attention_heads")

@@ -1,0 +1,191 @@
+"""Where the weights of a model come from: its checkpoint, a pack of it, or nowhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
+from typing import Any
+
+from pace.checkpoint import ModelFiles
+from pace.checkpoint.pack_file import PackFile, pack_in
+from pace.config import EngineConfig
+from pace.console import progress_bar
+from pace.engine.guard import Measured
+from pace.engine.pack_cache import PackCache
+from pace.engine.packing import PackedSink, invent_weights
+from pace.engine.packs import formats_in, measured_in, weights_in
+from pace.errors import ConfigError, WeightsError, show
+from pace.log import logger
+from pace.models.decoder import lower
+from pace.models.formats import formats_of, with_formats
+from pace.models.held import held_formats
+from pace.models.plan import Plan, WeightFormat
+from pace.models.quantisation import quantised_in
+from pace.models.spec import DecoderSpec
+from pace.models.weight_map import WeightMap
+from pace.models.weights import Tensors, load_weights, settle_head
+
+__all__ = ["WeightSource", "open_weights"]
+
+
+class WeightSource:
+    """Invented weights, and what other sources share.
+
+    Args:
+        spec: of the config.
+        formats: of matrices, by weight name.
+
+    Attributes:
+        measured: what the guard has measured of these weights before, None: nothing.
+    """
+
+    measured: Measured | None = None
+
+    def __init__(self, spec: DecoderSpec, formats: dict[str, WeightFormat]) -> None:
+        self.spec = spec
+        self.formats = formats
+
+    def fill(self, plan: Plan, sink: PackedSink, show_progress: bool | None) -> None:
+        """Give a sink the plan's weights; the plan is of this spec and these formats."""
+        invent_weights(plan, sink)
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether `store` wants what was filled."""
+        return False
+
+    def store(self, weights: Mapping[str, Any], measured: Measured | None) -> None:
+        """Keep packed weights for the next time."""
+
+
+class _Tensors(WeightSource):
+    """Weights of a checkpoint."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        formats: dict[str, WeightFormat],
+        tensors: Tensors,
+        cache: PackCache | None,
+    ) -> None:
+        super().__init__(spec, formats)
+        self._tensors = tensors
+        self._cache = cache
+
+    def fill(self, plan: Plan, sink: PackedSink, show_progress: bool | None) -> None:
+        with _progress_bar(show_progress) as progress:
+            load_weights(plan, self._tensors, sink, progress)
+
+    @property
+    def is_stored(self) -> bool:
+        return self._cache is not None
+
+    def store(self, weights: Mapping[str, Any], measured: Measured | None) -> None:
+        if self._cache is not None:
+            self._cache.store(weights, measured)
+
+
+class _Packed(WeightSource):
+    """Weights of a pack."""
+
+    def __init__(self, spec: DecoderSpec, pack: PackFile) -> None:
+        # As `settle_head` would: a head of its own is used.
+        super().__init__(replace(spec, tied=False) if "lm_head" in pack else spec, formats_in(pack))
+        self.measured = measured_in(pack)
+        plan = lower(self.spec, 1)
+        known = {name for name, shape in plan.weights().items() if shape.k is not None and not shape.mapped}
+        self._weights = weights_in(
+            pack, with_formats(plan, {n: f for n, f in self.formats.items() if n in known})
+        )
+
+    def fill(self, plan: Plan, sink: PackedSink, show_progress: bool | None) -> None:
+        for name, weight in self._weights.items():
+            sink.packed(name, weight)
+
+
+@contextmanager
+def open_weights(
+    config: EngineConfig,
+    files: ModelFiles,
+    values: dict[str, Any],
+    spec: DecoderSpec,
+    weight_map: WeightMap,
+    *,
+    quantization: str | None,
+    random_weights: bool = False,
+) -> Iterator[WeightSource]:
+    """The weights of a model; its files are open as long as the block runs.
+
+    Args:
+        config: whose pack_cache is used.
+        values, spec, weight_map: of its config.json.
+        quantization: what is to be made of a bf16 checkpoint.
+
+    Raises:
+        CheckpointError: there are none, or they are not what the config says.
+        ConfigError: the option and the weights contradict each other.
+    """
+    if random_weights:
+        formats = {} if quantization is None else formats_of(lower(spec, 1), quantization)
+        yield WeightSource(spec, formats)
+        return
+    path = pack_in(files.path)
+    if path is not None:
+        pack = PackFile(path)
+        made_with = pack.about.get("quantization")
+        if quantization not in (None, made_with):
+            raise ConfigError(
+                f"quantization is {quantization}, but {path} was packed with {show(made_with)}; leave the option out, or "
+                "pack the checkpoint with it"
+            )
+        yield _Packed(spec, pack)
+        return
+    cache = None if config.pack_cache is None else PackCache(config.pack_cache, files, values, quantization)
+    cached = None if cache is None else _cached(cache, spec)
+    if cached is not None:
+        yield cached
+        return
+    with ExitStack() as opened:
+        checkpoint = opened.enter_context(closing(files.tensors()))
+        tensors = Tensors(checkpoint, weight_map, len(spec.layers), quantised_in(checkpoint, values))
+        spec = settle_head(spec, tensors)
+        yield _Tensors(spec, _formats(quantization, spec, tensors), tensors, cache)
+
+
+def _cached(cache: PackCache, spec: DecoderSpec) -> WeightSource | None:
+    pack = cache.find()
+    if pack is None:
+        return None
+    try:
+        return _Packed(spec, pack)
+    except WeightsError as error:
+        logger.info("%s; it is written anew", error)
+        return None
+
+
+def _formats(quantization: str | None, spec: DecoderSpec, tensors: Tensors) -> dict[str, WeightFormat]:
+    """The formats that the option asks for, or that the checkpoint has."""
+    plan = lower(spec, 1)
+    if quantization is None:
+        return held_formats(plan, tensors)
+    if tensors.quantised:
+        raise ConfigError(
+            f"quantization is {quantization}, but the checkpoint is quantised already; leave the option out"
+        )
+    return formats_of(plan, quantization)
+
+
+@contextmanager
+def _progress_bar(show: bool | None) -> Iterator[Callable[[int, int], None] | None]:
+    bar = progress_bar(show, desc="loading", unit="B", unit_scale=True, leave=False)
+    if bar is None:
+        yield None
+        return
+    with bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
