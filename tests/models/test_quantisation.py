@@ -169,15 +169,39 @@ def test_mixed_precision_by_name_pattern_and_class() -> None:
     np.testing.assert_array_equal(found["layers.1.qkv"][: len(meant[f"{Q}.weight"])], meant[f"{Q}.weight"])
 
 
-def test_kv_scales_are_refused_not_dropped() -> None:
-    """vllm#54623, vllm#25047: a cache with 1.0 in their place is another model."""
+@pytest.mark.parametrize(
+    "name",
+    ["self_attn.k_scale", "self_attn.attn.v_scale", "self_attn.k_proj.k_scale", "self_attn.v_proj.output_scale"],
+)
+def test_kv_scales_of_an_fp8_cache_change_nothing_and_are_named(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vllm#54623, vllm#25047: an FP8 cache needs them; what it approximates is in pace's cache as it is."""
     config, tensors, _ = checkpoint("fp8")
-    tensors["model.layers.0.self_attn.k_scale"] = np.float32(0.5).reshape(1), "F32"
-    message = refused(config, tensors)
-    assert "k_scale" in message and "KV cache" in message
-    config, tensors, _ = checkpoint("compressed")
-    config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float"}
-    assert "kv_cache_scheme" in refused(config, tensors)
+    _, expected, _ = dense(config, tensors)
+    tensors[f"model.layers.0.{name}"] = np.float32(0.5).reshape(1), "F32"
+    with caplog.at_level("INFO", "pace"):
+        _, found, _ = dense(config, tensors)
+    assert all((found[weight] == values).all() for weight, values in expected.items())
+    assert "1 scales of an FP8 KV cache are not used" in caplog.text
+    tensors["model.layers.0.self_attn.k_proj.k_norm_scale"] = np.float32(0.5).reshape(1), "F32"
+    assert "k_norm_scale' unexpected" in refused(config, tensors)
+
+
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [
+        ("compressed-tensors", {"kv_cache_scheme": {"num_bits": 8, "type": "float"}}),
+        ("modelopt", {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}),
+        ("quark", {"kv_cache_quant_config": {"*k_proj": {"output_tensors": {"dtype": "fp8_e4m3"}}}}),
+    ],
+)
+def test_configs_of_an_fp8_cache_are_read(method: str, own: dict[str, Any]) -> None:
+    config, _, _ = checkpoint("compressed")
+    if method == "quark":
+        weight = {"dtype": "int8", "qscheme": "per_channel", "symmetric": True}
+        own = own | {"global_quant_config": {"weight": weight}}
+    quantisation({"quantization_config": config["quantization_config"] | own | {"quant_method": method}})
 
 
 def test_unknown_tensors_of_a_quantised_module_are_refused() -> None:

@@ -24,6 +24,13 @@ IGNORED: Final = re.compile(
 """Tensors that are never needed: tables and masks that old versions of transformers stored, the parts of multimodal files
 that see and hear, and heads that predict further tokens."""
 
+KV_SCALES: Final = re.compile(
+    r"(?:.+\.)?(?:self_attn|attn|attention)\.(?:attn\.)?(?:[qkv]|kv|[qkv]_proj\.(?:[qkv]|output)|prob|output)"
+    r"_(?:scale|zero_point)",
+    re.ASCII,
+)
+"""Calibration of an FP8 KV cache, and of attention in FP8: what they approximate is computed as it is."""
+
 _PEFT: Final = "adapter weights; merge them into the model first, for instance with PEFT's merge_and_unload"
 _FOREIGN: Final = tuple(
     (re.compile(pattern, re.ASCII), what)
@@ -32,10 +39,6 @@ _FOREIGN: Final = tuple(
         (
             r"\.(?:qweight|qzeros|g_idx|weight_packed|weight_scale\w*|weight\.(?:absmax|quant_[\w.]+|nested_[\w.]+))$",
             "quantised weights, which its config.json does not describe; take the original checkpoint",
-        ),
-        (
-            r"\.(?:[qkv]|[qkv]_proj\.[qkv]|prob|output|[qkv]_proj\.output)_(?:scale|zero_point)$",
-            "an FP8 KV cache, and pace's holds bf16 or int8; remove them and the config's kv_cache_scheme to run without",
         ),
         (r"^blk\.\d+\.", "names of a GGUF file; take the original checkpoint"),
         (

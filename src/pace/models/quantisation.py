@@ -146,7 +146,6 @@ _AUTO_AWQ: Final = {"w_bit": "bits", "q_group_size": "group_size"}
 
 def _compressed_tensors(config: Config, method: str) -> Quantisation:
     """llm-compressor: `config_groups` of targets, but for `ignore`."""
-    _no_kv_scales(config, "kv_cache_scheme")
     everywhere = config.text("format", default="")
     groups = config.table("config_groups")
     exact: list[tuple[Fits, Scheme | None]] = []
@@ -303,8 +302,6 @@ def _modelopt(config: Config, method: str) -> Quantisation:
         raise UnsupportedModel(
             f"{inner.where}: quant_algo is {show(algorithm)}; supported is 'FP8', or take the original checkpoint"
         )
-    _no_kv_scales(inner, "kv_cache_quant_algo")
-    _no_kv_scales(inner, "kv_cache_scheme")
     left = [(_glob(n), None) for key in ("exclude_modules", "ignore") for n in _names(inner, key)]
     return Quantisation(method, (*left, (_anything, Scheme("plain", 8, "float"))))
 
@@ -314,7 +311,6 @@ _QUARK: Final = {"fp8_e4m3": "float", "int8": "int"}
 
 def _quark(config: Config, method: str) -> Quantisation:
     """AMD's, where it is FP8 or int8 a tensor or a row."""
-    _no_kv_scales(config, "kv_cache_quant_config")
     rules: list[tuple[Fits, Scheme | None]] = [(_glob(name), None) for name in _names(config, "exclude")]
     if config.has("layer_quant_config"):
         layers = config.table("layer_quant_config")
@@ -365,15 +361,6 @@ _CONVERT: Final = {
     "fbgemm_fp8": _AGAIN,
     "bitnet": _AGAIN,
 }
-
-
-def _no_kv_scales(config: Config, key: str) -> None:
-    """Refuse scales of a KV cache: without FP8 in it they would be dropped, with 1.0 in their place wrong."""
-    if config.has(key):
-        raise UnsupportedModel(
-            f"{config.where}: {key} is {show(config.values[key])}: made for an FP8 KV cache, pace has bf16 "
-            "or int8; remove the key and the tensors named k_scale and v_scale to run it without"
-        )
 
 
 def _names(config: Config, key: str) -> tuple[str, ...]:

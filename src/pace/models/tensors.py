@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pace.errors import WeightsError
-from pace.models.names import IGNORED, canonical
+from pace.log import logger
+from pace.models.names import IGNORED, KV_SCALES, canonical
 from pace.models.weight_map import Parts, TensorNames, WeightMap, any_expert, choose, expand
 from pace.quant.groups import Fp8Rows, GroupedRows
 from pace.quant.matrices import Matrix, QuantisedRows
@@ -159,6 +160,9 @@ class Tensors:
             self._add(ours, name)
             self._members[ours] = own
             self._matrices[ours] = open_matrix(_modules(name, ours))
+        scales = sum(KV_SCALES.fullmatch(name) is not None for name in self._names)
+        if scales:
+            logger.info("%d scales of an FP8 KV cache are not used: pace's holds what they approximate", scales)
         present = {any_expert(name) for name in self._names}
         self.table: dict[str, Parts] = {name: choose(of, present) for name, of in layouts.items()}
         if quantised is not None:
@@ -205,11 +209,15 @@ class Tensors:
         return found
 
     def is_ignored(self, name: str) -> bool:
-        """Whether a tensor belongs to what is never run, or is nothing: zeros that old tools wrote for a bias."""
+        """Whether a tensor belongs to what is never run, changes no number of pace's (scales of an FP8 KV cache), or is
+        nothing: zeros that old tools wrote for a bias.
+        """
         module = name.removesuffix(".bias")
         if module != name and f"{module}.weight" in self._matrices:
             return not self.tensor(name).any()
-        return IGNORED.fullmatch(name) is not None or (bool(self._further) and name.startswith(self._further))
+        if IGNORED.fullmatch(name) is not None or KV_SCALES.fullmatch(name) is not None:
+            return True
+        return bool(self._further) and name.startswith(self._further)
 
     def info(self, name: str) -> TensorInfo:
         """Dtype and shape without touching the data; the dtype of a quantised matrix is its kind."""
