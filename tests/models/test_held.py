@@ -27,6 +27,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "int8 a row": ("int8", {}, "int8"),
     "gptq": ("gptq", {}, "int4g32"),
     "awq": ("awq", {}, "int4g32"),
+    "nvfp4": ("nvfp4", {}, "int8g16"),
     "fp8 in blocks": ("fp8", {}, "fp8g128"),
 }
 

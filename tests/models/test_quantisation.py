@@ -24,7 +24,7 @@ from pace.models.weights import DenseSink, Tensors, load_weights, settle_head
 from pace.reference import Reference
 
 CASE = "llama-mha"
-FORMATS = ("compressed", "int8", "gptq", "awq", "fp8")
+FORMATS = ("compressed", "int8", "gptq", "awq", "fp8", "nvfp4")
 
 
 def linear(name: str) -> bool:
@@ -38,6 +38,7 @@ def quantise(format: str, n: int, k: int, seed: int, **options: Any) -> layouts.
         "gptq": layouts.gptq,
         "awq": layouts.awq,
         "fp8": lambda n, k, seed: layouts.fp8(n, k, seed=seed),
+        "nvfp4": layouts.nvfp4,
     }[format]
     return make(n, k, seed=seed, **options)
 
@@ -171,7 +172,12 @@ def test_mixed_precision_by_name_pattern_and_class() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["self_attn.k_scale", "self_attn.attn.v_scale", "self_attn.k_proj.k_scale", "self_attn.v_proj.output_scale"],
+    [
+        "self_attn.k_scale",
+        "self_attn.attn.v_scale",
+        "self_attn.k_proj.k_scale",
+        "self_attn.v_proj.output_scale",
+    ],
 )
 def test_kv_scales_of_an_fp8_cache_change_nothing_and_are_named(
     name: str, caplog: pytest.LogCaptureFixture
@@ -207,7 +213,7 @@ def test_configs_of_an_fp8_cache_are_read(method: str, own: dict[str, Any]) -> N
 def test_unknown_tensors_of_a_quantised_module_are_refused() -> None:
     config, tensors, _ = checkpoint("compressed")
     tensors[f"{Q}.weight_global_scale"] = np.ones(1, np.float32), "F32"
-    assert f"{Q}.weight_global_scale' unexpected" in refused(config, tensors)
+    assert f"{Q}.weight_global_scale is unexpected" in refused(config, tensors)
 
 
 def test_quantised_tensors_without_a_config_are_refused() -> None:

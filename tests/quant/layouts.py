@@ -214,6 +214,31 @@ def fp8(n: int, k: int, block: tuple[int, int] | str = (128, 128), *, seed: int 
     return Quantised(tensors, e4m3(codes) * scales, {"quant_method": "fp8", "activation_scheme": "dynamic"})
 
 
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+def nvfp4(n: int, k: int, *, modelopt: bool = False, seed: int = 0) -> Quantised:
+    """NVFP4 of compressed-tensors, or modelopt's: scales of 16 columns times one of the matrix, or divided by it."""
+    rng = np.random.default_rng(seed)
+    codes, scales = rng.integers(0, 16, (n, k)), rng.integers(1, 0x7F, (n, k // 16)).astype(np.uint8)
+    codes[0, :16] = np.arange(16)
+    packed = (codes[:, ::2] | codes[:, 1::2] << 4).astype(np.uint8)
+    whole = np.array([1 / 640 if modelopt else 704.0], np.float32)
+    stored = e4m3(scales).astype(np.float32)
+    values = (stored * whole if modelopt else stored / whole).astype(np.float64)
+    weights = np.where(codes & 8, -1, 1) * E2M1[codes & 7] * spread(values, 16, k)
+    if modelopt:
+        tensors = {"weight": (packed, "U8"), "weight_scale_2": (whole.reshape(()), "F32")}
+        config: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}
+    else:
+        tensors = {"weight_packed": (packed, "U8"), "weight_global_scale": (whole, "F32")}
+        own = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+        config = ct_config("nvfp4-pack-quantized", **own)
+    tensors["weight_scale"] = scales, "F8_E4M3"
+    tensors["input_scale" if modelopt else "input_global_scale"] = np.ones(1, np.float32), "F32"
+    return Quantised(tensors, weights, config)
+
+
 class Memory:
     """A checkpoint in memory: name -> array and dtype."""
 

@@ -14,7 +14,7 @@ from pace.quant.matrices import Matrix
 pytestmark = pytest.mark.live
 
 TORCH = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int8": "I8", "int32": "I32", "int64": "I64"}
-TORCH |= {"float8_e4m3fn": "F8_E4M3"}
+TORCH |= {"float8_e4m3fn": "F8_E4M3", "uint8": "U8"}
 
 SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
     **{
@@ -104,11 +104,44 @@ def test_values_are_the_tools(name: str, dtype: str) -> None:
         np.empty(0),
         layouts.ct_config(form, **weights),
     )
+    assert_equal(quantised, expected)
+
+
+def assert_equal(quantised: layouts.Quantised, expected: Any) -> None:
+    """The reader's values, rounded to the tool's type, are the tool's; of zeros the sign is free."""
+    import torch
+
     matrix = opened(quantised)
-    rows = matrix.rows(slice(0, n, 1))
+    rows = matrix.rows(slice(0, matrix.shape[0], 1))
     values = rows if isinstance(rows, np.ndarray) else rows.dequantised()
     rounded = torch.from_numpy(values).to(expected.dtype)
-    assert torch.equal(rounded.view(torch.int16), expected.view(torch.int16))
+    assert torch.equal((rounded + 0).view(torch.int16), (expected + 0).view(torch.int16))
+
+
+def test_nvfp4_is_the_tools() -> None:
+    """It divides the scales by the global one in f32, and rounds the product with a code once."""
+    pytest.importorskip("compressed_tensors")
+    import torch
+    from compressed_tensors.compressors.base import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    own = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
+    own |= {"scale_dtype": torch.float8_e4m3fn, "zp_dtype": torch.float8_e4m3fn}
+    args = QuantizationArgs(**own)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    torch.manual_seed(0)
+    weight = torch.randn(96, 256, dtype=torch.float32).to(torch.bfloat16)
+    groups = weight.reshape(96, -1, 16)
+    whole = generate_gparam(weight.amin().reshape(1), weight.amax().reshape(1))
+    scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), args, global_scale=whole)
+    compressor = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
+    state = {"weight": weight, "weight_scale": scale, "weight_global_scale": whole}
+    stored = compressor.compress(state, scheme)
+    expected = compressor.decompress(dict(stored), scheme)["weight"]
+    config = layouts.nvfp4(16, 16).config
+    tensors = {end: bits_of(tensor) for end, tensor in stored.items()}
+    assert_equal(layouts.Quantised(tensors, np.empty(0), config), expected)
 
 
 def opened(quantised: layouts.Quantised) -> Matrix:

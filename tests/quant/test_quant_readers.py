@@ -70,17 +70,19 @@ CASES: dict[str, Callable[[], layouts.Quantised]] = {
     "fp8 blocks": lambda: layouts.fp8(300, 200),
     "fp8 tensor": lambda: layouts.fp8(N, K, "tensor"),
     "fp8 rows": lambda: layouts.fp8(N, K, "row"),
+    "nvfp4": lambda: layouts.nvfp4(N, K),
+    "nvfp4 of modelopt": lambda: layouts.nvfp4(N, K, modelopt=True),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_reads_what_the_layout_means(name: str) -> None:
-    """Exact in float32 for scales of 16 bits; FP8's f32 scales round a product once."""
+    """Exact in float32 for scales of 16 bits; f32 scales of FP8 and NVFP4 round a product once."""
     quantised = CASES[name]()
     matrix = opened(quantised)
     assert matrix.shape == quantised.weights.shape
     np.testing.assert_array_equal(values(matrix), quantised.weights.astype(np.float32))
-    if not name.startswith("fp8"):
+    if not name.startswith(("fp8", "nvfp4")):
         np.testing.assert_array_equal(values(matrix), quantised.weights)
 
 
@@ -286,6 +288,32 @@ BROKEN: dict[str, tuple[str, Breaks, str]] = {
         "fp8 tensor",
         _set("weight_scale", "F32", lambda a: a * np.inf),
         "no finite number",
+    ),
+    "nvfp4 without its whole scale": (
+        "nvfp4",
+        _drop("weight_global_scale"),
+        "m.q_proj.weight_global_scale is missing",
+    ),
+    "nvfp4 with a whole scale of 0": (
+        "nvfp4",
+        _set("weight_global_scale", "F32", lambda a: a * 0),
+        "holds 0.0, expected a finite number",
+    ),
+    "nvfp4 with scales of wider groups": (
+        "nvfp4",
+        _set("weight_scale", "F8_E4M3", lambda a: a[:, :4]),
+        "weight_scale is [40, 4], expected [40, 8]",
+    ),
+    "nvfp4 with scales that are no numbers": (
+        "nvfp4 of modelopt",
+        _set("weight_scale", "F8_E4M3", lambda a: a | 0x7F),
+        "a scale of row 0 is no finite number",
+    ),
+    "nvfp4 in words": ("nvfp4", _set("weight_packed", "I32", lambda a: a.view(np.int32)), "expected U8"),
+    "nvfp4 of odd width": (
+        "nvfp4",
+        _set("weight_packed", "U8", lambda a: a[:, :-3]),
+        "expected a multiple of 16",
     ),
     "fp8 as e5m2": ("fp8 rows", _set("weight", "F8_E5M2", lambda a: a), "has dtype F8_E5M2"),
 }

@@ -15,6 +15,7 @@ from pace.models.config import Config
 from pace.models.tensors import Checkpoint, Found, Quantised
 from pace.quant.matrices import Matrix
 from pace.quant.modules import Module, modules
+from pace.quant.nvfp4 import ENDS
 from pace.quant.readers import READERS
 from pace.quant.scheme import Layout, Scheme
 
@@ -62,6 +63,11 @@ class Quantisation:
             raise WeightsError(
                 f"{module.name} is quantised ({', '.join(sorted(module.members))}), but quantization_config leaves it out; "
                 "correct the list that names it, or take the original config"
+            )
+        foreign = sorted(set(ENDS) & set(module.members)) if scheme.layout != "nvfp4" else []
+        if foreign:
+            raise WeightsError(
+                f"the tensor {module.name}.{foreign[0]} is unexpected: quantization_config names no NVFP4"
             )
         return READERS[scheme.layout](module.name, module.members, scheme)
 
@@ -161,6 +167,7 @@ def _compressed_tensors(config: Config, method: str) -> Quantisation:
     return Quantisation(method, (*ignored, *exact, *patterns, *linear[:1]), whole=bool(linear))
 
 
+_NVFP4: Final = Scheme("nvfp4", 4, "float", True, (1, 16))
 _FORMATS: Final = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 
 
@@ -168,6 +175,16 @@ def _compressed_scheme(group: Config, everywhere: str) -> Scheme:
     weights = group.table("weights")
     kind, bits = weights.text("type", default="int"), weights.integer("num_bits", default=8, high=16)
     form = group.text("format", default=everywhere)
+    if group.has("output_activations"):
+        raise UnsupportedModel(
+            f"{group.where}: output_activations are not read; pace rounds inputs of layers alone"
+        )
+    if form == "nvfp4-pack-quantized" and (kind, bits, weights.integer("group_size", default=16)) == (
+        "float",
+        4,
+        16,
+    ):
+        return _NVFP4
     if (
         form not in _FORMATS
         or kind not in ("int", "float")
@@ -175,11 +192,7 @@ def _compressed_scheme(group: Config, everywhere: str) -> Scheme:
     ):
         raise UnsupportedModel(
             f"{group.where}: format {show(form)} with weights of {bits} bits of type {show(kind)} is not read; supported "
-            f"are {', '.join(_FORMATS)} with integers of 2 to 8 bits or FP8"
-        )
-    if group.has("output_activations"):
-        raise UnsupportedModel(
-            f"{group.where}: output_activations are not read; pace rounds inputs of layers alone"
+            f"are {', '.join(_FORMATS)} with integers of 2 to 8 bits or FP8, and NVFP4"
         )
     size = weights.integer("group_size", default=-1, low=-1)
     inferred = "group" if size > 0 else "channel" if weights.has("group_size") else "tensor"
@@ -295,17 +308,23 @@ def _fp8(config: Config, method: str) -> Quantisation:
 
 
 def _modelopt(config: Config, method: str) -> Quantisation:
-    """NVIDIA's, FP8 alone."""
+    """NVIDIA's: FP8 and NVFP4."""
     inner = config.table("quantization") if config.has("quantization") else config
     algorithm = inner.text("quant_algo", default="")
-    if algorithm.upper() not in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN"):
+    scheme = _ALGORITHMS.get(algorithm.upper())
+    if scheme is None:
         raise UnsupportedModel(
-            f"{inner.where}: quant_algo is {show(algorithm)}; supported is 'FP8', or take the original checkpoint"
+            f"{inner.where}: quant_algo is {show(algorithm)}; supported are 'FP8' and 'NVFP4'; take the original checkpoint"
         )
     left = [(_glob(n), None) for key in ("exclude_modules", "ignore") for n in _names(inner, key)]
-    return Quantisation(method, (*left, (_anything, Scheme("plain", 8, "float"))))
+    return Quantisation(method, (*left, (_anything, scheme)))
 
 
+_ALGORITHMS: Final = {
+    "FP8": Scheme("plain", 8, "float"),
+    "FP8_PER_CHANNEL_PER_TOKEN": Scheme("plain", 8, "float"),
+    "NVFP4": _NVFP4,
+}
 _QUARK: Final = {"fp8_e4m3": "float", "int8": "int"}
 
 

@@ -11,8 +11,8 @@ from pace.quant.matrices import Tensor, Tensors, TensorSource
 __all__ = ["Module", "modules"]
 
 _MEMBER: Final = re.compile(
-    r"(?P<module>.+)\.(?P<end>weight(?:_packed|_scale|_scale_inv|_zero_point|_shape|_g_idx)?"
-    r"|qweight|qzeros|scales|g_idx|input_scale|input_zero_point)",
+    r"(?P<module>.+)\.(?P<end>weight(?:_packed|_scale|_scale_inv|_zero_point|_shape|_g_idx|_global_scale|_scale_2)?"
+    r"|qweight|qzeros|scales|g_idx|input_scale|input_zero_point|input_global_scale)",
     re.ASCII,
 )
 _CODES: Final = ("I8", "U8", "I32", "F8_E4M3", "F8_E5M2")

@@ -8,6 +8,7 @@ from typing import Final
 from pace.quant.awq import open_awq
 from pace.quant.gptq import open_gptq
 from pace.quant.matrices import Matrix, Tensors
+from pace.quant.nvfp4 import open_nvfp4
 from pace.quant.packed import open_packed
 from pace.quant.plain import open_plain
 from pace.quant.scheme import Layout, Scheme
@@ -20,4 +21,5 @@ READERS: Final[Mapping[Layout, Reader]] = {
     "plain": open_plain,
     "gptq": open_gptq,
     "awq": open_awq,
+    "nvfp4": open_nvfp4,
 }

@@ -9,7 +9,7 @@ from pace.quant.matrices import Block
 
 __all__ = ["Layout", "Scheme"]
 
-Layout = Literal["packed", "plain", "gptq", "awq"]
+Layout = Literal["packed", "plain", "gptq", "awq", "nvfp4"]
 
 
 @dataclass(frozen=True, slots=True)
