@@ -316,7 +316,10 @@ class EngineConfig:
                 raise ConfigError(f"kernels has {show({operator: kernel})}, expected two names")
         object.__setattr__(self, "kernels", MappingProxyType(dict(self.kernels)))
         _check_int("seed", self.seed, 0, (1 << 64) - 1)
-        object.__setattr__(self, "speculative", SpeculativeConfig.read(self.speculative))
+        speculative = SpeculativeConfig.read(self.speculative)
+        if speculative is not None and speculative.quantization is not None:
+            _check_choice("speculative: quantization", speculative.quantization, (*QUANTIZATIONS, "bf16"))
+        object.__setattr__(self, "speculative", speculative)
 
     def _check_kv_cache(self) -> None:
         size = self.block_size

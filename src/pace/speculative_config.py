@@ -34,6 +34,8 @@ class SpeculativeConfig:
         draft_window: tokens that the draft sees at most, so that it stays cheap in a long context; None: all.
         draft_vocab: a JSON file {"token_ids": [...]} with the tokens that the draft may guess, so that its LM head has
             fewer rows; None: all.
+        quantization: the draft's matrices: "int8", "int4", "fp8" or another of `EngineConfig`, or "bf16"; None: its own
+            where it is quantised, else the engine's. Only how often guesses stand depends on it.
         past_output_tokens: of "suffix" and "hybrid": guess also from this many tokens of earlier outputs, 0 for none; each
             costs about 90 bytes, 250 at most. Requests with a cache salt take no part.
         adaptive: verify only as many tokens as pay, none where none do; False: always all of them.
@@ -51,6 +53,7 @@ class SpeculativeConfig:
     max_model_len: int | None = None
     draft_window: int | None = None
     draft_vocab: str | None = None
+    quantization: str | None = None
     past_output_tokens: int = 0
     adaptive: bool = True
     synthetic_acceptance: float | tuple[float, ...] | None = None
@@ -91,7 +94,7 @@ class SpeculativeConfig:
         for name in ("max_model_len", "draft_window"):
             if getattr(self, name) is not None:
                 self._check_int(name, 1, 1 << 24)
-        for name in ("model", "revision", "draft_vocab"):
+        for name in ("model", "revision", "draft_vocab", "quantization"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value or "\0" in value):
                 raise ConfigError(f"speculative: {name} is {show(value)}, expected a non-empty string")
@@ -100,7 +103,7 @@ class SpeculativeConfig:
             raise ConfigError(
                 f"speculative: method {self.method} needs a draft; give its folder or hub id as model"
             )
-        for name in ("model", "revision", "max_model_len", "draft_window", "draft_vocab"):
+        for name in ("model", "revision", "max_model_len", "draft_window", "draft_vocab", "quantization"):
             if not needs_model and getattr(self, name) is not None:
                 raise ConfigError(
                     f"speculative: method {self.method} has no draft model, so {name} means nothing; leave it out"

@@ -5,6 +5,7 @@ And two of families that golden cases cannot stand for in a crowd: experts, and 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -87,10 +88,10 @@ def gemma3() -> DecoderSpec:
     )
 
 
-def plan_of(name: str, max_model_len: int) -> Plan:
-    """One of the models."""
+def plan_of(name: str, max_model_len: int, taps: tuple[int, ...] = ()) -> Plan:
+    """One of the models; taps are for families only."""
     if name in FAMILIES:
-        return lower(experts() if name == "experts" else gemma3(), max_model_len)
+        return lower(experts() if name == "experts" else gemma3(), max_model_len, taps)
     layers = tuple(LayerSpec(m, DenseSpec(96, "silu")) for m in MIXERS[name])
     norm = NormSpec("rms", 1e-6)
     spec = DecoderSpec(DIM, tiny.VOCAB_SIZE, 512, norm, layers, ROPES, scale=0.25, tied=False)
@@ -118,7 +119,16 @@ def weights_of(plan: Plan) -> dict[str, np.ndarray]:
 
 def pack(team: ops.Team, plan: Plan) -> dict[str, Any]:
     """Its weights as the kernels take them."""
-    return {name: w if w.ndim == 1 else packed(team, w) for name, w in weights_of(plan).items()}
+    return in_formats(team, plan, weights_of(plan))
+
+
+def in_formats(team: ops.Team, plan: Plan, weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """A plan's weights, packed in the formats that it names."""
+    shapes = plan.weights()
+    return {
+        name: np.ascontiguousarray(w, np.float32) if w.ndim == 1 else packed(team, w, shapes[name].format)
+        for name, w in weights.items()
+    }
 
 
 def rounded(w: np.ndarray) -> np.ndarray:

@@ -61,10 +61,10 @@ def rng(*key: object) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(list(repr(key).encode())))
 
 
-def packed(team: ops.Team, w: Array) -> ops.PackedMatrix:
+def packed(team: ops.Team, w: Array, format: str = "bf16") -> ops.PackedMatrix:
     """A matrix [n, k], or several [count, n, k], packed from float32."""
     each = w if w.ndim == 3 else w[None]
-    matrix = ops.PackedMatrix(team, *each.shape[1:], count=len(each))
+    matrix = ops.PackedMatrix(team, *each.shape[1:], count=len(each), format=format)
     for i, one in enumerate(each):
         matrix.pack(np.ascontiguousarray(one, np.float32), "f32", matrix=i)
     return matrix

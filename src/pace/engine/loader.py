@@ -31,7 +31,7 @@ from pace.models.spec import DecoderSpec
 from pace.text.harmony import end_ids
 from pace.text.tokenizer import Tokenizer
 
-__all__ = ["Loaded", "load", "read_config"]
+__all__ = ["Loaded", "load", "read_config", "with_activations"]
 
 
 @dataclass
@@ -130,7 +130,7 @@ def load(
                 )
             sink = PackedSink(team)
             source.fill(plan, sink, show_progress)
-            plan = _with_activations(config, plan, sink, tokenizer, source)
+            plan = with_activations(config, plan, sink, tokenizer, source)
             engine, executor = build_engine(config, plan, sink, team, memory, defaults, tokenizer, guesses)
         except BaseException:
             team.close()
@@ -158,7 +158,7 @@ def load(
     )
 
 
-def _with_activations(
+def with_activations(
     config: EngineConfig, plan: Plan, sink: PackedSink, tokenizer: Tokenizer | None, source: WeightSource
 ) -> Plan:
     """The plan with int8 rows where the options, or the guard, want them; the weights are kept with what it measured."""

@@ -162,7 +162,9 @@ class Tensors:
             self._matrices[ours] = open_matrix(_modules(name, ours))
         scales = sum(KV_SCALES.fullmatch(name) is not None for name in self._names)
         if scales:
-            logger.info("%d scales of an FP8 KV cache are not used: pace's holds what they approximate", scales)
+            logger.info(
+                "%d scales of an FP8 KV cache are not used: pace's holds what they approximate", scales
+            )
         present = {any_expert(name) for name in self._names}
         self.table: dict[str, Parts] = {name: choose(of, present) for name, of in layouts.items()}
         if quantised is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +14,12 @@ from pace.config import EngineConfig
 from pace.engine import loader
 from pace.engine.build import make_cache, shares_prefixes
 from pace.engine.kv_memory import plan_groups
-from pace.engine.loader import Loaded, read_config
+from pace.engine.loader import Loaded, read_config, with_activations
 from pace.engine.memory import packed_bytes, slot_bytes
 from pace.engine.packing import PackedSink
 from pace.engine.sampler import NO_IDS
 from pace.engine.speculation import Speculation, Target
-from pace.engine.weight_source import open_weights
+from pace.engine.weight_source import WeightSource, open_weights
 from pace.errors import CheckpointError, ConfigError, show
 from pace.log import logger
 from pace.models.decoder import lower
@@ -163,9 +164,39 @@ class DraftMaker(Maker):
             spec = _windowed(spec, speculative.draft_window)
         self.spec = spec
         self.n_logit_rows = config.max_num_seqs if self.mask_id is None else self.max_draft_rows
-        plan = lower(spec, 1)
+        self._quantization = self._chosen_quantization()
+        with self._open(self._quantization) as source:
+            self.spec = source.spec
+            plan = with_formats(lower(self.spec, 1), source.formats)
+        if config.activation_dtype != "bf16":
+            plan = with_formats(plan, {}, "int8")
         self.n_bytes = packed_bytes(plan) + slot_bytes(plan, config.max_num_batched_tokens, self.n_logit_rows)
         self.kv_width = plan.kv_width
+
+    def _open(self, quantization: str | None) -> AbstractContextManager[WeightSource]:
+        return open_weights(
+            self.config,
+            self.files,
+            self.values,
+            self.spec,
+            self.weight_map,
+            quantization=quantization,
+            random_weights=self._random_weights,
+        )
+
+    def _chosen_quantization(self) -> str | None:
+        """What is made of the draft's matrices: nothing where its file is quantised, else what is asked for, or what the
+        target gets.
+        """
+        asked = self.speculative.quantization
+        with self._open(None) as source:
+            is_plain = not source.formats
+        if not is_plain and asked is not None:
+            raise ConfigError(
+                f"speculative: quantization is {asked}, but the draft {self.directory} is quantised already; "
+                "leave the option out"
+            )
+        return None if not is_plain or asked == "bf16" else asked or self.config.quantization
 
     def taps(self, spec: DecoderSpec) -> tuple[int, ...]:
         """Depths of the target at which the draft wants its hidden states."""
@@ -244,24 +275,15 @@ class DraftMaker(Maker):
 
     def _load(self, target: Target, max_len: int, ids: I32Array | None) -> tuple[Plan, PackedSink]:
         """The draft's plan, with logits for `ids` only where they are given, and its weights."""
-        with open_weights(
-            self.config,
-            self.files,
-            self.values,
-            self.spec,
-            self.weight_map,
-            quantization=None,
-            random_weights=self._random_weights,
-        ) as source:
-            spec = source.spec
-            plan = with_formats(lower(spec, max_len), source.formats)
+        with self._open(self._quantization) as source:
+            plan = with_formats(lower(source.spec, max_len), source.formats)
             sink = PackedSink(target.team)
             source.fill(plan, sink, target.show_progress)
-            source.store(sink.weights, None)
+            plan = with_activations(self.config, plan, sink, target.tokenizer, source)
         if ids is not None:
             trim(sink, plan, ids)
         if self._pard2 is not None and self._depths:
-            self._pard2.load(sink, spec.dim)
+            self._pard2.load(sink, self.spec.dim)
             plan = with_features(plan, self._pard2.width, self._pard2.scale, self._pard2.bias)
         return (plan if ids is None else trimmed(plan, len(ids))), sink
 

@@ -59,7 +59,7 @@ def trimmed(plan: Plan, n_ids: int) -> Plan:
     return replace(
         plan,
         slots=plan.slots | {plan.logits: logits},
-        ops=(*plan.ops[:-1], replace(head, weight=HEAD, bias=bias, format="bf16")),
+        ops=(*plan.ops[:-1], replace(head, weight=HEAD, bias=bias)),
     )
 
 
@@ -75,7 +75,7 @@ def trim(sink: PackedSink, plan: Plan, ids: I32Array) -> None:
     whole = sink.weights[head.weight] if isinstance(head, Gemm) else None
     if not isinstance(head, Gemm) or not isinstance(whole, ops.PackedMatrix):
         raise ConfigError("speculative: draft_vocab needs a draft whose last operator is its LM head")
-    packed = ops.PackedMatrix(sink.team, len(ids), whole.k)
+    packed = ops.PackedMatrix(sink.team, len(ids), whole.k, format=whole.format)
     packed.pack(whole.unpack(rows=ids), "f32")
     sink.weights[HEAD] = packed
     # A tied head is the embedding, which is needed whole.
