@@ -1,9 +1,10 @@
 """Make prompts that ask for an edit of code, as editors and agents do: the answer is the given code with a name changed.
 
-    python bench/code_edit_prompts.py FILE [N]
+    python bench/code_edit_prompts.py FILE [N] [MODULE...]
 
 Writes N (default 24) lines {"data": prompt} for `pace eval speculative`: functions of 10 to 25 lines of this Python's
-standard library, each with its most used parameter to be renamed. Nearly all of the answer stands in the prompt.
+standard library (of ten modules unless others are named), each with its most used parameter to be renamed. Nearly all of
+the answer stands in the prompt.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 MODULES = (
@@ -41,8 +42,8 @@ def functions(module: str) -> Iterator[tuple[str, ast.FunctionDef]]:
             yield ast.unparse(node), node
 
 
-def prompts() -> Iterator[str]:
-    for module in MODULES:
+def prompts(modules: Sequence[str]) -> Iterator[str]:
+    for module in modules:
         for source, node in functions(module):
             parameters = {argument.arg for argument in node.args.args}
             names = (n.id for n in ast.walk(node) if isinstance(n, ast.Name) and n.id in parameters)
@@ -57,7 +58,10 @@ def prompts() -> Iterator[str]:
 
 def main() -> None:
     path, n = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 24
-    lines = [json.dumps({"data": prompt}) for prompt, _ in zip(prompts(), range(n), strict=False)]
+    lines = [
+        json.dumps({"data": prompt})
+        for prompt, _ in zip(prompts(sys.argv[3:] or MODULES), range(n), strict=False)
+    ]
     path.write_text("\n".join(lines) + "\n")
     print(f"{len(lines)} prompts in {path}")
 

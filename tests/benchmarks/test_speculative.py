@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pace import cli
+from pace import LLM, cli
 from pace.benchmarks.speculative import PLAIN, Prompts, SpeculativeResult, format_speculative, run
 from pace.benchmarks.speculative_chart import save_speculative_chart
+from pace.benchmarks.speculative_roof import RoofLog, Round, ideal
 from pace.config import EngineConfig
 
 TEXTS = [
@@ -35,7 +37,7 @@ def evaluate(**options: Any) -> SpeculativeResult:
 
 @pytest.fixture(scope="module")
 def result() -> SpeculativeResult:
-    return evaluate(batch_size=2)
+    return evaluate(batch_sizes=[2])
 
 
 def test_every_method_is_measured_with_every_depth(result: SpeculativeResult) -> None:
@@ -80,6 +82,40 @@ def test_chance_is_labelled_as_chance(tmp_path: Path) -> None:
     assert arm.acceptance_rates[:2] == [1, 0] and arm.histogram[1] == arm.n_rounds
     assert "SYNTHETIC ACCEPTANCE (1.0, 0.0)" in format_speculative(result)
     assert result.to_json()["synthetic_acceptance"] == (1.0, 0.0)
+
+
+def test_the_ideal_is_what_the_roofs_allow() -> None:
+    """A target of 8 times the draft's bytes: K = 3 of one sequence, bound by reads, then 64 sequences, bound by dots."""
+    with (
+        LLM("demo", threads=1, max_model_len=64) as llm,
+        LLM("demo-draft", threads=1, max_model_len=64) as small,
+    ):
+        target, draft = llm.loaded.plan.ir, small.loaded.plan.ir
+    slow_memory, slow_dots = RoofLog([1e9, 9e9, 1e9], [1e30]), RoofLog([1e30], [1e9])
+    one = Round("pard", 3, 1, 20, 2.5)
+    by_reads = ideal(target, draft, one, slow_memory, slow_memory, "bf16")
+    assert by_reads.plain_s == pytest.approx(8e6 / 1e9, rel=0.1)
+    assert by_reads.verify_s == pytest.approx(by_reads.plain_s, rel=0.01)
+    assert by_reads.draft_s == pytest.approx(3.7e6 / 1e9, rel=0.1)
+    assert by_reads.speedup == pytest.approx(2.5 * by_reads.plain_s / (by_reads.verify_s + by_reads.draft_s))
+    by_dots = ideal(target, draft, one, slow_dots, slow_dots, "bf16")
+    assert by_dots.verify_s == pytest.approx(4 * by_dots.plain_s, rel=0.02)
+    passes = ideal(target, draft, replace(one, method="draft_model"), slow_memory, slow_memory, "bf16")
+    assert passes.draft_s == pytest.approx(3 * by_reads.draft_s, rel=0.01)
+
+
+def test_batches_of_several_sizes_and_their_rooflines() -> None:
+    result = evaluate(methods=["pard"], depths=[2, "auto"], batch_sizes=[1, 2], max_tokens=12)
+    assert [(arm.method, arm.batch_size, arm.k) for arm in result.arms] == [
+        (method, size, k) for size in (1, 2) for method, k in ((PLAIN, 0), ("pard", 2), ("pard", "auto"))
+    ]
+    for arm in result.arms:
+        has_ideal = arm.method == "pard" and arm.k == 2
+        assert (arm.ideal_speedup is not None) == has_ideal
+        if arm.ideal_speedup is not None and arm.ideal_share is not None and arm.round_ratio is not None:
+            assert arm.ideal_share == pytest.approx(arm.speedup / arm.ideal_speedup)
+            assert arm.round_ratio > 0 and min(arm.rooflines or ()) > 0
+    assert "rooflines in ms" in format_speculative(result)
 
 
 def test_the_chart(result: SpeculativeResult, tmp_path: Path) -> None:

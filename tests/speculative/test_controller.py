@@ -85,6 +85,33 @@ def test_never_slower_than_plain_decoding(target: Callable[[int], float], rate: 
         assert speed >= 0.97
 
 
+def verified_dearly(n_rows: int) -> float:
+    """A target each of whose rows costs a third of a step, as with AVX2."""
+    return 0.05 * (1 + 0.28 * (n_rows - 1))
+
+
+@pytest.mark.parametrize("target", [weights_bound, linear, verified_dearly])
+@pytest.mark.parametrize("confident", [False, True])
+@pytest.mark.parametrize("n_seqs", [1, 4, 16, 32])
+def test_a_first_request_pays_little_for_a_draft_that_is_never_right(
+    n_seqs: int, confident: bool, target: Callable[[int], float]
+) -> None:
+    """250 tokens of an engine that knows nothing yet."""
+    speed, _ = simulate(0.0, n_seqs=n_seqs, confident=confident, target=target, n_steps=250)
+    assert speed >= 0.975
+
+
+def test_guesses_that_were_not_tried_are_believed_as_those_before_them() -> None:
+    controller = Controller(K)
+    (seq,) = sequences(1)
+    first = controller._reach(seq).values.copy()
+    for _ in range(20):
+        controller.verified(seq, 2, 2)
+    values = controller._reach(seq).values
+    assert values[1] > 0.9 and values[5] / values[1] == pytest.approx(first[5] / first[1])
+    assert (np.diff(values) <= 0).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("n_seqs", [1, 4, 16, 32])
 @pytest.mark.parametrize("draft_s", [0.008, 0.04])

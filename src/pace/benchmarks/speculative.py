@@ -6,30 +6,28 @@ figure and what it is compared with saw the same minute. What drafts may not cha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
 from typing import Any
 
 from pace import ops
+from pace.benchmarks.speculative_arm import Arm, Depth, Tally
+from pace.benchmarks.speculative_roof import Ideal, Round, ideal
 from pace.config import EngineConfig
 from pace.console import progress_bar
 from pace.engine.memory import MemoryPlan
 from pace.errors import PaceError
 from pace.llm import LLM
-from pace.outputs import RequestOutput, SpeculativeMetrics
+from pace.outputs import RequestOutput
 from pace.params import SamplingParams
 from pace.speculative import load
+from pace.speculative.speculator import Speculator
 from pace.speculative_config import NEEDS_MODEL, SpeculativeConfig
 
 __all__ = ["PLAIN", "Arm", "Depth", "Prompts", "SpeculativeResult", "format_speculative", "run"]
 
 PLAIN = "ar"
 """The method that guesses nothing: one token a step (autoregressive)."""
-
-Depth = int | str
-"""Tokens of a draft, K, or "auto"; "off" for plain decoding."""
 
 WARMUP_TOKENS = 8
 
@@ -54,50 +52,13 @@ class Prompts:
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One way of decoding all prompts.
-
-    Attributes:
-        method: "ar", "pard" ...
-        k: most tokens of a draft, or "auto"; 0 for "ar".
-        n_tokens: of all outputs.
-        decode_s: from the first token of a batch to its last, over all batches.
-        tokens_per_s: tokens behind the first ones, by decode_s.
-        speedup: over plain decoding of the same prompts on the same engine, by decode_s per token.
-        mean_acceptance_length: tokens of a round, the target's own included: 1 where nothing is accepted.
-        acceptance_rates: by position, the share of its drafted tokens that became output, whatever came before them.
-        histogram: rounds in which 0, 1, ... drafted tokens were accepted.
-        n_rounds: steps of a sequence that verified a draft.
-        draft_s, verify_s, other_s: of the engine's steps, prompts included: guessing, the target's passes, all else.
-        n_identical: requests whose tokens are those of plain decoding; all of them, unless acceptance is synthetic.
-        n_requests: all.
-    """
-
-    method: str
-    k: Depth
-    n_tokens: int
-    decode_s: float
-    tokens_per_s: float
-    speedup: float
-    mean_acceptance_length: float
-    acceptance_rates: list[float]
-    histogram: list[int]
-    n_rounds: int
-    draft_s: float
-    verify_s: float
-    other_s: float
-    n_identical: int
-    n_requests: int
-
-
-@dataclass(frozen=True)
 class SpeculativeResult:
     """What one run found.
 
     Attributes:
         synthetic_acceptance: guesses were accepted by chance, with this probability or one for each position; the outputs
             mean nothing, and only the times are real. None: they were verified.
-        arms: plain decoding first (over all engines), then every method with every K.
+        arms: for each batch size plain decoding (over all engines), then every method with every K.
     """
 
     model: str
@@ -105,7 +66,6 @@ class SpeculativeResult:
     data: str
     isa: str
     n_threads: int
-    batch_size: int
     max_tokens: int
     temperature: float
     synthetic_acceptance: float | tuple[float, ...] | None
@@ -116,64 +76,6 @@ class SpeculativeResult:
         return asdict(self)
 
 
-class _Tally:
-    """What became of the prompts in one way of decoding."""
-
-    def __init__(self) -> None:
-        self.n_tokens = self.n_behind_first = self.n_requests = self.n_identical = 0
-        self.decode_s = self.draft_s = self.verify_s = self.other_s = 0.0
-        self.metrics = SpeculativeMetrics()
-
-    def add(self, outputs: Sequence[RequestOutput], times: Mapping[str, float]) -> None:
-        """A batch was decoded."""
-        tokens = [len(output.outputs[0].token_ids) for output in outputs]
-        firsts = [m.first_token_s for output in outputs if (m := output.metrics).first_token_s is not None]
-        lasts = [m.finished_s for output in outputs if (m := output.metrics).finished_s is not None]
-        self.n_requests += len(outputs)
-        self.n_tokens += sum(tokens)
-        self.n_behind_first += sum(tokens) - len(tokens)
-        self.decode_s += max(lasts) - min(firsts)
-        self.draft_s += times["draft_s"]
-        self.verify_s += times["run_s"]
-        self.other_s += times["step_s"] - times["run_s"] - times["draft_s"]
-        for output in outputs:
-            if output.speculative is not None:
-                self.metrics.join(output.speculative)
-
-    def join(self, other: _Tally) -> None:
-        """Count all of another one."""
-        for name in ("n_tokens", "n_behind_first", "n_requests", "n_identical"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("decode_s", "draft_s", "verify_s", "other_s"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-    @property
-    def token_s(self) -> float:
-        """Seconds for one token; NaN where no output has a second one."""
-        return self.decode_s / self.n_behind_first if self.n_behind_first else math.nan
-
-    def arm(self, method: str, k: Depth, plain: _Tally) -> Arm:
-        metrics = self.metrics
-        accepted = [metrics.n_rounds, *metrics.accepted_at, 0]
-        return Arm(
-            method=method,
-            k=k,
-            n_tokens=self.n_tokens,
-            decode_s=self.decode_s,
-            tokens_per_s=1 / self.token_s,
-            speedup=plain.token_s / self.token_s,
-            mean_acceptance_length=metrics.mean_acceptance_length,
-            acceptance_rates=metrics.acceptance_rates,
-            histogram=[more - most for more, most in pairwise(accepted)] if metrics.n_rounds else [],
-            n_rounds=metrics.n_rounds,
-            draft_s=self.draft_s,
-            verify_s=self.verify_s,
-            other_s=self.other_s,
-            n_identical=self.n_identical,
-            n_requests=self.n_requests,
-        )
-
-
 def run(
     config: EngineConfig,
     prompts: Prompts,
@@ -182,7 +84,7 @@ def run(
     draft: str | None,
     depths: Sequence[Depth],
     max_tokens: int,
-    batch_size: int = 1,
+    batch_sizes: Sequence[int] = (1,),
     temperature: float = 0.0,
     synthetic_acceptance: float | tuple[float, ...] | None = None,
     random_weights: bool = False,
@@ -197,7 +99,7 @@ def run(
         draft: the draft model; None where no method has one.
         depths: K, or "auto".
         max_tokens: of an output.
-        batch_size: prompts that are decoded together.
+        batch_sizes: prompts that are decoded together, one number after the other on the same engine.
         synthetic_acceptance: accept guesses by chance; see `SpeculativeConfig`.
         random_weights: of the models read only config.json.
 
@@ -206,19 +108,24 @@ def run(
     """
     guessing = [method for method in methods if method != PLAIN]
     configs = [_with(config, method, draft, depths, synthetic_acceptance) for method in guessing]
-    per_round = -(-len(prompts.texts) // batch_size) * (1 + len(depths))
-    bar = progress_bar(show_progress, total=per_round * max(1, len(configs)), unit="batch", desc="decoding")
-    plain = _Tally()
-    arms: list[Arm] = []
+    n_batches = sum(-(-len(prompts.texts) // size) for size in batch_sizes) * (1 + len(depths))
+    bar = progress_bar(show_progress, total=n_batches * max(1, len(configs)), unit="batch", desc="decoding")
+    plain = {size: Tally() for size in batch_sizes}
+    arms: dict[int, list[Arm]] = {size: [] for size in batch_sizes}
     n_threads = 0
     for method, one in zip(guessing or [PLAIN], configs or [config], strict=True):
         loaded = load(one, show_progress=show_progress, random_weights=random_weights, on_plan=on_plan)
         n_threads = loaded.team.n_threads
         with LLM.from_loaded(one, loaded) as llm:
             runner = _Runner(llm, prompts, max_tokens, temperature, synthetic_acceptance is not None)
-            tallies = runner.measure(["off", *(depths if guessing else ())], batch_size, bar)
-        plain.join(tallies["off"])
-        arms += [tallies[k].arm(method, k, tallies["off"]) for k in tallies if k != "off"]
+            for size in batch_sizes:
+                tallies = runner.measure(["off", *(depths if guessing else ())], size, bar)
+                off = tallies.pop("off")
+                plain[size].join(off)
+                arms[size] += [
+                    tally.arm(method, k, size, off, runner.ideal(method, k, tally, off))
+                    for k, tally in tallies.items()
+                ]
     if bar is not None:
         bar.close()
     return SpeculativeResult(
@@ -227,11 +134,12 @@ def run(
         data=prompts.data,
         isa=ops.isa(),
         n_threads=n_threads,
-        batch_size=batch_size,
         max_tokens=max_tokens,
         temperature=temperature,
         synthetic_acceptance=synthetic_acceptance,
-        arms=[plain.arm(PLAIN, 0, plain), *arms],
+        arms=[
+            arm for size in batch_sizes for arm in (plain[size].arm(PLAIN, 0, size, plain[size]), *arms[size])
+        ],
     )
 
 
@@ -269,9 +177,9 @@ class _Runner:
         )
         self._ignore_eos = ignore_eos
 
-    def measure(self, depths: Sequence[Depth], batch_size: int, bar: Any) -> dict[Depth, _Tally]:
+    def measure(self, depths: Sequence[Depth], batch_size: int, bar: Any) -> dict[Depth, Tally]:
         """Every batch with every depth; which of them is first changes from batch to batch."""
-        tallies: dict[Depth, _Tally] = {k: _Tally() for k in depths}
+        tallies: dict[Depth, Tally] = {k: Tally() for k in depths}
         for k in depths:
             self.decode(self._prompts.texts[:1], k, min(WARMUP_TOKENS, self._params.max_tokens or 1))
         for i, at in enumerate(range(0, len(self._prompts.texts), batch_size)):
@@ -279,7 +187,9 @@ class _Runner:
             said: dict[Depth, list[list[int]]] = {}
             for j in range(len(depths)):
                 k = depths[(i + j) % len(depths)]
+                tallies[k].roofs.measure(self._llm.loaded.team)
                 outputs, times = self.decode(texts, k, self._params.max_tokens)
+                tallies[k].roofs.measure(self._llm.loaded.team)
                 tallies[k].add(outputs, times)
                 said[k] = [list(output.outputs[0].token_ids) for output in outputs]
                 if bar is not None:
@@ -287,6 +197,22 @@ class _Runner:
             for k, tokens in said.items():
                 tallies[k].n_identical += sum(a == b for a, b in zip(tokens, said["off"], strict=True))
         return tallies
+
+    def ideal(self, method: str, k: Depth, tally: Tally, off: Tally) -> Ideal | None:
+        """What the roofs allow; None where K is not fixed or no model drafts."""
+        loaded = self._llm.loaded
+        speculation = loaded.engine.speculation
+        draft = speculation.draft_plan if isinstance(speculation, Speculator) else None
+        if draft is None or not isinstance(k, int) or method not in ("pard", "draft_model"):
+            return None
+        one = Round(
+            method,
+            k,
+            round(tally.n_requests / tally.n_batches),
+            round(tally.n_context / tally.n_requests),
+            tally.n_behind_first / tally.n_rounds,
+        )
+        return ideal(loaded.plan.ir, draft, one, off.roofs, tally.roofs, self._llm.config.kv_cache_dtype)
 
     def decode(
         self, texts: Sequence[str], k: Depth, max_tokens: int | None
@@ -326,27 +252,64 @@ def format_speculative(result: SpeculativeResult) -> str:
     n_prompts, temperature = result.arms[0].n_requests, f"temperature {result.temperature:g}"
     lines = [
         f"{result.model}, draft {result.draft or 'none'}: {result.isa}, {result.n_threads} threads",
-        f"{result.data}: {n_prompts} prompts, {result.batch_size} at once, up to {result.max_tokens} tokens, {temperature}",
+        f"{result.data}: {n_prompts} prompts, up to {result.max_tokens} tokens, {temperature}",
     ]
     if result.synthetic_acceptance is not None:
         lines.append(
             f"SYNTHETIC ACCEPTANCE {result.synthetic_acceptance}: times are real, acceptance and outputs are not"
         )
-    columns = ["K", "tok/s", "speed-up", "length", "draft", "verify", "other", "identical"]
+    columns = [
+        "batch",
+        "K",
+        "tok/s",
+        "speed-up",
+        "of ideal",
+        "round",
+        "length",
+        "draft",
+        "verify",
+        "other",
+        "identical",
+    ]
     lines += ["", f"{'method':12}" + "".join(f"{column:>10}" for column in columns)]
-    for arm in result.arms:
-        total = arm.draft_s + arm.verify_s + arm.other_s
-        length = f"{arm.mean_acceptance_length:.2f}" if arm.n_rounds else "-"
-        cells = [f"{arm.k or '-'}", f"{arm.tokens_per_s:.1f}", f"{arm.speedup:.2f}", length]
-        cells += [f"{part / total:.1%}" for part in (arm.draft_s, arm.verify_s, arm.other_s)]
-        cells.append(
-            "-" if result.synthetic_acceptance is not None else f"{arm.n_identical}/{arm.n_requests}"
-        )
-        lines.append(f"{arm.method:12}" + "".join(f"{cell:>10}" for cell in cells))
+    lines += [_row(arm, result.synthetic_acceptance is not None) for arm in result.arms]
+    if any(arm.ideal_speedup is not None for arm in result.arms):
+        lines += ["", *_ROOFS]
+        lines += [f"{_name(arm)}  {_rooflines(arm)}" for arm in result.arms if arm.rooflines is not None]
     lines += ["", "length: tokens of a round, the target's own included; accepted by position:"]
     for arm in result.arms:
         if arm.n_rounds:
             rates = " ".join(f"{rate:.2f}" for rate in arm.acceptance_rates)
             counts = " ".join(map(str, arm.histogram))
-            lines += [f"{arm.method:12}{arm.k:>4}  {rates}", f"{'':16}  rounds by accepted tokens: {counts}"]
+            lines += [f"{_name(arm)}  {rates}", f"{'':22}  rounds by accepted tokens: {counts}"]
     return "\n".join(lines)
+
+
+_ROOFS = (
+    "of ideal: speed-up by length x plain step / (verifying step + draft), each as short as the roofs allow;",
+    "round: its time by the sum of the latter two; rooflines in ms:",
+)
+
+
+def _name(arm: Arm) -> str:
+    return f"{arm.method:12}{arm.batch_size:>5}{arm.k:>5}"
+
+
+def _row(arm: Arm, is_synthetic: bool) -> str:
+    """One line of the table."""
+    total = arm.draft_s + arm.verify_s + arm.other_s
+    cells = [f"{arm.batch_size}", f"{arm.k or '-'}", f"{arm.tokens_per_s:.1f}", f"{arm.speedup:.3f}"]
+    cells += [
+        "-" if figure is None else f"{figure:.2f}"
+        for figure in (arm.ideal_share, arm.round_ratio, arm.mean_acceptance_length if arm.n_rounds else None)
+    ]
+    cells += [f"{part / total:.1%}" for part in (arm.draft_s, arm.verify_s, arm.other_s)]
+    cells.append("-" if is_synthetic else f"{arm.n_identical}/{arm.n_requests}")
+    return f"{arm.method:12}" + "".join(f"{cell:>10}" for cell in cells)
+
+
+def _rooflines(arm: Arm) -> str:
+    plain, verify, draft = (1e3 * seconds for seconds in arm.rooflines or ())
+    return (
+        f"plain {plain:.2f}, verify {verify:.2f}, draft {draft:.2f}; ideal speed-up {arm.ideal_speedup:.2f}"
+    )

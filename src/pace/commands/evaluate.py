@@ -116,7 +116,12 @@ def _add_speculative(commands: Any) -> None:
         "--temperature", type=float, default=0.0, metavar="T", help="default: 0, the most probable token"
     )
     group.add_argument(
-        "--batch-size", type=options.positive, default=1, metavar="N", help="prompts at once (default: 1)"
+        "--batch-size",
+        nargs="+",
+        type=options.positive,
+        default=[1],
+        metavar="N",
+        help="prompts at once, each N in turn on the same engine (default: 1)",
     )
     group = parser.add_argument_group("results")
     group.add_argument("--random-weights", action="store_true", help="invent the weights of both models")
@@ -147,13 +152,13 @@ def run_speculative(args: argparse.Namespace) -> int:
     )
     result = speculative.run(
         # Who is decoded again must read its prompt again, too.
-        options.engine_config(args, **_without_prefixes(args), max_num_seqs=args.batch_size),
+        options.engine_config(args, **_without_prefixes(args), max_num_seqs=max(args.batch_size)),
         prompts,
         methods=list(dict.fromkeys(args.methods)),
         draft=args.draft,
         depths=list(dict.fromkeys(args.num_speculative_tokens)),
         max_tokens=args.max_tokens,
-        batch_size=args.batch_size,
+        batch_sizes=list(dict.fromkeys(args.batch_size)),
         temperature=args.temperature,
         synthetic_acceptance=args.synthetic_acceptance,
         random_weights=args.random_weights,

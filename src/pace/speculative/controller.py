@@ -36,16 +36,18 @@ first one's time; beyond, a step takes as long as it has rows."""
 MARGIN = 1.03
 """By which speculation must be better than plain steps. They are measured in different minutes of the same machine."""
 
-CHEAP = 0.02
+CHEAP = 0.005
 """Of a plain step: a drafter that takes less is always asked; only what to verify is a question then."""
 
 FIRST_PROBE, PROBE_EVERY, PROBE_ROUNDS, PROBE_SHARE = 8, 256, 4, 0.01
 """While speculation does not pay, it is tried again after so many steps, in so many rounds of one sequence; less often
 where that would take more than this share of the time."""
 
-FIRST_PLAIN, FIRST_FULL, PLAIN_EVERY = 2, 4, 64
-"""Steps that run plainly before anything is guessed; rounds that verify whatever was guessed then; and one of so many
-rounds is a plain step, to know what that costs now: memory that gives 60 GB/s in one minute gives 35 in another."""
+FIRST_PLAIN, FIRST_FULL, FIRST_ROWS, PLAIN_EVERY = 2, 4, 2, 64
+"""Steps that run plainly before anything is guessed; rounds that try guesses whatever they promise then; how many guesses
+of a sequence such a round verifies at first, twice as many each time that all stand; and one of so many rounds is a plain
+step, to know what that costs now: memory that gives 60 GB/s in one minute gives 35 in another. (Trying all guesses at
+once, 250 steps with a draft that is never right came to 0.94 of plain decoding where a row costs 0.3 steps, now 0.97.)"""
 
 FIRST_REACH, FEW_ROUNDS = 0.7, 3
 """Probability that a guess stands when those before it do, until there have been some; and of how many rounds it counts."""
@@ -96,12 +98,17 @@ class _Reach:
         self.n_rounds = n_rounds
 
     def add(self, n_draft: int, n_accepted: int) -> None:
-        """A round: what lies behind a wrong guess does not stand; what lies behind right ones was not tried."""
+        """A round: what lies behind a wrong guess does not stand; what lies behind right ones was not tried, and is as
+        probable as before where these stand.
+        """
         self.n_rounds += 1
         end = n_draft if n_accepted == n_draft else len(self.values)
         stands = np.arange(end) < n_accepted
         weight = max(0.05, 1.0 / (self.n_rounds + 1))
+        before = float(self.values[end - 1]) if end else 1.0
         self.values[:end] += weight * (stands - self.values[:end])
+        if 0 < end < len(self.values) and before > 0:
+            self.values[end:] *= self.values[end - 1] / before
 
     def expect(self, first: int, chances: F64Array) -> None:
         """Guesses from `first` on were not worth verifying: what is known of them is how probable they were."""
@@ -122,7 +129,8 @@ class Controller:
         self.n_probes = 0
         self.is_open = True  # whether speculation paid when it was last asked
         self._target = StepCost() if target is None else target
-        self._n_full = self._n_open = 0  # rounds that verified all; rounds since the last plain step
+        self._n_full = self._n_open = 0  # rounds that tried guesses; rounds since the last plain step
+        self._most = FIRST_ROWS  # guesses of a sequence that such a round verifies
         self._draft_s: dict[int, float] = {}  # seconds of a pass, by the bit length of its sequences
         self._all = _Reach(FIRST_REACH ** np.arange(1, max_tokens + 1), FEW_ROUNDS)
         self._own: dict[Sequence, _Reach] = {}
@@ -179,13 +187,17 @@ class Controller:
         full = {seq: len(proposal.token_ids) for seq, proposal in proposals.items()}
         self._last = {seq: proposal.confidences for seq, proposal in proposals.items()}
         is_sure = all(proposal.confidences is not None for proposal in proposals.values())
-        if self._target.n_steps < FIRST_PLAIN or not (self.is_open or is_sure):
-            return full  # a probe, which is to learn
-        # Whether the draft is as sure as it should be, those guesses tell that it doubts.
-        tries = self._n_full < FIRST_FULL if self.is_open else self._left == PROBE_ROUNDS
-        if tries and sum(full.values()) <= 2 * FREE_ROWS:
-            self._n_full += 1
+        if self._target.n_steps < FIRST_PLAIN:
             return full
+        # Whether the draft is as sure as it should be, those guesses tell that it doubts.
+        if self.is_open:
+            tries = self._n_full < FIRST_FULL
+        else:  # a probe, which is to learn
+            tries = self._left == PROBE_ROUNDS or not is_sure
+        some = {seq: min(n, self._most) for seq, n in full.items()}
+        if tries and sum(some.values()) <= 2 * FREE_ROWS:
+            self._n_full += 1
+            return some
         owners = [seq for seq, n in full.items() for _ in range(n)]
         if not owners:
             return full
@@ -227,6 +239,8 @@ class Controller:
         """Learn from a round."""
         self._all.add(n_draft, n_accepted)
         self._reach(seq).add(n_draft, n_accepted)
+        if n_accepted == n_draft >= self._most:
+            self._most *= 2
         confidences = self._last.pop(seq, None)
         if confidences is not None:
             for i, confidence in enumerate(confidences[: min(n_draft, n_accepted + 1)]):
@@ -275,7 +289,7 @@ class Controller:
         else:
             self._idle += 1
             if self._idle >= self._interval:
-                self._idle, self._left = 0, PROBE_ROUNDS
+                self._idle, self._left, self._most = 0, PROBE_ROUNDS, FIRST_ROWS
                 self.n_probes += 1
                 for reach in (self._all, *self._own.values()):  # what was long ago shall not outweigh it
                     reach.n_rounds = min(reach.n_rounds, FEW_ROUNDS)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pace.engine.sequence import Sequence
+from pace.models.plan import Plan
 from pace.speculative.drafter import Drafter, Proposal
 from pace.speculative.reader import DraftReader, Part, Reading
 
@@ -28,6 +29,11 @@ class ModelDrafter(Drafter):
         self.max_tokens = max_tokens
         self._reader = reader
         self._fed: dict[Sequence, tuple[Reading, int]] = {}  # how many of the last guesses are in the cache
+
+    @property
+    def plan(self) -> Plan:
+        """See `Drafter.plan`."""
+        return self._reader.ir
 
     def propose(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, Proposal]:
         """Guesses of those whose tokens the draft has read; see `Drafter.propose`."""

@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from pace.engine.schedule import Schedule
 from pace.engine.sequence import Sequence
+from pace.models.plan import Plan
 
 __all__ = ["Drafter", "Proposal"]
 
@@ -61,6 +62,11 @@ class Drafter(ABC):
     name: str
     max_tokens: int
     decided_s: float = 0.0
+
+    @property
+    def plan(self) -> Plan | None:
+        """Of its model, for benchmarks; None: it has none."""
+        return None
 
     def bind(self, slot: Callable[[str], npt.NDArray[Any]]) -> None:
         """Where the target leaves the hidden states that the drafter's maker asked for; see `Speculation.bind`."""

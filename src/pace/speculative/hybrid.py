@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from pace.engine.schedule import Schedule
 from pace.engine.sequence import Sequence
+from pace.models.plan import Plan
 from pace.speculative.controller import Controller
 from pace.speculative.drafter import Drafter, Proposal
 from pace.speculative.suffix import SuffixDrafter
@@ -88,6 +89,11 @@ class HybridDrafter(Drafter):
         # Of all sequences, where one begins. At first a third of a model's guess is thought right, and 0.8 of a promise.
         self._usual = Choice(model.max_tokens / 3, 0.8)
         self._n_proposals = {"suffix": 0, model.name: 0}
+
+    @property
+    def plan(self) -> Plan | None:
+        """See `Drafter.plan`."""
+        return self._model.plan
 
     def bind(self, slot: Callable[[str], npt.NDArray[Any]]) -> None:
         """See `Drafter.bind`."""

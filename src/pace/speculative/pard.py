@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from pace.engine.schedule import Schedule
 from pace.engine.sequence import Sequence
+from pace.models.plan import Plan
 from pace.speculative.drafter import Drafter, Proposal
 from pace.speculative.reader import DraftReader
 
@@ -36,6 +37,11 @@ class PardDrafter(Drafter):
         self.max_tokens = max_tokens
         self._reader = reader
         self._mask_id = mask_id
+
+    @property
+    def plan(self) -> Plan:
+        """See `Drafter.plan`."""
+        return self._reader.ir
 
     def bind(self, slot: Callable[[str], npt.NDArray[Any]]) -> None:
         """See `Drafter.bind`."""

@@ -18,7 +18,7 @@ from pace.engine.runner import TableGatherer
 from pace.engine.sampler import NO_BIAS, NO_IDS, History
 from pace.engine.sequence import Sequence
 from pace.kvcache import KVTables, Reuse
-from pace.models.plan import Batch, Executor, F32Array, I32Array
+from pace.models.plan import Batch, Executor, F32Array, I32Array, Plan
 from pace.speculative.features import SLOT, Features
 
 __all__ = ["DraftReader", "Guess", "Part", "Reading"]
@@ -113,6 +113,7 @@ class DraftReader:
         self.n_rows = self.n_passes = 0  # run so far
         self.tables = tables
         self.features = features
+        self.ir: Plan = executor.ir
         self._feature_rows = None if features is None else executor.slot(SLOT)
         self._executor: Executor = executor
         self._sample = executor.sample

@@ -14,6 +14,7 @@ from pace.engine.schedule import Schedule
 from pace.engine.sequence import Sequence, Status
 from pace.errors import one_line
 from pace.log import logger
+from pace.models.plan import Plan
 from pace.outputs import SpeculativeMetrics
 from pace.speculative.controller import Controller
 from pace.speculative.drafter import Drafter, Proposal
@@ -53,6 +54,11 @@ class Speculator:
         self._known: set[Sequence] = set()  # what the drafter may hold something for
         self._distrusted: set[Sequence] = set()
         self._draft_s = 0.0
+
+    @property
+    def draft_plan(self) -> Plan | None:
+        """Of the drafter's model, for benchmarks; None: it has none."""
+        return None if self._drafter is None else self._drafter.plan
 
     def bind(self, slot: Callable[[str], npt.NDArray[Any]]) -> None:
         """See `Speculation.bind`."""
