@@ -88,6 +88,8 @@ def with_formats(
     Raises:
         ValueError: no operator names such a weight as a matrix, or it is a table in a file.
     """
+    if not formats and activations in ("bf16", {}):
+        return plan
     known = {name: shape for name, shape in plan.weights().items() if shape.k is not None}
     for name in formats:
         if name not in known or known[name].mapped:
