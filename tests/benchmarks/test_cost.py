@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from pace.benchmarks.cost import step_cost
+from pace.benchmarks.roofline import StepRoofs
 from pace.models.decoder import lower
+from pace.models.formats import with_formats
 from pace.models.plan import Plan
 from pace.models.registry import parse_config
 
@@ -48,6 +50,19 @@ def test_prefill_runs_the_end_of_the_last_layer_on_one_row(plan: Plan) -> None:
     linear = 2 * (512 * (16 * QKV + 15 * REST) + REST + HEAD)
     attention = 16 * 4 * 32 * 64 * 512 * 513 / 2
     assert cost.n_flops == linear + attention
+
+
+def test_products_with_int8_rows_are_held_against_their_own_roof(plan: Plan) -> None:
+    """The head on bf16 rows, the layers on int8 rows, whose roof is twice as high; attention is always bf16."""
+    layers = {name: "int8g32" for name in plan.weights() if name.startswith("layers.") and "norm" not in name}
+    mixed = with_formats(plan, layers, "int8")  # type: ignore[arg-type]
+    whole, cost = step_cost(plan, [512], [512], 1), step_cost(mixed, [512], [512], 1)
+    assert cost.n_flops == whole.n_flops and whole.n_int8 == 0
+    assert cost.n_int8 == 2 * (512 * (16 * QKV + 15 * REST) + REST)
+    roofs = StepRoofs(1e10, 1e12, 2e12)
+    assert roofs.dot_s(whole) == whole.n_flops / 1e12
+    assert roofs.dot_s(cost) == pytest.approx((cost.n_flops - cost.n_int8) / 1e12 + cost.n_int8 / 2e12)
+    assert 1.8e12 < roofs.dot(cost) < 2e12 and roofs.dot(whole) == pytest.approx(1e12)
 
 
 def test_a_chunk_without_logits_reads_no_head(plan: Plan) -> None:

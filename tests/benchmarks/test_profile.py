@@ -11,12 +11,13 @@ from tiny_checkpoint import write_checkpoint
 from pace.benchmarks import chart
 from pace.benchmarks.cost import op_kind, rowwise_bytes, step_cost
 from pace.benchmarks.profile import Profiler, StepProfile, format_profiles
+from pace.benchmarks.roofline import StepRoofs
 from pace.config import EngineConfig
 from pace.engine.loader import Loaded, load
 from pace.params import SamplingParams
 
 KINDS = {"embed", "norm", "qkv", "rope+kv", "attention", "o", "gate_up", "down", "lm head", "select"}
-ROOFS = (1e10, 1e11)
+ROOFS = StepRoofs(1e10, 1e11, 4e11)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,8 @@ def test_the_parts_add_up(loaded: Loaded) -> None:
         n_bytes = sum(cost.n_bytes for cost in steps) / len(steps) + rowwise + logits
         assert sum(op.n_bytes for op in profile.ops) == pytest.approx(n_bytes)
         qkv = parts["qkv"]
-        best = max(qkv.n_bytes / ROOFS[0], qkv.n_flops / ROOFS[1])
+        best = max(qkv.n_bytes / ROOFS.read, qkv.n_flops / ROOFS.bf16)
+        assert profile.dot_roof == pytest.approx(ROOFS.bf16)
         assert qkv.roof_share == pytest.approx(best / qkv.seconds)
     text = format_profiles([decode, prefill])
     assert text.startswith("decode now: 4 steps") and text.count("gate_up") == 2

@@ -17,6 +17,7 @@ from pace.models.plan import (
     Plan,
     RopeKV,
     Select,
+    Slot,
     WeightShape,
 )
 from pace.models.weight_formats import bits_of
@@ -36,13 +37,18 @@ class Cost:
     Attributes:
         n_bytes: weights and cached keys and values that are read.
         n_flops: 2 x the matrix parameters that each row passes, and causal attention.
+        n_int8: of these, the operations of matrices that meet int8 rows.
     """
 
     n_bytes: float = 0.0
     n_flops: float = 0.0
+    n_int8: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.n_bytes + other.n_bytes, self.n_flops + other.n_flops)
+        return Cost(self.n_bytes + other.n_bytes, self.n_flops + other.n_flops, self.n_int8 + other.n_int8)
+
+    def __truediv__(self, n: float) -> Cost:
+        return Cost(self.n_bytes / n, self.n_flops / n, self.n_int8 / n)
 
 
 def step_cost(
@@ -95,13 +101,13 @@ def op_cost(
         src, dst = plan.slots[op.src], plan.slots[op.dst]
         n_params = src.width * dst.width * (2 if op.epilogue == "gated" else 1)
         rows = n_rows[src.rows]
-        return Cost(_weight_bytes(plan, op, n_params) if rows else 0.0, 2.0 * n_params * rows)
+        return _product(_weight_bytes(plan, op, n_params) if rows else 0.0, 2.0 * n_params * rows, src)
     if isinstance(op, ExpertsIn | ExpertsOut):
         src, dst, top_k = plan.slots[op.src], plan.slots[op.dst], plan.slots[op.route].width // 2
         n_params = 2 * src.width * op.width if isinstance(op, ExpertsIn) else src.width * dst.width
         choices = n_rows[src.rows] * top_k
         read = min(op.count, choices) if experts is None else experts
-        return Cost(read * _weight_bytes(plan, op, n_params), 2.0 * n_params * choices)
+        return _product(read * _weight_bytes(plan, op, n_params), 2.0 * n_params * choices, src)
     if isinstance(op, Embed):
         return Cost(float(n_rows["tokens"] * plan.slots[op.dst].width * DTYPE_BYTES["bf16"]))
     if isinstance(op, Attention):
@@ -118,6 +124,11 @@ def op_cost(
         row_bytes = _kv_token_bytes(plan.kv[op.kv], kv_cache_dtype)
         return Cost(float(n_read * row_bytes), 4.0 * op.n_heads * plan.kv[op.kv].head_dim * n_pairs)
     return Cost()
+
+
+def _product(n_bytes: float, n_flops: float, src: Slot) -> Cost:
+    """Of a matrix, by the rows that it meets."""
+    return Cost(n_bytes, n_flops, n_flops if src.dtype == "int8" else 0.0)
 
 
 def rowwise_bytes(plan: Plan, op: Op, n_tokens: int, n_logit_rows: int, kv_cache_dtype: str = "bf16") -> int:

@@ -21,7 +21,7 @@ from pace import ops
 from pace.benchmarks import process
 from pace.benchmarks.cost import Cost, step_cost
 from pace.benchmarks.profile import Profiler, StepProfile, format_profiles
-from pace.benchmarks.roofline import READ_BYTES, measure_dot, measure_read
+from pace.benchmarks.roofline import READ_BYTES, StepRoofs, measure_step
 from pace.config import EngineConfig
 from pace.engine.loader import Loaded
 from pace.engine.memory import MemoryPlan
@@ -47,9 +47,9 @@ class Phase:
         step_s: time of the prompt, or of one decode step; sampling and Python included.
         python_s: of that, outside the kernels.
         share_read: of the memory-read roof, weights and KV counted once.
-        share_dot: of the chosen tier's bf16 dot roof.
+        share_dot: of the dot roof.
         read_roof: bytes/s.
-        dot_roof: operations/s.
+        dot_roof: operations/s, by the chosen tier's bf16 or int8 dot product as each matrix of the step takes its rows.
     """
 
     phase: str
@@ -252,7 +252,7 @@ class _Bench:
         prepare: Callable[[], None],
     ) -> Phase:
         """Time repetitions of `n_steps` steps; a roof stands between each two of them."""
-        times, pythons, costs, roofs = [], [], [], [self.roofs()]
+        times, pythons, costs, roofs = [], [], [], [measure_step(self.loaded.team)]
         profiler = Profiler(self.loaded, self.kv_cache_dtype) if self.profile else None
         for _ in range(repeat):
             prepare()
@@ -263,11 +263,12 @@ class _Bench:
                 costs.append(once())
                 times.append((time.perf_counter() - start) / n_steps)
             pythons.append((self.llm.stats()["python_s"] - python_s) / n_steps)
-            roofs.append(self.roofs())
-        phase = _phase(name, n_seqs, n_context, n_tokens, times, pythons, costs, roofs)
+            roofs.append(measure_step(self.loaded.team))
+        between = [a.mean(b) for a, b in pairwise(roofs)]  # repetition i ran between roofs i and i + 1
+        phase = _phase(name, n_seqs, n_context, n_tokens, times, pythons, costs, between)
         if profiler is not None:
             label = f" {n_seqs} x {n_context}"
-            self.profiles += profiler.profiles((phase.read_roof, phase.dot_roof), label)
+            self.profiles += profiler.profiles(StepRoofs(*map(median, zip(*between, strict=True))), label)
         return phase
 
     def submit(self, n_seqs: int, n_tokens: int, n_output: int) -> list[str]:
@@ -298,9 +299,6 @@ class _Bench:
         experts = {name: of([step.get(name, 0) for step in steps]) for name in steps[-1]}
         return step_cost(self.loaded.plan.ir, q_len, kv_len, n_logit_rows, self.kv_cache_dtype, experts)
 
-    def roofs(self) -> tuple[float, float]:
-        return measure_read(self.loaded.team), measure_dot(self.loaded.team)
-
 
 def _phase(
     name: str,
@@ -310,11 +308,9 @@ def _phase(
     times: list[float],
     pythons: list[float],
     costs: list[Cost],
-    roofs: list[tuple[float, float]],
+    roofs: list[StepRoofs],
 ) -> Phase:
-    """Medians; repetition i ran between roofs i and i + 1."""
-    reads = [(a[0] + b[0]) / 2 for a, b in pairwise(roofs)]
-    dots = [(a[1] + b[1]) / 2 for a, b in pairwise(roofs)]
+    """Medians over the repetitions."""
     return Phase(
         phase=name,
         n_seqs=n_seqs,
@@ -322,10 +318,10 @@ def _phase(
         tokens_per_s=n_tokens / median(times),
         step_s=median(times),
         python_s=median(pythons),
-        share_read=median(c.n_bytes / t / r for c, t, r in zip(costs, times, reads, strict=True)),
-        share_dot=median(c.n_flops / t / r for c, t, r in zip(costs, times, dots, strict=True)),
-        read_roof=median(reads),
-        dot_roof=median(dots),
+        share_read=median(c.n_bytes / t / r.read for c, t, r in zip(costs, times, roofs, strict=True)),
+        share_dot=median(r.dot_s(c) / t for c, t, r in zip(costs, times, roofs, strict=True)),
+        read_roof=median(r.read for r in roofs),
+        dot_roof=median(r.dot(c) for c, r in zip(costs, roofs, strict=True)),
     )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pace.benchmarks.cost import Cost, op_cost, op_kind, rowwise_bytes
+from pace.benchmarks.roofline import StepRoofs
 from pace.engine.loader import Loaded
 from pace.models.plan import Attention, Batch, F32Array, I32Array
 
@@ -57,7 +58,7 @@ class StepProfile:
         n_seqs, n_rows: sequences and rows of a step, on average.
         step_s: time of a step.
         read_roof: bytes/s, measured in the same run.
-        dot_roof: operations/s of the bf16 dot product, measured in the same run.
+        dot_roof: operations/s of the step's dot products, bf16 and int8 as they are mixed, measured in the same run.
         ops: in order of execution.
     """
 
@@ -154,11 +155,11 @@ class Profiler:
             self._steps.append(self._current)
         return outputs
 
-    def profiles(self, roofs: tuple[float, float], label: str = "") -> list[StepProfile]:
+    def profiles(self, roofs: StepRoofs, label: str = "") -> list[StepProfile]:
         """Averages of what was recorded: of decode steps, then of prefill steps, where there were any.
 
         Args:
-            roofs: bytes/s read, and operations/s of the dot product.
+            roofs: measured in the same run.
             label: added to the phase's name.
         """
         found = []
@@ -168,7 +169,7 @@ class Profiler:
                 found.append(self._average(f"{phase}{label}", steps, roofs))
         return found
 
-    def _average(self, phase: str, steps: list[_Step], roofs: tuple[float, float]) -> StepProfile:
+    def _average(self, phase: str, steps: list[_Step], roofs: StepRoofs) -> StepProfile:
         n = len(steps)
         step_s = sum(step.step_s for step in steps) / n
         op_s = sum((step.op_s for step in steps), np.zeros(len(steps[0].op_s))) / n
@@ -186,8 +187,8 @@ class Profiler:
             n_seqs=sum(len(step.q_len) for step in steps) / n,
             n_rows=sum(int(step.q_len.sum()) for step in steps) / n,
             step_s=step_s,
-            read_roof=roofs[0],
-            dot_roof=roofs[1],
+            read_roof=roofs.read,
+            dot_roof=roofs.dot(sum(costs.values(), Cost())),
             ops=[_op_profile(kind, s, step_s, costs.get(kind, Cost()), roofs) for kind, s in seconds.items()],
         )
 
@@ -212,13 +213,11 @@ class Profiler:
         n = len(steps)
         logits = sum(step.n_logit_rows for step in steps) * plan.vocab_size * 4.0
         totals["sampler"] = Cost(logits)
-        return {kind: Cost(cost.n_bytes / n, cost.n_flops / n) for kind, cost in totals.items()}
+        return {kind: cost / n for kind, cost in totals.items()}
 
 
-def _op_profile(
-    kind: str, seconds: float, step_s: float, cost: Cost, roofs: tuple[float, float]
-) -> OpProfile:
-    best = max(cost.n_bytes / roofs[0], cost.n_flops / roofs[1])
+def _op_profile(kind: str, seconds: float, step_s: float, cost: Cost, roofs: StepRoofs) -> OpProfile:
+    best = max(cost.n_bytes / roofs.read, roofs.dot_s(cost))
     return OpProfile(
         kind, seconds, seconds / step_s, cost.n_bytes, cost.n_flops, best / seconds if seconds > 0 else 0.0
     )

@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from pace import ops
+from pace.benchmarks.cost import Cost
 
-__all__ = ["DOT_KINDS", "READ_BYTES", "Roofs", "format_roofs", "measure", "measure_dot", "measure_read"]
+__all__ = [
+    "DOT_KINDS",
+    "READ_BYTES",
+    "Roofs",
+    "StepRoofs",
+    "format_roofs",
+    "measure",
+    "measure_dot",
+    "measure_read",
+    "measure_step",
+]
 
 DOT_KINDS = ("bf16", "int8", "f32")
 
@@ -44,6 +55,36 @@ def measure_read(team: ops.Team) -> float:
 def measure_dot(team: ops.Team, kind: str = "bf16") -> float:
     """Operations/s of the chosen tier's dot product, once."""
     return ops.roof_dot(team, kind)
+
+
+class StepRoofs(NamedTuple):
+    """What a step can be held against.
+
+    Args:
+        read: bytes/s.
+        bf16, int8: operations/s of either dot product.
+    """
+
+    read: float
+    bf16: float
+    int8: float
+
+    def dot_s(self, cost: Cost) -> float:
+        """Seconds of the products, each at the roof of the rows that its matrix meets."""
+        return (cost.n_flops - cost.n_int8) / self.bf16 + cost.n_int8 / self.int8
+
+    def dot(self, cost: Cost) -> float:
+        """Operations/s that this makes of them together."""
+        return cost.n_flops / self.dot_s(cost) if cost.n_flops else self.bf16
+
+    def mean(self, other: StepRoofs) -> StepRoofs:
+        """Of two measurements."""
+        return StepRoofs(*((a + b) / 2 for a, b in zip(self, other, strict=True)))
+
+
+def measure_step(team: ops.Team) -> StepRoofs:
+    """All of them, once."""
+    return StepRoofs(measure_read(team), measure_dot(team, "bf16"), measure_dot(team, "int8"))
 
 
 def measure(n_threads: Sequence[int], cpus: Sequence[int] | None = None, repeat: int = 5) -> list[Roofs]:

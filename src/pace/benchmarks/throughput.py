@@ -14,7 +14,7 @@ from pace import ops
 from pace.benchmarks import process
 from pace.benchmarks.dataset import BenchRequest
 from pace.benchmarks.profile import Profiler, StepProfile, format_profiles
-from pace.benchmarks.roofline import READ_BYTES, measure_dot, measure_read
+from pace.benchmarks.roofline import READ_BYTES, measure_step
 from pace.config import EngineConfig
 from pace.engine.memory import MemoryPlan
 from pace.errors import PaceError
@@ -109,7 +109,7 @@ def run(
         requests = make_requests(loaded.spec.vocab_size)
         _warm_up(llm, requests[0], warmup, loaded.spec.vocab_size)
         peak_rss = process.peak_rss_bytes()
-        roofs = [_roofs(loaded.team)] if profile else []
+        roofs = [measure_step(loaded.team)] if profile else []
         profiler = Profiler(loaded, config.kv_cache_dtype) if profile else None
         before = llm.stats()
         with profiler or nullcontext():
@@ -120,9 +120,7 @@ def run(
         peak_rss = max(peak_rss, process.rss_bytes() - (READ_BYTES if profile else 0))
         profiles = []
         if profiler is not None:
-            roofs.append(_roofs(loaded.team))
-            (read_0, dot_0), (read_1, dot_1) = roofs
-            profiles = profiler.profiles(((read_0 + read_1) / 2, (dot_0 + dot_1) / 2))
+            profiles = profiler.profiles(roofs[0].mean(measure_step(loaded.team)))
     n_prompt = sum(len(output.prompt_token_ids) for output in outputs)
     n_output = sum(len(output.outputs[0].token_ids) for output in outputs)
     counted = {name: after[name] - before.get(name, 0) for name in after if _is_number(after[name])}
@@ -178,10 +176,6 @@ def _generate(llm: LLM, requests: Sequence[BenchRequest], use_tqdm: bool | None)
         if output.outputs[0].finish_reason == "error":
             raise PaceError(f"request {i} failed: {output.outputs[0].stop_reason}")
     return outputs
-
-
-def _roofs(team: ops.Team) -> tuple[float, float]:
-    return measure_read(team), measure_dot(team)
 
 
 def _is_number(value: object) -> bool:
