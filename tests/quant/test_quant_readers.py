@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import pytest
 from quant import layouts
 
+from pace.checkpoint import Checkpoint
 from pace.errors import PaceError, WeightsError
 from pace.models.quantisation import quantisation
 from pace.quant.groups import GroupedRows
@@ -94,6 +96,25 @@ def test_any_rows_can_be_read(name: str) -> None:
     matrix = opened(quantised)
     for part in (slice(0, 1, 1), slice(5, 29, 1), slice(1, 40, 2), slice(33, 40, 3)):
         np.testing.assert_array_equal(values(matrix, part), quantised.weights.astype(np.float32)[part])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tensors_at_any_address_of_a_file(name: str, tmp_path: Path) -> None:
+    """llama.cpp#16479: tensors begin where others end, here at odd addresses; the reader copies such ones."""
+    quantised = CASES[name]()
+    path = tmp_path / "model.safetensors"
+    tensors = {f"m.q_proj.{end}": value for end, value in quantised.tensors.items()}
+    layouts.write_safetensors(path, {"odd": (np.zeros(1, np.uint8), "U8"), **tensors})
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size] + b" " * (-(8 + size) % 64)  # so that the data begins at a cache line
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
+    with Checkpoint(tmp_path) as checkpoint:
+        config = quantisation({"quantization_config": quantised.config})
+        assert config is not None
+        (found,) = config.find(checkpoint)
+        got = values(found.open(("m.q_proj",)))
+        np.testing.assert_array_equal(got, quantised.weights.astype(np.float32))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
