@@ -21,6 +21,7 @@ from server.kit import ScriptedBackend, Server
 from pace.server.app import ROUTES, make_app
 from pace.server.gate import OPEN_PATHS
 from pace.server.keys import Keys, read_keys
+from pace.server.metrics import Metrics
 from pace.server.protocol.errors import ApiError
 from pace.server.service import Service
 from pace.server.wire import Delta, Done, Event, Job
@@ -161,6 +162,20 @@ def test_metrics_have_the_names_that_gateways_and_dashboards_know(server: Server
     while httpx.get(f"{server.url}/v1/queue/status").json() != idle:
         assert time.monotonic() < deadline
     assert httpx.get(f"{server.url}/v1/server_metrics").json()["engines"][0]["n_steps"] > 0
+
+
+def test_accepted_tokens_are_counted_by_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = ScriptedBackend(ok)
+    told = [{"speculative": {"accepted_at": [7, 3]}}, {"speculative": {"accepted_at": [5]}}, {}]
+    monkeypatch.setattr(backend, "stats", lambda: told)
+    text = Metrics(Service(backend, ["m"], None, None)).text().decode()
+    found = {
+        (one.labels["engine"], one.labels["position"]): one.value
+        for family in text_string_to_metric_families(text)
+        if family.name == "vllm:spec_decode_num_accepted_tokens_per_pos"
+        for one in family.samples
+    }
+    assert found == {("0", "0"): 7, ("0", "1"): 3, ("1", "0"): 5}
 
 
 def metrics_of(server: Server) -> dict[str, Any]:

@@ -181,6 +181,16 @@ class Metrics(Collector):
             for i, stats in engines:
                 counter.add_metric([model, str(i)], _at(stats, key))
             yield counter
+        yield _counter(
+            prefix + "spec_decode_num_accepted_tokens_per_pos",
+            "Drafted tokens that became output, by their position in a draft.",
+            {
+                (model, str(i), str(at)): n
+                for i, stats in engines
+                for at, n in enumerate(stats.get("speculative", {}).get("accepted_at", ()))
+            },
+            ["model_name", "engine", "position"],
+        )
         for name, value, text in (
             ("prompt_tokens", self.n_prompt, "Tokens of prompts."),
             ("generation_tokens", self.n_output, "Tokens that were drawn."),

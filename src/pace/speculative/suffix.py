@@ -53,10 +53,10 @@ class PastOutputs:
 
     def propose(self, context: I32Array, max_tokens: int, least: float = LEAST) -> SuffixGuess:
         """Guess what follows `context`, i32 [n]."""
-        new, old = (
-            index.propose(max_tokens, least=least, context=context) for index in (self._new, self._old)
-        )
-        return max(new, old, key=_expected)
+        new = self._new.propose(max_tokens, least=least, context=context)
+        if not len(self._old):
+            return new
+        return max(new, self._old.propose(max_tokens, least=least, context=context), key=_expected)
 
     @property
     def n_tokens(self) -> int:
