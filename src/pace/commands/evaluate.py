@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pace.commands import options
+from pace.commands.texts import read_jsonl, read_texts
 from pace.config import KV_CACHE_DTYPES, parse_cpus
 from pace.console import out
-from pace.errors import ConfigError, RequestError, show
+from pace.errors import ConfigError
 from pace.speculative_config import MAX_DRAFT_TOKENS, METHODS, NEEDS_MODEL
 
 
@@ -145,7 +144,7 @@ def run_speculative(args: argparse.Namespace) -> int:
         raise ConfigError("--raw has no chat, so leave out --system and --chat-template-kwargs")
     prompts = speculative.Prompts(
         args.data,
-        _read_jsonl(args.data, ("data", "prompt"), args.num_prompts),
+        read_jsonl(args.data, ("data", "prompt"), args.num_prompts),
         args.system,
         chat=not args.raw,
         template_kwargs=options.parse_json(args.chat_template_kwargs or "{}", "--chat-template-kwargs", dict),
@@ -204,7 +203,7 @@ def run_perplexity(args: argparse.Namespace) -> int:
     from pace.config import EngineConfig
 
     options.check_folder(args.output_json)
-    texts = _read_texts(args.data)
+    texts = read_texts(args.data)
     defaults: dict[str, Any] = {"max_num_seqs": 1}
     if args.window is not None:
         defaults["max_model_len"] = args.window + 1
@@ -235,47 +234,3 @@ def run_perplexity(args: argparse.Namespace) -> int:
     if args.output_json is not None:
         options.write_file(args.output_json, text + "\n")
     return options.EXIT_OK
-
-
-def _read_texts(path: str) -> list[str]:
-    """The texts of a file, every byte of them.
-
-    Raises:
-        RequestError: it can't be read, is not UTF-8, or has a line that is no {"text": TEXT}; the message names the line.
-    """
-    return _read_jsonl(path, ("text",)) if path.endswith(".jsonl") else [_read(path)]
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_bytes().decode("utf-8")
-    except OSError as error:
-        raise RequestError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path}: not UTF-8 at byte {error.start}") from None
-
-
-def _read_jsonl(path: str, keys: Sequence[str], limit: int | None = None) -> list[str]:
-    """The text of each line, under the first of these keys that it has; at most `limit` lines.
-
-    Raises:
-        RequestError: as `_read_texts`, or there is no line.
-    """
-    texts: list[str] = []
-    for number, line in enumerate(_read(path).split("\n"), 1):
-        if limit is not None and len(texts) == limit:
-            break
-        if not line.strip():
-            continue
-        try:
-            values: Any = json.loads(line)
-        except ValueError as error:
-            raise RequestError(f"{path}:{number}: not JSON: {error}") from None
-        found = [values[key] for key in keys if key in values] if isinstance(values, dict) else []
-        if not found or not isinstance(found[0], str):
-            expected = " or ".join(f'{{"{key}": TEXT}}' for key in keys)
-            raise RequestError(f"{path}:{number}: {show(values)}, expected {expected}")
-        texts.append(found[0])
-    if not texts:
-        raise RequestError(f"{path}: holds no texts; expected one JSON object per line")
-    return texts

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from pace.commands import options
+from pace.commands.texts import read_texts
 from pace.console import out, progress_bar
+from pace.errors import ConfigError
 
+METHODS = ("nearest", "gptq")
 SCHEMES = ("w8", "w8g32", "w8g64", "w8g128", "w4g32", "w4g64", "w4g128", "fp8")
 
 
@@ -34,6 +37,24 @@ def add(commands: Any) -> None:
         help="what layers become instead whose names fit, '*.down_proj=int8' for instance; may be repeated",
     )
     parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default="nearest",
+        help="nearest (default): each weight to the nearest step; gptq: so that outputs change least on a text",
+    )
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help='the text that gptq reads: .txt, or .jsonl of {"text": TEXT}',
+    )
+    parser.add_argument(
+        "--calibration-tokens",
+        type=int,
+        default=16384,
+        metavar="N",
+        help="tokens of it that are read, spread over all; default: 16384",
+    )
+    parser.add_argument(
         "--threads", type=int, default=None, metavar="N", help="that round; default: the engine's"
     )
 
@@ -47,8 +68,15 @@ def _kept(text: str) -> tuple[str, str]:
 
 def run(args: argparse.Namespace) -> int:
     """Carry the command out."""
-    from pace.export import quantize_checkpoint
+    from pace.export import Calibration, quantize_checkpoint
 
+    calibration = None
+    if (args.method == "gptq") != (args.calibration is not None):
+        raise ConfigError(f"--method is {args.method}; --method gptq and --calibration FILE go together")
+    if args.calibration_tokens < 1:
+        raise ConfigError(f"--calibration-tokens is {args.calibration_tokens}, expected 1 or more")
+    if args.calibration is not None:
+        calibration = Calibration(read_texts(args.calibration), args.calibration_tokens)
     bar = progress_bar(None, desc="quantising", unit="B", unit_scale=True, leave=False)
 
     def progress(done: int, total: int) -> None:
@@ -57,7 +85,9 @@ def run(args: argparse.Namespace) -> int:
             bar.update(done - bar.n)
 
     try:
-        summary = quantize_checkpoint(args.model, args.out, args.scheme, args.keep, progress, args.threads)
+        summary = quantize_checkpoint(
+            args.model, args.out, args.scheme, args.keep, progress, args.threads, calibration
+        )
     finally:
         if bar is not None:
             bar.close()

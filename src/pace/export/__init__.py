@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from pace.export.quantize import SCHEMES, Summary, quantize_checkpoint
+from pace.export.quantize import SCHEMES, Calibration, Summary, quantize_checkpoint
 
-__all__ = ["SCHEMES", "Summary", "quantize_checkpoint"]
+__all__ = ["SCHEMES", "Calibration", "Summary", "quantize_checkpoint"]

@@ -1,4 +1,4 @@
-"""From a plain checkpoint to a quantised one in compressed-tensors' format, matrix by matrix, without data."""
+"""From a plain checkpoint to a quantised one in compressed-tensors' format, matrix by matrix."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from pace import ops
 from pace.checkpoint import ModelFiles, model_files, resolve
 from pace.errors import ConfigError, show
+from pace.export.calibrate import Calibration, Rounded, calibrate
 from pace.export.folder import copy_rest, new_folder
 from pace.export.schemes import SCHEMES, WrittenScheme, written
 from pace.export.writer import Described, ShardWriter
@@ -29,7 +30,7 @@ from pace.models.registry import parse_config
 from pace.models.tensors import DTYPES, Tensors, to_f32
 from pace.quant.groups import F32Array, Fp8Rows, GroupedRows, U8Array
 
-__all__ = ["SCHEMES", "Summary", "quantize_checkpoint"]
+__all__ = ["SCHEMES", "Calibration", "Summary", "quantize_checkpoint"]
 
 Progress = Callable[[int, int], None]
 _PIECE: Final = 1 << 20  # weights that one thread rounds at a time
@@ -85,6 +86,11 @@ class _Job(NamedTuple):
     def module(self) -> str:
         return self.name.removesuffix(".weight")
 
+    @property
+    def n_bytes(self) -> int:
+        """Of the source."""
+        return Described(self.name, self.dtype, self.shape).n_bytes
+
     def described(self) -> list[Described]:
         if self.scheme is None:
             return [Described(self.name, self.dtype, self.shape)]
@@ -99,8 +105,9 @@ def quantize_checkpoint(
     keep: Sequence[tuple[str, str]] = (),
     progress: Progress | None = None,
     n_threads: int | None = None,
+    calibration: Calibration | None = None,
 ) -> Summary:
-    """Write a quantised copy of a checkpoint; nothing is left where it fails.
+    """Write a quantised copy of a checkpoint; nothing is left where it fails, but matrices that a calibration has rounded.
 
     Args:
         model: a folder, or a name of the hub.
@@ -109,29 +116,57 @@ def quantize_checkpoint(
         keep: (pattern of module names, "bf16" or "int8"): what matching layers become instead; the first that fits counts.
         progress: called with bytes done and in total.
         n_threads: that round; None: as many as the engine would have.
+        calibration: rounds integers by GPTQ, with the rows of a text; None: each weight to the nearest, without data. What
+            was done of it when a run ended is in a folder beside `out`, and the next run of the same inputs goes on there.
 
     Raises:
-        ConfigError: unknown scheme, a pattern that fits no layer, `out` can't be used.
+        ConfigError: unknown scheme, a pattern that fits no layer, `out` can't be used, a calibration is too short or the
+            scheme none of integers.
         CheckpointError: the model can't be read, or is quantised already.
     """
     if scheme not in SCHEMES:
         raise ConfigError(f"scheme is {show(scheme)}, expected one of {', '.join(SCHEMES)}")
+    if calibration is not None and SCHEMES[scheme].kind != "int":
+        raise ConfigError(f"scheme is {scheme}, which takes no calibration: GPTQ rounds to integers")
     files = model_files(resolve(model))
     values = _config(files)
     with closing(files.tensors()) as checkpoint:
         jobs, head = _jobs(values, files, checkpoint, SCHEMES[scheme], keep)
         tensors = [tensor for job in jobs for tensor in job.described()]
         summary = Summary(n_bytes=sum(tensor.n_bytes for tensor in tensors))
-        summary.source_bytes = sum(Described(job.name, job.dtype, job.shape).n_bytes for job in jobs)
+        summary.source_bytes = sum(job.n_bytes for job in jobs)
         summary.kept = [job.module for job in jobs if job.scheme is None and job.module in head]
+        steps = _Steps(progress, summary.source_bytes)
+        rounded = None
         with new_folder(out, summary.n_bytes) as folder:
+            if calibration is not None:
+                schemes = {job.name: job.scheme for job in jobs if job.scheme is not None}
+                steps.total += sum(job.n_bytes for job in jobs if job.scheme is not None)
+                beside = out.parent / f".{out.name}.calibrated"
+                rounded = calibrate(
+                    files, values, checkpoint, schemes, calibration, beside, steps.add, n_threads
+                )
             writer = ShardWriter(folder, tensors, _SHARD_BYTES)
             with ThreadPoolExecutor(n_threads or ops.default_threads()[0]) as pool:
-                writer.write(_pieces(jobs, checkpoint, pool, summary, progress))
+                writer.write(_pieces(jobs, checkpoint, pool, summary, steps, rounded))
             copy_rest(files, folder)
             config = {**values, "quantization_config": _quantization_config(jobs)}
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if rounded is not None:
+            rounded.remove()
     return summary
+
+
+class _Steps:
+    """Adds up what is done, for whoever watches."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._done, self.total = progress, 0, total
+
+    def add(self, n_bytes: int) -> None:
+        self._done += n_bytes
+        if self._progress is not None:
+            self._progress(self._done, self.total)
 
 
 def _config(files: ModelFiles) -> dict[str, Any]:
@@ -201,25 +236,29 @@ def _pieces(
     checkpoint: Any,
     pool: ThreadPoolExecutor,
     summary: Summary,
-    progress: Progress | None,
+    steps: _Steps,
+    rounded: Rounded | None,
 ) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     """The data of every tensor in order, rounded ahead by the pool."""
-    done = 0
     for job in jobs:
         array = checkpoint.tensor(job.name)
         if job.scheme is None:
             yield job.name, array
         else:
-            yield from _rounded(job, job.scheme, array, pool, summary)
+            known = None if rounded is None else rounded.get(job.name)
+            yield from _rounded(job, job.scheme, array, pool, summary, known)
         del array
         checkpoint.drop(job.name)
-        done += Described(job.name, job.dtype, job.shape).n_bytes
-        if progress is not None:
-            progress(done, summary.source_bytes)
+        steps.add(job.n_bytes)
 
 
 def _rounded(
-    job: _Job, scheme: WrittenScheme, array: npt.NDArray[Any], pool: ThreadPoolExecutor, summary: Summary
+    job: _Job,
+    scheme: WrittenScheme,
+    array: npt.NDArray[Any],
+    pool: ThreadPoolExecutor,
+    summary: Summary,
+    known: GroupedRows | None,
 ) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     n, k = job.shape
     step = max(_PIECE // k, 1)
@@ -227,7 +266,10 @@ def _rounded(
     def one(at: int) -> tuple[dict[str, npt.NDArray[Any]], float, float]:
         source = np.ascontiguousarray(array[at : at + step])
         dtype, form = DTYPES[job.dtype.lower()], "fp8" if scheme.kind == "float" else f"int{scheme.bits}"
-        codes, scales = ops.quantise_rows(source, dtype, form, scheme.group or k)
+        if known is None:
+            codes, scales = ops.quantise_rows(source, dtype, form, scheme.group or k)
+        else:
+            codes, scales = known.codes[at : at + step], known.scales[at : at + step]
         some = slice(None, None, _SAMPLED)
         exact = to_f32(source[some], dtype).astype(np.float64)
         error = exact - _rows(scheme, codes[some], scales[some]).dequantised()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -14,12 +14,24 @@ from pace.models.plan import Blocks, PartMode, Plan, WeightShape
 from pace.models.tensors import DTYPES, MXFP4_BLOCK, NUMPY, SourceArray, SourceDtype, Tensors
 from pace.models.weight_map import Part, Parts, WeightMap, expand
 from pace.quant.groups import Fp8Rows, GroupedRows
-from pace.quant.matrices import QuantisedRows
+from pace.quant.matrices import Matrix, QuantisedRows
 
 Shape = tuple[int, ...]
 
 _PIECE = 4 << 20  # weights of a quantised matrix that are read at a time
 _LISTED = 4  # names per list in an error: enough to see the pattern, short enough for one line
+
+
+class Readable(Protocol):
+    """Where the rows of tensors come from: a checkpoint's `Tensors`, or what takes their place."""
+
+    def tensor(self, name: str) -> SourceArray:
+        """A view of the data; bf16 as uint16."""
+        ...
+
+    def matrix(self, name: str) -> Matrix | None:
+        """A quantised matrix; None: that tensor is a plain one."""
+        ...
 
 
 class TensorShape(NamedTuple):
@@ -78,7 +90,7 @@ class Source:
         width = 1 if len(inner) == 1 else inner[0 if self.transposed else 1]
         return rows * width * np.dtype(NUMPY[self.dtype]).itemsize
 
-    def read(self, checkpoint: Tensors) -> tuple[SourceArray | QuantisedRows, SourceArray | None]:
+    def read(self, checkpoint: Readable) -> tuple[SourceArray | QuantisedRows, SourceArray | None]:
         """The rows with the zeros that fill them: [rows] or [rows, k], contiguous; of MXFP4 blocks and scales.
 
         The tensor is checked once more: its header was, the reader's view must agree with it.
@@ -95,7 +107,7 @@ class Source:
             array = _pad(array, columns, axis=1)
         return np.ascontiguousarray(array), None
 
-    def _read_quantised(self, checkpoint: Tensors) -> SourceArray | QuantisedRows:
+    def _read_quantised(self, checkpoint: Readable) -> SourceArray | QuantisedRows:
         matrix = checkpoint.matrix(self.name)
         if matrix is None:
             raise WeightsError(f"{self.name} is no quantised matrix, as it was before")
@@ -132,7 +144,7 @@ def _fill(rows: SourceArray | QuantisedRows, blocks: Blocks, axis: int) -> Sourc
     return GroupedRows(codes, rows.bits, group, of_groups(rows.scales), offsets)
 
 
-def _view(checkpoint: Tensors, name: str, shape: Shape, dtype: SourceDtype) -> SourceArray:
+def _view(checkpoint: Readable, name: str, shape: Shape, dtype: SourceDtype) -> SourceArray:
     array = checkpoint.tensor(name)
     if array.shape != shape or array.dtype != NUMPY[dtype]:
         raise WeightsError(

@@ -203,6 +203,10 @@ class Tensors:
         """Every tensor name."""
         return self._names.keys()
 
+    def file_name(self, name: str) -> str:
+        """The file's own name of a tensor."""
+        return self._names[name]
+
     def file_names(self) -> dict[str, list[str]]:
         """The file's own names by ours, those of experts by one name with {e}."""
         found: dict[str, list[str]] = {}
