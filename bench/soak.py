@@ -1,10 +1,13 @@
 """A mixed load on `pace serve demo` for a long time: does memory grow, do descriptors or threads leak?
 
     python bench/soak.py --minutes 30 --rate 3
+    python bench/soak.py --minutes 4 --at-once 8 --only schema
 
 Requests of every kind arrive as a Poisson process: streams that are read, streams that are left, whole answers, chats,
 embeddings, JSON schemas, messages, responses, tokens, bad requests, /metrics. Every 10 seconds the memory, descriptors
 and threads of front-end and engine are written down; at the end a line is fitted to each behind the first third.
+`--at-once N` sends the next request when one of N has ended: hours of traffic in minutes, and growth is told per
+request, too. `--only KIND` finds what makes it.
 """
 
 from __future__ import annotations
@@ -28,39 +31,18 @@ from pace.errors import PaceError
 
 SAMPLE_S = 10.0
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
-WORDS = [
-    "import",
-    "def",
-    "return",
-    "class",
-    "self",
-    "for",
-    "in",
-    "range",
-    "print",
-    "None",
-    "True",
-    "while",
-    "if",
-    "else",
-    "lambda",
-    "yield",
-    "with",
-    "open",
-    "as",
-    "file",
-]
+WORDS = "import def return class self for in range print None True while if else lambda yield with open as file".split()
 
 
 def text(rng: random.Random) -> str:
     return " ".join(rng.choices(WORDS, k=rng.randint(2, 60)))
 
 
-def requests(rng: random.Random) -> tuple[str, str, dict[str, Any] | None, int]:
-    """A request of a random kind: its name, path, body, and the status that it must have; 0: it is left midway."""
+def requests(rng: random.Random) -> list[tuple[str, str, dict[str, Any] | None, int]]:
+    """A request of each kind: its name, path, body, and the status that it must have; 0: it is left midway."""
     chat = [{"role": "user", "content": text(rng)}]
     n = rng.randint(1, 60)
-    kinds: list[tuple[str, str, dict[str, Any] | None, int]] = [
+    return [
         ("stream", "/v1/completions", {"prompt": text(rng), "max_tokens": n, "stream": True}, 200),
         ("left", "/v1/completions", {"prompt": text(rng), "max_tokens": 400, "stream": True, "ignore_eos": True}, 0),
         ("whole", "/v1/completions", {"prompt": text(rng), "max_tokens": n, "n": rng.randint(1, 3), "logprobs": 2}, 200),
@@ -74,11 +56,11 @@ def requests(rng: random.Random) -> tuple[str, str, dict[str, Any] | None, int]:
         ("too long", "/v1/completions", {"prompt": "x " * 20000}, 400),
         ("metrics", "/metrics", None, 200),
     ]  # fmt: skip
-    return rng.choice(kinds)
 
 
-async def send(client: Client, rng: random.Random, seen: Counter[str]) -> None:
-    kind, path, body, expected = requests(rng)
+async def send(client: Client, rng: random.Random, only: str | None, seen: Counter[str]) -> None:
+    """Send a request of a random kind, and count what became of it."""
+    kind, path, body, expected = rng.choice([one for one in requests(rng) if only in (None, one[0])])
     try:
         data = b"" if body is None else json.dumps(body).encode()
         async with client.request("GET" if body is None else "POST", path, data) as answer:
@@ -113,63 +95,64 @@ def child_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
 
 
-async def soak(url: str, pid: int, minutes: float, rate: float, seed: int) -> None:
-    client, rng, seen = Client(url), random.Random(seed), Counter[str]()
-    engine, end = child_of(pid), time.monotonic() + 60 * minutes
-    rows: list[tuple[float, dict[str, float], dict[str, float]]] = []
+async def traffic(client: Client, args: argparse.Namespace, seen: Counter[str]) -> None:
+    """Requests until the time is over; returns when all have ended."""
+    rng, end = random.Random(args.seed), time.monotonic() + 60 * args.minutes
+    running: set[asyncio.Task[None]] = set()
+    while time.monotonic() < end:
+        running.add(asyncio.ensure_future(send(client, rng, args.only, seen)))
+        if args.at_once is None:
+            await asyncio.sleep(rng.expovariate(args.rate))
+            running = {task for task in running if not task.done()}
+        elif len(running) >= args.at_once:
+            _, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.gather(*running)
+
+
+async def soak(url: str, pid: int, args: argparse.Namespace) -> None:
+    """Send, and look at both processes meanwhile; then say what grew."""
+    client, seen, engine = Client(url), Counter[str](), child_of(pid)
+    rows: list[tuple[float, int, dict[str, float], dict[str, float]]] = []
 
     async def watch() -> None:
         while True:
-            rows.append((time.monotonic() / 3600, sample(pid), sample(engine)))
-            print(json.dumps({"hours": rows[-1][0], "front": rows[-1][1], "engine": rows[-1][2]}), flush=True)
+            rows.append((time.monotonic() / 3600, seen.total(), sample(pid), sample(engine)))
+            front, back = rows[-1][2:]
+            print(json.dumps({"requests": seen.total(), "front": front, "engine": back}), flush=True)
             await asyncio.sleep(SAMPLE_S)
 
     watching = asyncio.ensure_future(watch())
-    open_requests: set[asyncio.Task[None]] = set()
-    while time.monotonic() < end:
-        task = asyncio.ensure_future(send(client, rng, seen))
-        open_requests.add(task)
-        task.add_done_callback(open_requests.discard)
-        await asyncio.sleep(rng.expovariate(rate))
-    await asyncio.gather(*open_requests)
+    await traffic(client, args, seen)
     client.close()
     await asyncio.sleep(2)
-    rows.append((time.monotonic() / 3600, sample(pid), sample(engine)))
+    rows.append((time.monotonic() / 3600, seen.total(), sample(pid), sample(engine)))
     watching.cancel()
     print(json.dumps(seen))
     late = rows[len(rows) // 3 :]
-    hours = np.array([row[0] for row in late])
-    for name, at in (("front-end", 1), ("engine", 2)):
+    hours, counts = (np.array([row[at] for row in late]) for at in (0, 1))
+    for name, at in (("front-end", 2), ("engine", 3)):
         for what in ("anon_mb", "fds", "threads"):
             values = np.array([row[at][what] for row in late])  # type: ignore[index]
-            slope = np.polyfit(hours, values, 1)[0]
+            per_hour, per_request = (np.polyfit(x, values, 1)[0] for x in (hours, counts))
             span = f"{values[0]:.1f} to {values[-1]:.1f}, at most {values.max():.1f}"
-            print(f"{name} {what}: {span}, slope {slope:.2f} per hour")
+            print(f"{name} {what}: {span}, slope {per_hour:.2f} per hour, {1e4 * per_request:.2f} per 10000 requests")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--rate", type=float, default=3.0, help="requests a second")
+    parser.add_argument("--at-once", type=int, help="requests open at a time, in place of a rate")
+    parser.add_argument("--only", choices=[one[0] for one in requests(random.Random())], help="one kind")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    command = [
-        sys.executable,
-        "-m",
-        "pace",
-        "serve",
-        "demo",
-        "--port",
-        "0",
-        "--threads",
-        "1",
-        "--no-access-log",
-    ]
+    options = ["--port", "0", "--threads", "1", "--no-access-log"]
+    command = [sys.executable, "-m", "pace", "serve", "demo", *options]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
     try:
         url = next(found[1] for line in server.stderr if (found := re.search(r" at (\S+)\]", line)))
-        asyncio.run(soak(url, server.pid, args.minutes, args.rate, args.seed))
+        asyncio.run(soak(url, server.pid, args))
     finally:
         server.terminate()
         print("exit code", server.wait(60))
