@@ -31,7 +31,10 @@ from pace.errors import PaceError
 
 SAMPLE_S = 10.0
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
-WORDS = "import def return class self for in range print None True while if else lambda yield with open as file".split()
+WORDS = [
+    "import", "def", "return", "class", "self", "for", "in", "range", "print", "None", "True", "while", "if", "else",
+    "lambda", "yield", "with", "open", "as", "file",
+]  # fmt: skip
 
 
 def text(rng: random.Random) -> str:
@@ -135,7 +138,9 @@ async def soak(url: str, pid: int, args: argparse.Namespace) -> None:
             values = np.array([row[at][what] for row in late])  # type: ignore[index]
             per_hour, per_request = (np.polyfit(x, values, 1)[0] for x in (hours, counts))
             span = f"{values[0]:.1f} to {values[-1]:.1f}, at most {values.max():.1f}"
-            print(f"{name} {what}: {span}, slope {per_hour:.2f} per hour, {1e4 * per_request:.2f} per 10000 requests")
+            print(
+                f"{name} {what}: {span}, slope {per_hour:.2f} per hour, {1e4 * per_request:.2f} per 10000 requests"
+            )
 
 
 def main() -> None:

@@ -447,9 +447,10 @@ def test_deltas_of_several_completions_merge_by_index() -> None:
 
 
 def test_a_ticket_holds_one_output() -> None:
-    def request(kind: RequestOutputKind) -> Request:
+    def request(kind: RequestOutputKind, one_by_one: bool = False) -> Request:
         params = SimpleNamespace(output_kind=kind)
-        return cast(Request, SimpleNamespace(request_id="r", stream=True, params=params))
+        given = SimpleNamespace(request_id="r", stream=True, params=params, one_by_one=one_by_one)
+        return cast(Request, given)
 
     def output(text: str, finished: bool = False) -> RequestOutput:
         return RequestOutput("r", None, [1], [delta(text, [1])], finished)
@@ -462,6 +463,12 @@ def test_a_ticket_holds_one_output() -> None:
         assert read is not None and read.outputs[0].text == text
         assert ticket.take() is None and not ticket.finished
         assert ticket.put(output("c", finished=True)) and ticket.finished
+    ticket = Ticket(request(DELTA, one_by_one=True), lambda tickets: None)
+    assert ticket.put(output("a")) and not ticket.put(output("b"))
+    for text in "ab":
+        read = ticket.take()
+        assert read is not None and read.outputs[0].text == text
+    assert ticket.take() is None
 
 
 def test_unread_tool_calls_are_joined_by_index() -> None:

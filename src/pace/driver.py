@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -24,10 +25,11 @@ Notify: TypeAlias = "Callable[[list[Ticket]], None]"
 
 
 class Ticket:
-    """A request in the engine, and the one output of it that nobody has read yet.
+    """A request in the engine, and the output of it that nobody has read yet.
 
     One slot, whatever the reader's pace: memory stays bounded. In an output of kind DELTA the unread parts
-    are joined, of the other kinds the newest says everything.
+    are joined, of the other kinds the newest says everything. Only a request that wants its tokens one by one
+    keeps all that are unread.
 
     Args:
         request: prepared by the engine.
@@ -35,7 +37,7 @@ class Ticket:
             to read. It may raise RuntimeError where nobody can read any more.
     """
 
-    __slots__ = ("_is_delta", "_lock", "_unread", "finished", "notify", "request", "request_id")
+    __slots__ = ("_is_delta", "_is_joined", "_lock", "_unread", "finished", "notify", "request", "request_id")
 
     def __init__(self, request: Request, notify: Notify) -> None:
         self.request = request
@@ -43,22 +45,25 @@ class Ticket:
         self.notify = notify
         self.finished = False  # the last output has been put here
         self._is_delta = request.stream and request.params.output_kind is RequestOutputKind.DELTA
-        self._unread: RequestOutput | None = None
+        self._is_joined = not (self._is_delta and request.one_by_one)
+        self._unread: deque[RequestOutput] = deque()
         self._lock = threading.Lock()
 
     def put(self, output: RequestOutput) -> bool:
         """Add an output; returns whether there was nothing to read before."""
         with self._lock:
-            old = self._unread
-            self._unread = merged(old, output) if old is not None and self._is_delta else output
+            was_empty = not self._unread
+            if not was_empty and self._is_joined:
+                old = self._unread.pop()
+                output = merged(old, output) if self._is_delta else output
+            self._unread.append(output)
             self.finished = self.finished or output.finished
-            return old is None
+            return was_empty
 
     def take(self) -> RequestOutput | None:
         """Read what has come since the last call; None: nothing."""
         with self._lock:
-            output, self._unread = self._unread, None
-            return output
+            return self._unread.popleft() if self._unread else None
 
 
 Inbox: TypeAlias = "SimpleQueue[list[Ticket]]"

@@ -59,9 +59,12 @@ class Committer:
         self._eos_token_id = eos_token_id
         self._speculation = speculation
         self._emit: list[Request] = []  # requests with something to tell after this step
+        self._early: list[RequestOutput] = []  # of requests that want their tokens one by one
 
     def tell(self, outputs: list[RequestOutput]) -> None:
         """Add an output of every request that has something to tell."""
+        outputs += self._early
+        self._early.clear()
         for request in self._emit:
             request.is_dirty = False
             outputs.append(request.output())
@@ -122,12 +125,20 @@ class Committer:
         try:
             for i, (drafted, token, error) in enumerate(zip([*draft, -1], tokens, errors, strict=True)):
                 stands = i < n_draft and not error and speculation.accepts(drafted, token, i)
+                if i:
+                    self._tell_early(seq)
                 self._add(seq, drafted if stands else token, error, drawn, first + i, now_s)
                 n_accepted += stands
                 if not stands or seq.status is Status.FINISHED:
                     return
         finally:
             speculation.verified(seq, n_draft, n_accepted, seq.n_output - n_before)
+
+    def _tell_early(self, seq: Sequence) -> None:
+        """Make an output of what a request has so far, where the step's next token shall come in one of its own."""
+        request = self._intake.requests[seq.request_id]
+        if request.one_by_one and request.stream:
+            self._early.append(request.output())
 
     def _add(
         self, seq: Sequence, token: int, error: int, drawn: SampleResult, row: int, now_s: float

@@ -22,6 +22,9 @@ class Request:
         stream: emit an output after every token, not only at the end.
         deadline_s: `time.monotonic()` at which it ends at the latest; None: never.
         arrival_s: `time.monotonic()` of the request.
+
+    Attributes:
+        one_by_one: where it streams, every token has an output of its own, also those that one step accepts together.
     """
 
     __slots__ = (
@@ -33,6 +36,7 @@ class Request:
         "first_token_s",
         "is_dirty",
         "n_unfinished",
+        "one_by_one",
         "params",
         "prompt",
         "prompt_ids",
@@ -63,6 +67,7 @@ class Request:
         self.seqs = seqs
         self.n_unfinished = len(seqs)
         self.stream = stream and params.output_kind is not RequestOutputKind.FINAL_ONLY
+        self.one_by_one = False
         self.deadline_s = deadline_s
         self.embedding: F32Array | None = None  # of a prompt that is pooled, when it has been
         self.is_dirty = False  # has something to emit after this step

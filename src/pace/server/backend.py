@@ -59,7 +59,7 @@ class Call:
     """The jobs of one HTTP request, and the events of them that nobody has read yet.
 
     Whoever reads slower than the engine writes gets several tokens in one event: what is unread of a completion is joined,
-    so that memory is bounded by the outputs.
+    so that memory is bounded by the outputs. Where tokens are wanted one by one, it is bounded by their number.
     """
 
     def __init__(
@@ -75,6 +75,8 @@ class Call:
         self.accepted: list[Accepted | None] = [None] * n_jobs
         self._open = set(self.ids)
         self._watcher: asyncio.Task[None] | None = None
+        self.one_by_one = False
+        """Whether unread tokens stay events of their own."""
         self.is_cancelled = False
         self.pump: Callable[[Event], bool] | None = None
         """Takes events where they arrive; False: whoever waits for events shall look."""
@@ -93,7 +95,7 @@ class Call:
             if not self.pump(event):
                 self._wake()
             return
-        if isinstance(event, Delta):
+        if isinstance(event, Delta) and not self.one_by_one:
             key = (event.id, event.index)
             old = self._last.get(key)
             if old is not None:

@@ -14,7 +14,16 @@ from pace.server.protocol.completions import CompletionRequest
 from pace.server.protocol.errors import ApiError
 from pace.server.wire import Chat
 
-__all__ = ["MAX_FAN_OUT", "chat_of", "chat_params", "checked", "completion_params", "prompts_of", "texts_of"]
+__all__ = [
+    "MAX_FAN_OUT",
+    "chat_of",
+    "chat_params",
+    "checked",
+    "completion_params",
+    "one_by_one",
+    "prompts_of",
+    "texts_of",
+]
 
 MAX_PROMPTS = 64  # of one request
 MAX_FAN_OUT = 256  # prompts x n: sequences of one request
@@ -35,6 +44,11 @@ def _sampling(request: Sampling) -> dict[str, Any]:
     if request.stream_options is not None and not request.stream:
         raise ApiError(400, "stream_options is only for requests with stream: true", param="stream_options")
     return values
+
+
+def one_by_one(request: Sampling) -> bool:
+    """Whether every token shall come in a chunk of its own."""
+    return bool(request.stream_options and request.stream_options.one_token_per_chunk)
 
 
 def _structured(request: Sampling) -> dict[str, Any] | None:

@@ -133,7 +133,9 @@ class Service:
         meter = http.scope["pace.meter"] = Meter(self.metrics)
         call = Call(self.backend, n_jobs, meter)
         call.watch(until_disconnect(http.receive, call.cancel))
-        await call.start(jobs(call))
+        wanted = jobs(call)
+        call.one_by_one = any(job.one_by_one for job in wanted)
+        await call.start(wanted)
         if call.is_cancelled:
             call.close()
             raise Disconnected

@@ -206,6 +206,7 @@ class Station(Frontend):
             (request,) = self._inputs.requests(
                 [encoded], params_of(job.params), number, stream=True, priority=job.priority
             )
+            request.one_by_one = job.one_by_one
         return request
 
     def _options(self, chat: Chat) -> ChatOptions:
@@ -258,29 +259,37 @@ class Station(Frontend):
         events: list[Event] = []
         for ticket in tickets:
             number = self._numbers.get(ticket.request_id)
-            output = ticket.take()
             running = None if number is None else self._running.get(number)
+            output = ticket.take()
             if output is None:
-                if not self._driver.holds(ticket) or running is None:
-                    continue
-                # The engine has ended, and wakes everybody whom it owes something.
-                try:
-                    self._driver.check()
-                except PaceError as error:
+                events += self._owed(running, ticket)
+            while output is not None:
+                if output.finished:
                     self._forget(ticket)
-                    events.append(Failed(running.job.id, str(error)))
-                continue
-            if output.finished:
-                self._forget(ticket)
-            if running is not None:
-                try:
-                    events += self._events(running, output)
-                except Exception as error:  # of one job: the others' outputs are told all the same
-                    logger.exception("an output could not be told")
-                    self.abort(running.job.id)
-                    events.append(Failed(running.job.id, one_line(f"{type(error).__name__}: {error}")))
+                if running is not None and not running.is_aborted:
+                    events += self._told(running, output)
+                output = ticket.take()
         if events:
             self._sink(events)
+
+    def _owed(self, running: _Running | None, ticket: Ticket) -> list[Event]:
+        """Where the engine has ended, it wakes everybody whom it owes something."""
+        if running is None or not self._driver.holds(ticket):
+            return []
+        try:
+            self._driver.check()
+        except PaceError as error:
+            self._forget(ticket)
+            return [Failed(running.job.id, str(error))]
+        return []
+
+    def _told(self, running: _Running, output: RequestOutput) -> list[Event]:
+        try:
+            return self._events(running, output)
+        except Exception as error:  # of one job: the others' outputs are told all the same
+            logger.exception("an output could not be told")
+            self.abort(running.job.id)
+            return [Failed(running.job.id, one_line(f"{type(error).__name__}: {error}"))]
 
     def _forget(self, ticket: Ticket) -> None:
         number = self._numbers.pop(ticket.request_id, None)

@@ -79,6 +79,7 @@ class Job(Message, tag=1):
         params: fields of `SamplingParams`.
         returns_prompt: send the prompt's text and ids back in `Accepted`.
         pooling: embed the prompt; `params` are empty then.
+        one_by_one: every token has a `Delta` of its own, also those that one step accepts together.
     """
 
     id: int
@@ -90,6 +91,7 @@ class Job(Message, tag=1):
     cache_salt: str | None = None
     returns_prompt: bool = False
     pooling: Pooling | None = None
+    one_by_one: bool = False
 
 
 class Abort(Message, tag=2):

@@ -25,7 +25,7 @@ from pace.server.protocol.chat import (
     ToolCallChunk,
     ToolCallObject,
 )
-from pace.server.requests import chat_of, chat_params
+from pace.server.requests import chat_of, chat_params, one_by_one
 from pace.server.service import FINGERPRINT, Service
 from pace.server.sse import DONE, EventStream, TextEvents, event
 from pace.server.wire import Delta, Done, Event, Job, Scores, TokenLogprob, ToolCallDelta
@@ -223,6 +223,7 @@ async def chat_completions(service: Service, http: HttpRequest) -> Response:
                 request.priority or 0,
                 request.cache_salt,
                 bool(request.return_token_ids),
+                one_by_one=one_by_one(request),
             )
         ]
 

@@ -13,7 +13,7 @@ from pace.server.counts import Counts
 from pace.server.http import json_response
 from pace.server.logprobs import completion_logprobs, prompt_logprobs
 from pace.server.protocol.completions import Choice, Completion, CompletionRequest, Logprobs
-from pace.server.requests import completion_params, prompts_of
+from pace.server.requests import completion_params, one_by_one, prompts_of
 from pace.server.service import FINGERPRINT, Service
 from pace.server.sse import DONE, EventStream, TextEvents, event
 from pace.server.wire import Delta, Done, Event, Job, Scores, TokenLogprob
@@ -191,6 +191,7 @@ async def completions(service: Service, http: HttpRequest) -> Response:
                 request.priority or 0,
                 request.cache_salt,
                 returns_prompt,
+                one_by_one=one_by_one(request),
             )
             for job_id, prompt in zip(call.ids, prompts, strict=True)
         ]

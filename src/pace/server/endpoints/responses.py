@@ -38,6 +38,8 @@ def _as_chat(request: ResponsesRequest) -> ChatRequest:
         raise ApiError(
             400, f"truncation is {show(request.truncation)}, expected disabled", param="truncation"
         )
+    if request.stream_options is not None and not request.stream:
+        raise ApiError(400, "stream_options is only for requests with stream: true", param="stream_options")
     chat = ChatRequest(messages=_messages(request), max_tokens=request.max_output_tokens)
     for name in _SHARED:
         setattr(chat, name, getattr(request, name))
@@ -349,7 +351,9 @@ async def responses(service: Service, http: HttpRequest) -> Response:
     number = http.scope["pace.id"]
 
     def jobs(call: Call) -> list[Job]:
-        return [Job(call.ids[0], number, None, chat, params, request.priority or 0, request.cache_salt)]
+        job = Job(call.ids[0], number, None, chat, params, request.priority or 0, request.cache_salt)
+        job.one_by_one = bool(request.stream_options and request.stream_options.one_token_per_chunk)
+        return [job]
 
     call = await service.call(http, jobs, 1)
     writer = _Writer(request, call, model, number)

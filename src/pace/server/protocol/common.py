@@ -31,16 +31,18 @@ class Strict(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class StreamOptions(Strict, kw_only=True):
-    """How a stream ends.
+    """How a stream is cut into chunks, and how it ends.
 
     Attributes:
         include_usage: a last chunk tells how many tokens there were.
         continuous_usage_stats: every chunk does.
+        one_token_per_chunk: tokens that one step has accepted together come in chunks of their own.
         include_obfuscation: taken for OpenAI's clients; nothing is ever obfuscated.
     """
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+    one_token_per_chunk: bool | None = None
     include_obfuscation: bool | None = None
 
 

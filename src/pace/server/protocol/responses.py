@@ -12,6 +12,18 @@ from pace.server.protocol.common import Strict
 __all__ = ["ResponseObject", "ResponseUsage", "ResponsesRequest"]
 
 
+class ResponseStreamOptions(Strict, kw_only=True):
+    """How a stream is cut into events; counts always come in the last one.
+
+    Attributes:
+        one_token_per_chunk: tokens that one step has accepted together come in events of their own.
+        include_obfuscation: taken for OpenAI's clients; nothing is ever obfuscated.
+    """
+
+    one_token_per_chunk: bool | None = None
+    include_obfuscation: bool | None = None
+
+
 class ResponsesRequest(Strict, kw_only=True):
     """Answer an input.
 
@@ -34,7 +46,7 @@ class ResponsesRequest(Strict, kw_only=True):
     temperature: float | None = None
     top_p: float | None = None
     stream: bool | None = None
-    stream_options: dict[str, Any] | None = None
+    stream_options: ResponseStreamOptions | None = None
     store: bool | None = None
     text: dict[str, Any] | None = None
     reasoning: dict[str, Any] | None = None
