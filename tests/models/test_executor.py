@@ -9,8 +9,11 @@ rounding="bf16" rounds at the same places; what is left there are roundings that
 An int8 KV cache rounds K and V to half a step of amax / 127, 2^-8 of the largest element of the head, where bf16
 rounds each element by 2^-8 of itself. A head of d normally distributed elements has an amax of sqrt(2 ln 2d) standard
 deviations, 2.6 to 3.3 for d from 16 to 128, so each of these two roundings counts as that many of bf16's: below
-sqrt((6 + 2 * 3.3^2) n_layers + 1) 2^-8, 0.021, 0.029, 0.036 for 1, 2, 3 layers. Measured: at most 0.0245, and 0.011
-against a reference that quantises too.
+sqrt((6 + 2 * 3.3^2) n_layers + 1) 2^-8, 0.021, 0.029, 0.036 for 1, 2, 3 layers. Measured: the reference that quantises
+errs by at most 0.0293 with 2 layers, and no tier is farther than 0.012 from it. So the format (the reference against
+exact arithmetic) and the kernels (against the reference) have a limit each: in one element of llama-gqa4-tied the format
+takes all of its own, and a tier's last bits decide on which side the sum lies (0.0291 on avx2 to avx512bf16, 0.0302 on
+amx). The root mean square, a sixth of the maximum, has no such luck in it.
 """
 
 from __future__ import annotations
@@ -89,18 +92,21 @@ def test_int8_kv_cache(
     packed_model: PackedModel,
     references: Callable[[str], tuple[np.ndarray, np.ndarray]],
 ) -> None:
-    """The best tier against bf16, the exact answer and the reference that quantises too; tests/ext has all tiers."""
+    """What quantising costs is the reference's to show, without any kernel; the best tier is as far from the reference as
+    with bf16. tests/ext has all tiers.
+    """
     packed, tokens = packed_model(name), tiny.prompt(name)
     got = prefill(packed.runner(team, kv_dtype="int8"), tokens)
     limit = int8_tolerance(packed)
-    assert relative_error(got, prefill(packed.runner(team), tokens)) < limit
-    assert relative_error(got, references(name)[0]) < limit
+    exact, scale = references(name)[0], np.abs(references(name)[0]).max()
     quantised = prefill(packed.model.reference(rounding="bf16", kv_dtype="int8"), tokens)
+    assert relative_error(quantised, exact) < limit
+    assert relative_error(got, prefill(packed.runner(team), tokens)) < limit
     assert relative_error(got, quantised) < tolerance(packed)  # the same roundings are left as with bf16
+    assert float(np.sqrt(np.square(got - exact).mean())) / scale < limit / 4
     scalar = packed.runner(team, kv_dtype="int8", kernels=dict.fromkeys(("rope", "attention"), "reference"))
     assert relative_error(prefill(scalar, tokens), quantised) < tolerance(packed)
     # Most of the error is the quantising: 0.12 to 0.53 of its square is left.
-    exact = references(name)[0]
     assert np.square(got - quantised).mean() < 0.75 * np.square(got - exact).mean()
 
 
