@@ -7,10 +7,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 
 __all__ = ["save_checkpoint"]
+
+VOCAB = "draft_vocab.json"
+"""What `draft_vocab` of an engine's `speculative` takes."""
 
 COPIED = (
     "generation_config.json",
@@ -23,7 +28,9 @@ COPIED = (
 )
 
 
-def save_checkpoint(model: Any, mask_id: int, source: Path, folder: Path) -> None:
+def save_checkpoint(
+    model: Any, mask_id: int, source: Path, folder: Path, vocab: npt.NDArray[np.int64] | None = None
+) -> None:
     """Write `folder` anew.
 
     pace, vLLM and PARD's code find the mask token as `pard_token` in config.json; the model's own code ignores it.
@@ -33,6 +40,7 @@ def save_checkpoint(model: Any, mask_id: int, source: Path, folder: Path) -> Non
         mask_id: the mask token.
         source: the folder of the model that it came from; its other files are copied.
         folder: where to.
+        vocab: the only tokens that it has learnt to guess, written as `draft_vocab.json`; None: all.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = dict(model.state_dict())
@@ -49,6 +57,8 @@ def save_checkpoint(model: Any, mask_id: int, source: Path, folder: Path) -> Non
     config.pop("dtype", None)
     config |= {"torch_dtype": "bfloat16", "pard_token": mask_id, "spd_type": "pard"}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if vocab is not None:
+        (folder / VOCAB).write_text(json.dumps({"token_ids": vocab.tolist()}) + "\n", encoding="utf-8")
     for name in COPIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

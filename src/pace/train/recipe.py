@@ -28,6 +28,7 @@ class Models:
         draft: the model to adapt, of the same tokenizer; the same kinds of name.
         layers: take these layers of the draft, in this order, instead of all; a layer may come twice.
         intermediate_size: keep so many channels of each MLP, those of the greatest weights; None: all.
+        vocab_size: learn to guess only so many tokens, the most frequent ones of the answers; None: all.
         mask_token_id: what asks for a further token; one id that no text contains. None: the draft's `pard_token`.
     """
 
@@ -35,7 +36,12 @@ class Models:
     draft: str
     layers: list[int] | None = None
     intermediate_size: int | None = None
+    vocab_size: int | None = None
     mask_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.vocab_size is not None:
+            _in("models.vocab_size", self.vocab_size, 1, 1 << 24)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +138,7 @@ class Training:
         dtype: of the arithmetic, "bf16", "f32", or "auto": bf16 where the device has instructions for it; the weights stay
             f32 until they are saved.
         device: "auto" (a GPU where torch has one), "cpu" or "cuda".
+        freeze_embedding: leave the embedding as it is, and with it a head that is tied to it.
         threads: of torch and of the target's engine; None: the machine's.
         checkpointing: compute each layer twice to hold fewer activations.
         seed: of everything random.
@@ -152,6 +159,7 @@ class Training:
     clip_norm: float = 1.0
     dtype: str = "auto"
     device: str = "auto"
+    freeze_embedding: bool = False
     threads: int | None = None
     checkpointing: bool = False
     seed: int = 0

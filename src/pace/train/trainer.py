@@ -22,11 +22,12 @@ from pace.ops import isas
 from pace.train import curves
 from pace.train.acceptance import Acceptance, count
 from pace.train.checkpoint import save_checkpoint
-from pace.train.cod import Packed, lay_out, pack
+from pace.train.cod import Packed, Rows, lay_out, pack
 from pace.train.data import Document, Target, load_documents
 from pace.train.loss import Counts, Teacher, gold_of, guess_loss, row_weights
 from pace.train.model import batch_of, hidden_states, load_model, mask_token_of, tokens_of
 from pace.train.recipe import Data, Recipe, Training
+from pace.train.vocabulary import Vocabulary
 
 __all__ = ["Trainer", "train"]
 
@@ -112,6 +113,9 @@ class Trainer:
         vocab_size = self.draft.config.vocab_size
         self.mask_id = mask_token_of(self.directory, models.mask_token_id, vocab_size)
         _check_ids([*documents, *held_out], self.mask_id, vocab_size)
+        self.vocab = None
+        if models.vocab_size is not None:
+            self.vocab = Vocabulary.of(documents, models.vocab_size, vocab_size)
         self.sequences = pack(documents, training.context_len)
         self.held_out = pack(held_out, training.context_len) if held_out else []
         per_epoch = math.ceil(len(self.sequences) / training.batch_size)
@@ -120,8 +124,11 @@ class Trainer:
         if recipe.loss.needs_teacher:
             self.teacher = load_model(models.target)[0].to(self.device).eval().requires_grad_(False)
         self.draft.to(self.device).train()
+        if training.freeze_embedding:
+            self.draft.get_input_embeddings().weight.requires_grad_(False)
         if training.checkpointing:
-            self.draft.gradient_checkpointing_enable()
+            # The reentrant kind gives no gradient behind an embedding that is frozen.
+            self.draft.gradient_checkpointing_enable({"use_reentrant": False})
         self.optimizer = _optimizer(self.draft, training)
         self.step = 0
         self._resume()
@@ -142,7 +149,7 @@ class Trainer:
         training, loss = self.recipe.training, self.recipe.loss
         rng = np.random.default_rng((training.seed, self.step))
         packs = self.batch_at(self.step)
-        rows = [lay_out(packed, self.recipe.cod, self.mask_id, rng) for packed in packs]
+        rows = [self._lay_out(packed, rng) for packed in packs]
         # Padding a batch of 8 to its longest took 4.2 s of one Zen 3 core a step, one sequence at a time 3.0 s.
         size = training.micro_batch_size or (1 if self.device.type == "cpu" else len(packs))
         parts = [slice(at, at + size) for at in range(0, len(packs), size)]
@@ -153,7 +160,7 @@ class Trainer:
         total = 0.0
         for batch, teacher, weight in zip(batches, teachers, weights, strict=True):
             states = hidden_states(self.draft, batch, self.dtype)
-            head = self.draft.get_output_embeddings().weight
+            head = self._rows_of(self.draft.get_output_embeddings().weight)
             value = guess_loss(states, head, batch, weight, teacher, loss, self.dtype, counts)
             value.backward()
             total += value.item()
@@ -173,7 +180,15 @@ class Trainer:
         states = hidden_states(self.teacher, batch, self.dtype)
         head = self.teacher.get_output_embeddings().weight
         gold = gold_of(states, head, batch.ids, self.dtype) if self.recipe.loss.cat else None
-        return Teacher(states, head, gold)
+        return Teacher(states, self._rows_of(head), gold)
+
+    def _lay_out(self, packed: Packed, rng: np.random.Generator | None) -> Rows:
+        rows = lay_out(packed, self.recipe.cod, self.mask_id, rng)
+        return rows if self.vocab is None else self.vocab.relabel(rows)
+
+    def _rows_of(self, head: Tensor) -> Tensor:
+        """The rows of a head f32[vocab, dim] that the labels count."""
+        return head if self.vocab is None else head[torch.from_numpy(self.vocab.ids).to(head.device)]
 
     @torch.no_grad()
     def evaluate(self) -> Acceptance:
@@ -182,10 +197,10 @@ class Trainer:
         outputs: list[npt.NDArray[np.bool_]] = []
         for at in range(0, len(self.held_out), EVAL_SEQUENCES):
             packs = self.held_out[at : at + EVAL_SEQUENCES]
-            rows = [lay_out(packed, self.recipe.cod, self.mask_id, None) for packed in packs]
+            rows = [self._lay_out(packed, None) for packed in packs]
             batch = batch_of(rows, self.device)
             states = hidden_states(self.draft, batch, self.dtype)
-            head = self.draft.get_output_embeddings().weight
+            head = self._rows_of(self.draft.get_output_embeddings().weight)
             for i, packed in enumerate(packs):
                 at_rows = torch.nonzero(batch.labels[i] >= 0)[:, 0]
                 guesses = (states[i, at_rows] @ head.T).argmax(1)
@@ -233,7 +248,8 @@ class Trainer:
             bar.close()
         if acceptance is None and self.held_out:
             acceptance = self.evaluate()
-        save_checkpoint(self.draft, self.mask_id, self.directory, self.out / DRAFT)
+        vocab = None if self.vocab is None else self.vocab.ids
+        save_checkpoint(self.draft, self.mask_id, self.directory, self.out / DRAFT, vocab)
         curves.draw(self.out / METRICS, self.out)
         return acceptance
 
