@@ -117,6 +117,7 @@ class SpeculativeMetrics:
             token) where nothing ended the output before it.
         drafted_at: rounds that verified a token at position i, i = 0 for the first one.
         accepted_at: of these, those in which it became output.
+        by_length: [n][a]: rounds that verified n drafted tokens, of which a became output; row n has n + 1 numbers.
     """
 
     n_rounds: int = 0
@@ -125,6 +126,7 @@ class SpeculativeMetrics:
     n_tokens: int = 0
     drafted_at: list[int] = field(default_factory=list)
     accepted_at: list[int] = field(default_factory=list)
+    by_length: list[list[int]] = field(default_factory=list)
 
     @property
     def mean_acceptance_length(self) -> float:
@@ -150,6 +152,9 @@ class SpeculativeMetrics:
         for i in range(n_draft):
             self.drafted_at[i] += 1
             self.accepted_at[i] += i < n_accepted
+        while len(self.by_length) <= n_draft:
+            self.by_length.append([0] * (len(self.by_length) + 1))
+        self.by_length[n_draft][n_accepted] += 1
 
     def join(self, other: SpeculativeMetrics) -> None:
         """Count all rounds of another one."""
@@ -159,6 +164,9 @@ class SpeculativeMetrics:
         self.n_tokens += other.n_tokens
         self.drafted_at = _sums(self.drafted_at, other.drafted_at)
         self.accepted_at = _sums(self.accepted_at, other.accepted_at)
+        nothing: list[int] = []
+        pairs = zip_longest(self.by_length, other.by_length, fillvalue=nothing)
+        self.by_length = [_sums(mine, theirs) for mine, theirs in pairs]
 
 
 def _sums(a: list[int], b: list[int]) -> list[int]:

@@ -57,7 +57,12 @@ def test_the_figures_add_up(result: SpeculativeResult) -> None:
         assert 1 + accepted / arm.n_rounds - arm.mean_acceptance_length == pytest.approx(0, abs=0.2), (
             "but for rounds that an end cut short"
         )
-        assert arm.draft_s > 0 and arm.verify_s > 0 and arm.other_s > 0
+        assert arm.draft_s > 0 and arm.verify_s > 0 and arm.sample_s > 0 and arm.other_s > 0
+        assert arm.n_skipped == 0, "a fixed K is drafted in every step"
+        assert [len(row) for row in arm.by_length] == list(range(1, len(arm.by_length) + 1))
+        assert sum(arm.by_length[0]) == 0 and len(arm.by_length) <= arm.k + 1
+        for a, n in enumerate(arm.histogram):
+            assert sum(row[a] for row in arm.by_length if a < len(row)) == n
         assert arm.tokens_per_s == pytest.approx((arm.n_tokens - arm.n_requests) / arm.decode_s)
     plain = result.arms[0]
     assert (plain.speedup, plain.n_rounds, plain.histogram, plain.draft_s) == (
@@ -116,6 +121,21 @@ def test_batches_of_several_sizes_and_their_rooflines() -> None:
             assert arm.ideal_share == pytest.approx(arm.speedup / arm.ideal_speedup)
             assert arm.round_ratio > 0 and min(arm.rooflines or ()) > 0
     assert "rooflines in ms" in format_speculative(result)
+
+
+def test_drafts_that_do_not_pay_are_counted_as_skipped() -> None:
+    """Of one whose guesses never stand; the first draft and the probes are made."""
+    result = evaluate(methods=["pard"], depths=["auto"], synthetic_acceptance=0.0, max_tokens=64)
+    (_, arm) = result.arms
+    assert arm.n_skipped > 0
+    assert arm.n_skipped + arm.n_rounds <= arm.n_tokens - arm.n_requests
+    assert f"{arm.n_skipped}" in format_speculative(result)
+
+
+def test_the_table_tells_lengths_of_drafts_apart(result: SpeculativeResult) -> None:
+    arm = replace(result.arms[1], by_length=[[0], [3, 4], [0, 0, 0], [0, 0, 0, 9]], n_rounds=16)
+    table = format_speculative(replace(result, arms=[result.arms[0], arm]))
+    assert "of drafts of  1: 3 4\n" in table and table.endswith("of drafts of  3: 0 0 0 9")
 
 
 def test_the_chart(result: SpeculativeResult, tmp_path: Path) -> None:

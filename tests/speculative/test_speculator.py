@@ -206,6 +206,7 @@ def test_metrics_add_up() -> None:
     a.join(b)
     assert (a.n_rounds, a.n_draft_tokens, a.n_accepted_tokens, a.n_tokens) == (3, 8, 3, 6)
     assert a.drafted_at == [3, 2, 2, 1] and a.accepted_at == [2, 1, 0, 0]
+    assert a.by_length == [[0], [0, 1], [0, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0, 0]]
     assert a.mean_acceptance_length == 2.0 and SpeculativeMetrics().mean_acceptance_length == 0.0
 
 

@@ -188,9 +188,9 @@ class _Runner:
             for j in range(len(depths)):
                 k = depths[(i + j) % len(depths)]
                 tallies[k].roofs.measure(self._llm.loaded.team)
-                outputs, times = self.decode(texts, k, self._params.max_tokens)
+                outputs, spent = self.decode(texts, k, self._params.max_tokens)
                 tallies[k].roofs.measure(self._llm.loaded.team)
-                tallies[k].add(outputs, times)
+                tallies[k].add(outputs, spent)
                 said[k] = [list(output.outputs[0].token_ids) for output in outputs]
                 if bar is not None:
                     bar.update()
@@ -217,9 +217,9 @@ class _Runner:
     def decode(
         self, texts: Sequence[str], k: Depth, max_tokens: int | None
     ) -> tuple[list[RequestOutput], dict[str, float]]:
-        """One batch, and where its time went."""
+        """One batch, and what it took."""
         params = replace(self._params, speculative=k, max_tokens=max_tokens)
-        before = self.times()
+        before = self.spent()
         if self._prompts.chat:
             system = (
                 [] if self._prompts.system is None else [{"role": "system", "content": self._prompts.system}]
@@ -235,15 +235,15 @@ class _Runner:
         for output in outputs:
             if output.outputs[0].finish_reason == "error":
                 raise PaceError(f"a request failed: {output.outputs[0].stop_reason}")
-        after = self.times()
+        after = self.spent()
         return outputs, {name: after[name] - before[name] for name in before}
 
-    def times(self) -> dict[str, float]:
+    def spent(self) -> dict[str, float]:
+        """Seconds of steps, of these in the target, its sampler and the drafter; and drafts that did not pay."""
         stats = self._llm.stats()
-        return {
-            "step_s": stats["step_s"],
-            "run_s": stats["run_s"],
-            "draft_s": stats["speculative"]["draft_s"] if "speculative" in stats else 0.0,
+        drafts = stats.get("speculative", {"draft_s": 0.0, "n_skipped": 0})
+        return {name: stats[name] for name in ("step_s", "run_s", "sample_s")} | {
+            name: drafts[name] for name in ("draft_s", "n_skipped")
         }
 
 
@@ -268,7 +268,9 @@ def format_speculative(result: SpeculativeResult) -> str:
         "length",
         "draft",
         "verify",
+        "sample",
         "other",
+        "skipped",
         "identical",
     ]
     lines += ["", f"{'method':12}" + "".join(f"{column:>10}" for column in columns)]
@@ -282,6 +284,7 @@ def format_speculative(result: SpeculativeResult) -> str:
             rates = " ".join(f"{rate:.2f}" for rate in arm.acceptance_rates)
             counts = " ".join(map(str, arm.histogram))
             lines += [f"{_name(arm)}  {rates}", f"{'':22}  rounds by accepted tokens: {counts}"]
+            lines += _by_length(arm)
     return "\n".join(lines)
 
 
@@ -297,15 +300,24 @@ def _name(arm: Arm) -> str:
 
 def _row(arm: Arm, is_synthetic: bool) -> str:
     """One line of the table."""
-    total = arm.draft_s + arm.verify_s + arm.other_s
+    parts = (arm.draft_s, arm.verify_s, arm.sample_s, arm.other_s)
     cells = [f"{arm.batch_size}", f"{arm.k or '-'}", f"{arm.tokens_per_s:.1f}", f"{arm.speedup:.3f}"]
     cells += [
         "-" if figure is None else f"{figure:.2f}"
         for figure in (arm.ideal_share, arm.round_ratio, arm.mean_acceptance_length if arm.n_rounds else None)
     ]
-    cells += [f"{part / total:.1%}" for part in (arm.draft_s, arm.verify_s, arm.other_s)]
+    cells += [f"{part / sum(parts):.1%}" for part in parts]
+    cells.append(f"{arm.n_skipped}" if arm.k == "auto" else "-")
     cells.append("-" if is_synthetic else f"{arm.n_identical}/{arm.n_requests}")
     return f"{arm.method:12}" + "".join(f"{cell:>10}" for cell in cells)
+
+
+def _by_length(arm: Arm) -> list[str]:
+    """The rounds by accepted tokens of every usual length of draft; nothing where all have one length."""
+    usual = [n for n, counts in enumerate(arm.by_length) if sum(counts) >= 0.05 * arm.n_rounds]
+    if len(usual) < 2:
+        return []
+    return [f"{'':22}  of drafts of {n:2}: {' '.join(map(str, arm.by_length[n]))}" for n in usual]
 
 
 def _rooflines(arm: Arm) -> str:

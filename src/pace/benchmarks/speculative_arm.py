@@ -31,8 +31,11 @@ class Arm:
         mean_acceptance_length: tokens of a round, the target's own included: 1 where nothing is accepted.
         acceptance_rates: by position, the share of its drafted tokens that became output, whatever came before them.
         histogram: rounds in which 0, 1, ... drafted tokens were accepted.
+        by_length: the same for drafts of 0, 1, ... verified tokens apart: [n][a], as in `SpeculativeMetrics`.
         n_rounds: steps of a sequence that verified a draft.
-        draft_s, verify_s, other_s: of the engine's steps, prompts included: guessing, the target's passes, all else.
+        n_skipped: steps of a sequence that decoded plainly because the controller found that a draft would not pay.
+        draft_s, verify_s, sample_s, other_s: of the engine's steps, prompts included: guessing, the target's passes, its
+            sampler, all else.
         n_identical: requests whose tokens are those of plain decoding; all of them, unless acceptance is synthetic.
         n_requests: all.
         ideal_speedup: that the machine's roofs allow for tokens of a round as they were, see `speculative_roof`; None where
@@ -52,9 +55,12 @@ class Arm:
     mean_acceptance_length: float
     acceptance_rates: list[float]
     histogram: list[int]
+    by_length: list[list[int]]
     n_rounds: int
+    n_skipped: int
     draft_s: float
     verify_s: float
+    sample_s: float
     other_s: float
     n_identical: int
     n_requests: int
@@ -69,13 +75,15 @@ class Tally:
 
     def __init__(self) -> None:
         self.n_tokens = self.n_behind_first = self.n_requests = self.n_identical = 0
-        self.n_batches = self.n_context = 0  # n_context: of all outputs, tokens before the middle one
-        self.decode_s = self.draft_s = self.verify_s = self.other_s = 0.0
+        self.n_batches = self.n_skipped = self.n_context = (
+            0  # n_context: of all outputs, tokens before the middle one
+        )
+        self.decode_s = self.draft_s = self.verify_s = self.sample_s = self.other_s = 0.0
         self.metrics = SpeculativeMetrics()
         self.roofs = RoofLog()
 
-    def add(self, outputs: Sequence[RequestOutput], times: Mapping[str, float]) -> None:
-        """A batch was decoded."""
+    def add(self, outputs: Sequence[RequestOutput], spent: Mapping[str, float]) -> None:
+        """A batch was decoded; see `_Runner.spent` for what it took."""
         tokens = [len(output.outputs[0].token_ids) for output in outputs]
         firsts = [m.first_token_s for output in outputs if (m := output.metrics).first_token_s is not None]
         lasts = [m.finished_s for output in outputs if (m := output.metrics).finished_s is not None]
@@ -85,9 +93,11 @@ class Tally:
         self.n_tokens += sum(tokens)
         self.n_behind_first += sum(tokens) - len(tokens)
         self.decode_s += max(lasts) - min(firsts)
-        self.draft_s += times["draft_s"]
-        self.verify_s += times["run_s"]
-        self.other_s += times["step_s"] - times["run_s"] - times["draft_s"]
+        self.n_skipped += round(spent["n_skipped"])
+        self.draft_s += spent["draft_s"]
+        self.verify_s += spent["run_s"]
+        self.sample_s += spent["sample_s"]
+        self.other_s += spent["step_s"] - spent["run_s"] - spent["draft_s"] - spent["sample_s"]
         for output in outputs:
             if output.speculative is not None:
                 self.metrics.join(output.speculative)
@@ -96,7 +106,7 @@ class Tally:
         """Count all of another one."""
         for name in ("n_tokens", "n_behind_first", "n_requests", "n_identical", "n_batches", "n_context"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("decode_s", "draft_s", "verify_s", "other_s"):
+        for name in ("decode_s", "draft_s", "verify_s", "sample_s", "other_s"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     @property
@@ -126,9 +136,12 @@ class Tally:
             mean_acceptance_length=metrics.mean_acceptance_length,
             acceptance_rates=metrics.acceptance_rates,
             histogram=[more - most for more, most in pairwise(accepted)] if metrics.n_rounds else [],
+            by_length=metrics.by_length,
             n_rounds=metrics.n_rounds,
+            n_skipped=self.n_skipped,
             draft_s=self.draft_s,
             verify_s=self.verify_s,
+            sample_s=self.sample_s,
             other_s=self.other_s,
             n_identical=self.n_identical,
             n_requests=self.n_requests,

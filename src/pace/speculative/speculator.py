@@ -54,6 +54,7 @@ class Speculator:
         self._known: set[Sequence] = set()  # what the drafter may hold something for
         self._distrusted: set[Sequence] = set()
         self._draft_s = 0.0
+        self._n_skipped = 0
 
     @property
     def draft_plan(self) -> Plan | None:
@@ -159,6 +160,8 @@ class Speculator:
             "acceptance_rates": metrics.acceptance_rates,
             "drafted_at": list(metrics.drafted_at),
             "accepted_at": list(metrics.accepted_at),
+            "by_length": [list(row) for row in metrics.by_length],
+            "n_skipped": self._n_skipped,
             "draft_s": self._draft_s,
             "pays": self._controller is None or self._controller.is_open,
             "n_probes": 0 if self._controller is None else self._controller.n_probes,
@@ -181,6 +184,7 @@ class Speculator:
             auto = [seq for seq in decoding if isinstance(seq.params.speculative, str)]
             n_rows = sum(seq.n_tokens - seq.n_computed == 1 for seq in running)
             chosen = chosen.difference(auto).union(self._controller.wanted(auto, n_rows))
+            self._n_skipped += sum(seq not in chosen and self._most(seq) > 0 for seq in auto)
             if not chosen and not self._controller.is_open:
                 return {}
         return {seq: self._most(seq) if seq in chosen else 0 for seq in candidates}
