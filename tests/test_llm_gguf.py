@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gguf_kit
 import pytest
 
 import pace
-from pace import LLM, SamplingParams
-from pace.errors import ConfigError
+from pace import LLM, SamplingParams, ops
+from pace.cli import main
+from pace.config import EngineConfig
+from pace.errors import CheckpointError, ConfigError
+from pace.export.pack import pack_checkpoint
 
 DEMO = Path(pace.__file__).parent / "demo" / "target"
 PROMPTS = ["def read(path):", "import os\n", "class Stack:\n    def push(self,", "  \t 1234567 é 👍🏽"]
@@ -67,6 +72,57 @@ def test_blocks_stay_blocks_in_memory(kind: str, demo: Path, tmp_path: Path) -> 
             blocks.generate(PROMPTS, params), plain.generate(PROMPTS, params), strict=True
         ):
             assert abs(ours.outputs[0].cumulative_logprob - theirs.outputs[0].cumulative_logprob) < 1.0
+
+
+@pytest.mark.parametrize("kind", ["BF16", "Q8_0", "Q4_0"])
+def test_a_pack_of_a_file_says_what_the_file_says(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, without the file; and what is wrong with the pack is one line at once."""
+    path, out = from_demo(tmp_path / "demo.gguf", kind), tmp_path / "out"
+    params = SamplingParams(max_tokens=16, temperature=0.0, repetition_penalty=1.0, logprobs=2)
+
+    def said(model: Path) -> list[Any]:
+        with LLM(model) as llm:
+            chat = llm.chat([{"role": "user", "content": "Sort a list."}], params)
+            return [
+                (made.prompt_token_ids, made.outputs[0].token_ids, made.outputs[0].logprobs)
+                for made in [*llm.generate(PROMPTS, params), *chat]
+            ]
+
+    truth = said(path)
+    assert main(["pack", str(path), str(out)]) == 0
+    path.rename(tmp_path / "gone.gguf")
+    assert said(out) == truth
+    with pytest.raises(ConfigError, match="is packed already"):
+        pack_checkpoint(EngineConfig(str(out)), tmp_path / "again")
+    pack = out / "model.pack"
+    whole = pack.read_bytes()
+    for data in (whole, whole[:-1], whole[:200] + b"!" + whole[201:], b""):
+        pack.write_bytes(data)
+        if data == whole:
+            monkeypatch.setattr(ops, "PACKED_LAYOUTS", "panels48-7")  # what another tier might read
+        start = time.perf_counter()
+        with pytest.raises(CheckpointError, match=r"model\.pack") as caught:
+            LLM(out)
+        assert time.perf_counter() - start < 1 and "\n" not in str(caught.value)
+        monkeypatch.undo()
+
+
+def test_a_file_that_changed_is_packed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A cache's pack of a GGUF file is stale once another file has its name."""
+    path, cache = from_demo(tmp_path / "demo.gguf", "Q8_0"), tmp_path / "cache"
+    params = SamplingParams(max_tokens=4, temperature=0.0, repetition_penalty=1.0, logprobs=2)
+
+    def said(**options: Any) -> Any:
+        with LLM(path, **options) as llm:
+            return llm.generate(PROMPTS[:1], params)[0].outputs[0].logprobs
+
+    first = said(pack_cache=str(cache))
+    assert first == said() == said(pack_cache=str(cache))
+    from_demo(tmp_path / "other.gguf", "Q4_0").replace(path)
+    second = said(pack_cache=str(cache))
+    assert second == said() != first
 
 
 def test_a_file_of_blocks_is_not_rounded_again(tmp_path: Path) -> None:

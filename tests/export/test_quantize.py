@@ -142,6 +142,20 @@ def test_refusals(source: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "again").exists()
 
 
+def test_groups_that_divide_no_row_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows of 80 and 48 columns: no group of 32 or more; a copy that nothing was done to would be a surprise."""
+    source = write_checkpoint(
+        tmp_path / "plain", hidden_size=80, intermediate_size=48, num_attention_heads=5, num_key_value_heads=5
+    )
+    for scheme in ("w4g32", "w4g128", "w8g64"):
+        with pytest.raises(ConfigError, match="groups divide no layer's columns"):
+            quantize_checkpoint(str(source), tmp_path / "out", scheme)
+    assert main(["quantize", str(source), str(tmp_path / "out"), "--scheme", "w4g64"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["plain"]
+    quantize_checkpoint(str(source), tmp_path / "out", "w8")
+
+
 def test_a_weight_that_is_no_number_is_refused() -> None:
     rows = np.ones((3, 64), np.float32)
     rows[1, 5] = np.nan

@@ -348,3 +348,37 @@ def test_bad_tensors_are_refused_in_one_line(name: str) -> None:
     with pytest.raises(PaceError) as caught:
         values(opened(quantised))
     assert message in str(caught.value)
+
+
+def _int8_in_groups() -> layouts.Quantised:
+    made = layouts.int8(N, K)
+    scales = np.repeat(made.tensors["weight_scale"][0], 3, axis=1), "BF16"
+    config = layouts.ct_config("int-quantized", num_bits=8, symmetric=True, strategy="group", group_size=48)
+    weights = np.asarray(made.weights)
+    return layouts.Quantised(made.tensors | {"weight_scale": scales}, weights, config)
+
+
+RAGGED: dict[str, tuple[Callable[[], layouts.Quantised], str, int]] = {
+    "packed": (lambda: layouts.compressed(N, K, group=48), "weight_scale", 1),
+    "packed w8": (lambda: layouts.compressed(N, K, 8, 48, symmetric=False), "weight_scale", 1),
+    "int8": (_int8_in_groups, "weight_scale", 1),
+    "gptq": (lambda: layouts.gptq(N, K, group=48), "scales", 0),
+    "gptq desc_act": (lambda: layouts.gptq(N, K, group=48, desc_act=True), "scales", 0),
+    "awq": (lambda: layouts.awq(N, K, 48), "scales", 0),
+}
+
+
+@pytest.mark.parametrize("name", RAGGED)
+def test_groups_that_do_not_divide_the_columns(name: str) -> None:
+    """128 columns in groups of 48: the 32 that are left have a scale of their own, else the file is refused in one line.
+
+    GGUF's blocks have no such rest: tests/checkpoint/test_gguf_hostile.py.
+    """
+    make, end, axis = RAGGED[name]
+    quantised = make()
+    np.testing.assert_array_equal(values(opened(quantised)), quantised.weights.astype(np.float32))
+    scales, dtype = quantised.tensors[end]
+    quantised.tensors[end] = np.ascontiguousarray(np.take(scales, (0, 1), axis)), dtype
+    with pytest.raises(PaceError, match=rf"{end} is \[.*\], expected \[") as caught:
+        values(opened(quantised))
+    assert "\n" not in str(caught.value)

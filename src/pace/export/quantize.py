@@ -120,8 +120,8 @@ def quantize_checkpoint(
             was done of it when a run ended is in a folder beside `out`, and the next run of the same inputs goes on there.
 
     Raises:
-        ConfigError: unknown scheme, a pattern that fits no layer, `out` can't be used, a calibration is too short or the
-            scheme none of integers.
+        ConfigError: unknown scheme, or one that fits no layer, a pattern that fits none, `out` can't be used, a calibration
+            is too short or the scheme none of integers.
         CheckpointError: the model can't be read, or is quantised already.
     """
     if scheme not in SCHEMES:
@@ -132,6 +132,11 @@ def quantize_checkpoint(
     values = _config(files)
     with closing(files.tensors()) as checkpoint:
         jobs, head = _jobs(values, files, checkpoint, SCHEMES[scheme], keep)
+        if all(job.scheme is None for job in jobs):
+            raise ConfigError(
+                f"scheme is {scheme}, which rounds no layer of {files.path}: its groups divide no layer's columns, or "
+                "--keep leaves all; take w8"
+            )
         tensors = [tensor for job in jobs for tensor in job.described()]
         summary = Summary(n_bytes=sum(tensor.n_bytes for tensor in tensors))
         summary.source_bytes = sum(job.n_bytes for job in jobs)
