@@ -186,7 +186,7 @@ def test_products_of_int8_rows(kernel: str, team: ops.Team, format: str, kind: s
     A group's integers are exact, below 2^24 in groups and rounded once in whole rows; a product with the row's scale, an
     fma with the column's and one for its zero, and two products before that: (2 G + 4) u S.
     """
-    for n, k in ((33, 544), (17, 96), (1, 32)):
+    for n, k in ((33, 544), (17, 96), (1, 32), (300, 1088)):
         rows = random_rows(format, n, k, kind)
         for group in (group_of(format),) if "g" in format else (0, 32, 128):
             plan = int8_plan(team, kernel, matrix_of(team, format, rows), group)

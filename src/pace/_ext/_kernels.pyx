@@ -107,6 +107,7 @@ cdef extern from "kernels.h" nogil:
         const char *isa
         pace_roofline roof
         int gemm_rows
+        int row_step
         void (*quantise_rows)(unsigned char *codes, void *scales, float *row, const pace_matrix *w, const void *src, int dtype,
                               long ld, long rows) noexcept nogil
         void (*unpack_row)(float *dst, const pace_matrix *w, long row) noexcept nogil

@@ -24,8 +24,8 @@ INLINE void gemm_end(gemm_state *s) {
     if (s->rows) _tile_release();  // else the kernel saves 8 KB of tile state at every context switch
 }
 
-// Tiles 0..3: C (rows x 2 column halves), 4 and 5: A, 6 and 7: B.
-static void amx_configure(int rows) {
+// Tiles 0..3: C (rows x 2 column halves), 4 and 5: A, 6 and 7: B; `bytes` of k each.
+static void amx_configure(int rows, int bytes) {
     tile_config t;
     memset(&t, 0, sizeof t);
     t.palette = 1;
@@ -33,7 +33,8 @@ static void amx_configure(int rows) {
     for (int i = 0; i < 8; i++) t.col_bytes[i] = 64;
     t.rows[0] = t.rows[1] = t.rows[4] = top;
     t.rows[2] = t.rows[3] = t.rows[5] = low;
-    t.rows[6] = t.rows[7] = 16;
+    t.rows[6] = t.rows[7] = (uint8_t)(bytes / 4);
+    t.col_bytes[4] = t.col_bytes[5] = (uint16_t)bytes;
     // GCC 12's _tile_loadconfig names 8 of the 64 bytes as its input, so the stores above would be dropped.
     __asm__ volatile("ldtilecfg %0" ::"m"(t));
 }
@@ -42,8 +43,10 @@ static void amx_configure(int rows) {
 // could be moved behind them. (Its tile stores do clobber memory.)
 #define AMX_FENCE __asm__ volatile("" ::: "memory")
 
-// fetch 1: g->prefetch is a stream of 2 KB per step (the next panel); 2: four rows lda apart, a line of each per step
-// (the next row tile: 32 rows on 32 pages are more streams than the hardware prefetcher follows).
+// fetch: AMX_STREAM, all lines of 2 KB per step (the next panel), AMX_SHARE, some of them (what many tiles fetch
+// together), and AMX_SHARE_ROWS, also a line of each of four rows (of the next row tile: 32 rows on 32 pages are more
+// streams than the hardware prefetcher follows).
+enum { AMX_ALONE, AMX_STREAM, AMX_SHARE, AMX_SHARE_ROWS };
 INLINE void amx_tile(const int halves, const int fetch, const mm_args *g) {
     AMX_FENCE;
     const size_t lda = (size_t)g->lda * 2, ldc = (size_t)g->ldc * 4, ldb = (size_t)g->ldb * 2;
@@ -64,7 +67,8 @@ INLINE void amx_tile(const int halves, const int fetch, const mm_args *g) {
         }
     }
     const bf16 *a = g->a, *b = g->b;
-    uintptr_t pf = g->prefetch;
+    uintptr_t pf = g->prefetch, rows = g->prefetch_rows;
+    const uintptr_t share = (uintptr_t)g->prefetch_step * 16;
     for (long p = 0; p < g->kp; p += 16) {
         _tile_loadd(6, b, ldb);
         _tile_loadd(4, a, lda);
@@ -76,14 +80,19 @@ INLINE void amx_tile(const int halves, const int fetch, const mm_args *g) {
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
-        if (fetch == 1) {
+        if (fetch == AMX_STREAM) {
 #pragma GCC unroll 32
             for (uintptr_t i = 0; i < 32; i++) FETCH(pf + 64 * i, _MM_HINT_T1);
             pf += 32 * 64;
-        } else if (fetch == 2) {
+        }
+        if (fetch == AMX_SHARE || fetch == AMX_SHARE_ROWS) {
+            for (uintptr_t i = 0; i < share; i += 64) FETCH(pf + i, _MM_HINT_T1);
+            pf += share;
+        }
+        if (fetch == AMX_SHARE_ROWS) {
 #pragma GCC unroll 4
-            for (uintptr_t i = 0; i < 4; i++) FETCH(pf + i * lda, _MM_HINT_T1);
-            pf += 64;
+            for (uintptr_t i = 0; i < 4; i++) FETCH(rows + i * lda, _MM_HINT_T1);
+            rows += 64;
         }
         a += 32;
         b += 16 * g->ldb;
@@ -223,22 +232,28 @@ static void amx_block(long rows, long columns, const mm_args *g) {
 
 static void gemm_tile(gemm_state *s, int rows, const mm_args *g) {
     if (s->rows != rows) {
-        amx_configure(rows);
+        amx_configure(rows, 64);
         s->rows = rows;
     }
-    if (rows > 16) {
-        if (g->prefetch && g->prefetch_rows)
-            amx_tile(2, 2, g);
-        else if (g->prefetch)
-            amx_tile(2, 1, g);
-        else
-            amx_tile(2, 0, g);
-    } else {
-        if (g->prefetch)
-            amx_tile(1, 1, g);
-        else
-            amx_tile(1, 0, g);
+    const int fetch = g->prefetch_rows          ? AMX_SHARE_ROWS
+                      : !g->prefetch            ? AMX_ALONE
+                      : g->prefetch_step == 128 ? AMX_STREAM
+                                                : AMX_SHARE;
+#define AMX_CASE(HALVES, FETCH_)     \
+    case HALVES * 8 + FETCH_:        \
+        amx_tile(HALVES, FETCH_, g); \
+        return;
+    switch ((rows > 16 ? 2 : 1) * 8 + fetch) {
+        AMX_CASE(1, AMX_ALONE)
+        AMX_CASE(1, AMX_STREAM)
+        AMX_CASE(1, AMX_SHARE)
+        AMX_CASE(1, AMX_SHARE_ROWS)
+        AMX_CASE(2, AMX_ALONE)
+        AMX_CASE(2, AMX_STREAM)
+        AMX_CASE(2, AMX_SHARE)
+        AMX_CASE(2, AMX_SHARE_ROWS)
     }
+#undef AMX_CASE
 }
 
 #endif

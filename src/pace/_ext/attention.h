@@ -187,7 +187,7 @@ static void attention_load(attention_buf *t, const pace_attention *g, const pace
                    (kv_head * a->group + r % a->group) * a->d,
                (size_t)a->d * 2);
 #ifdef PACE_AMX
-    if (a->in_tiles) amx_configure(32);
+    if (a->in_tiles) amx_configure(32, 64);
 #endif
 }
 

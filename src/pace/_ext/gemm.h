@@ -20,23 +20,34 @@
 
 #ifdef PACE_AMX
 #define GEMM_TILE_ROWS 32
-#define GEMM_KC 512  // 32 columns x 512 k of B = 32 KB, and 32 rows of A the same: both near L1
+#define GEMM_ROW_STEP 512  // bytes: 32 rows of GEMM_KC are then 4 lines in each set of L1
+// 32 rows x 256 k of A are 16 KB, and as much of B: A's tile, this panel's chunk and the next one's fit 48 KB of L1.
+// 512 rows of gate|up / down / o of the 1B shape, TFLOP/s of two Granite Rapids cores, chunks of 512 with 256 rows a
+// block and only rows fetched: 1.45 to 1.75 / 1.94 / 1.90; with the next chunk fetched by all tiles 1.88 / 1.96 / 1.86;
+// chunks of 256 and 512 rows 2.34 / 2.34 / 2.21; rows spread over the sets (GEMM_ROW_STEP) 2.47 / 2.63 / 2.40. Groups
+// of 16: 2.28 / 2.33 / 2.15; a panel's chunk kept while rows pass, instead of rows while panels pass: 2.35 / 2.46
+// / 2.25. From L1 alone tiles of real data reach 2.3 a core, from L2 1.7 (3.0 and 2.1 of zeros: TMULs slow down with
+// what they multiply), the roof says 3.6.
+#define GEMM_KC 256
 #define GEMM_FEW 64
 #define GEMM_FEW_KC k
 #define GEMM_SPREAD(tiles) 1  // how many tiles share the fetching of the next chunk: a step of 32 k is long enough
 #define GEMM_FETCH_ROWS 1     // 32 rows on 32 pages: more streams than the hardware follows
-#define GEMM_FETCH_TILES 0    // that is what its tiles fetch
+#define GEMM_FETCHERS(tiles) (tiles)  // row tiles that share the fetching of the next chunk
 #define GEMM_GROUP 8
+#define GEMM_MC 512
 #define GEMM_AHEAD(rows) 4096  // bytes ahead of a single tile's stream; on amx 2 to 16 KB made no difference
 #else
 #define GEMM_TILE_ROWS (MM_ROWS_2 > 4 ? MM_ROWS_2 : 12)
-// A group's chunks are 256 KB: beside the next ones, which the last GEMM_FETCH_TILES row tiles fetch, and the rows they
+#define GEMM_ROW_STEP 64
+// A group's chunks are 256 KB: beside the next ones, which the last GEMM_FETCHERS row tiles fetch, and the rows they
 // stay in 1 MB of L2. 512 rows of Phi-4-mini's matrices on Zen 4, GFLOP/s (2 threads, roof 467), groups of 8 and chunks
 // of 2048 without fetching / this: gate-up 434 / 441, down 411 / 425, qkv 427 / 430, o 420 / 423; 8 panels of 1024
 // with fetching 432 / 427 / 429 / 422, without (8, 1024) 2 to 4 % less; 2 panels of 2048 431 / 404 / 427 / 425.
 #define GEMM_KC 1024
 #define GEMM_GROUP 4
-#define GEMM_FETCH_TILES (MM_ROWS_2 >= 8 ? 2 : 0)
+#define GEMM_FETCHERS(tiles) (MM_ROWS_2 >= 8 ? 2 : 0)  // the last row tiles of a chunk fetch the next one
+#define GEMM_MC 256
 #define GEMM_FEW 64
 #define GEMM_FEW_KC 2048  // a chunk and the next are 256 KB of L2; panels of K = 8192 would be 1 MB
 #define GEMM_SPREAD(tiles) (tiles)
@@ -51,7 +62,6 @@
 // at 16.
 #define GEMM_AHEAD(rows) ((rows) <= 6 ? 4096u : (rows) <= 10 ? 8192u : 16384u)
 #endif
-#define GEMM_MC 256
 #define GEMM_MX_BYTES \
     (384 << 10)  // of rows: with 8 panels of K = 2880, 392 KB, they fill three quarters of a Zen 4's L2
 #define GEMM_MX_SHARERS 8
@@ -99,7 +109,7 @@ static void gemm_epilogue(const void *op, long p, long m, long rows, const float
 }
 
 #ifdef PACE_AMX
-#include "amx.h"
+#include "amx_int8.h"
 #define GEMM_SKINNY amx_rows
 #define GEMM_SKINNY_ROWS AMX_LIKE_ROWS
 #define GEMM_SKINNY_WIDTH(rows) ((rows) == 1 ? 8 : 4)
@@ -240,42 +250,17 @@ static void gemm_mx(const gemm_job *j, long p0, long p1) {
     }
 }
 
-// int8 rows and panels of integers, in the same way. A row's scales belong to the weights' groups, or to parts of a
-// column; the caller has checked that they do.
-static void gemm_int8(const gemm_job *j, long p0, long p1) {
-    const pace_matrix *w = j->w;
-    const long panel = pace_panel_bytes(w), steps = w->k_pad / 8,
-               bytes = w->layout == PACE_INT4 ? 4 * PACE_NR : 8 * PACE_NR;
-    const int whole = w->group == w->k_pad;
-    mq_args t = {.c = j->c,
-                 .lda = j->src->ld,
-                 .width = j->src->width,
-                 .groups = pace_slot_groups(j->src),
-                 .group = j->src->group,
-                 .head = pace_block_head(w),
-                 .step = whole ? j->src->group / 8 * bytes : pace_block_bytes(w),
-                 .scale_step = whole ? 0 : pace_block_bytes(w),
-                 .scales = w->scales,
-                 .zeros = w->zeros};
-    const long most = mq_most(&t), fit = GEMM_MX_BYTES / j->src->ld / most * most, block = fit < most ? most : fit;
-    for (long m = 0, rows; m < j->rows; m += rows) {
-        rows = j->rows - m < block ? j->rows - m : block;
-        const long tiles = (rows + most - 1) / most, sharers = tiles < GEMM_MX_SHARERS ? tiles : GEMM_MX_SHARERS;
-        for (long p = p0; p < p1; p++) {
-            t.b = gr_panel(w, p);
-            t.fetch_step = (panel / sharers + steps - 1) / steps;
-            for (long i = 0, done = 0, mr; i < tiles; i++, done += mr) {
-                mr = (rows - done) / (tiles - i);
-                t.a = (const int8_t *)j->src->data + (j->m0 + m + done) * j->src->ld;
-                t.fetch = tiles == 1              ? (uintptr_t)t.b + GEMM_INT8_AHEAD
-                          : i < sharers && m == 0 ? (uintptr_t)(t.b + panel) + (uintptr_t)(i * steps * t.fetch_step)
-                                                  : 0;
-                mq_rows((int)mr, w->layout, &t);
-                j->done(j->op, p, j->m0 + m + done, mr, j->c, PACE_NR);
-            }
-        }
-    }
+// Brings to L2 what `done` will write of a tile, while the tile computes: rows of an f32 slot are 8 KB or more apart,
+// no prefetcher follows them. 512 rows on Zen 4: o 430 -> 447 GFLOP/s, down 442 -> 448 of 467.
+static void gemm_fetch_result(const gemm_job *j, long p, long m, long rows) {
+    if (!j->dst) return;
+    const uintptr_t size = j->dst->bf16 ? sizeof(bf16) : sizeof(float), step = (uintptr_t)j->dst->ld * size;
+    uintptr_t row = (uintptr_t)j->dst->data + (uintptr_t)((j->m0 + m) * j->dst->ld + p * j->dst_width) * size;
+    for (long r = 0; r < rows; r++, row += step)
+        for (uintptr_t at = 0; at < (uintptr_t)j->dst_width * size; at += 64) FETCH(row + at, _MM_HINT_T1);
 }
+
+#include "gemm_int8.h"
 
 static void gemm_few(const gemm_job *j, long p0, long p1, mm_args a) {
     const long rows = j->rows, k = j->w->k_pad, tiles = (rows + GEMM_TILE_ROWS - 1) / GEMM_TILE_ROWS;
@@ -309,23 +294,22 @@ static void gemm_few(const gemm_job *j, long p0, long p1, mm_args a) {
     gemm_end(&state);
 }
 
-// Brings to L2 what `done` will write of a tile, while the tile computes: rows of an f32 slot are 8 KB or more apart,
-// no prefetcher follows them. 512 rows on Zen 4: o 430 -> 447 GFLOP/s, down 442 -> 448 of 467.
-static void gemm_fetch_result(const gemm_job *j, long p, long m, long rows) {
-    if (!j->dst) return;
-    const uintptr_t size = j->dst->bf16 ? sizeof(bf16) : sizeof(float), step = (uintptr_t)j->dst->ld * size;
-    uintptr_t row = (uintptr_t)j->dst->data + (uintptr_t)((j->m0 + m) * j->dst->ld + p * j->dst_width) * size;
-    for (long r = 0; r < rows; r++, row += step)
-        for (uintptr_t at = 0; at < (uintptr_t)j->dst_width * size; at += 64) FETCH(row + at, _MM_HINT_T1);
-}
-
 // The panel chunk that follows k0 .. k0 + kc of panel p: of the same panel, or the first one of the next block of rows
 // or the next group; NULL after the last.
-INLINE const bf16 *gemm_next_chunk(const gemm_job *j, long p, long p1, long k0, long kc, int last_rows) {
+INLINE const bf16 *gemm_next_chunk(const gemm_job *j, long p, long k0, long kc, int last_rows) {
     if (j->w->layout != PACE_PANELS) return NULL;
     if (k0 + kc < j->w->k_pad) return gemm_panel(j, p, k0 + kc);
     if (!last_rows) return gemm_panel(j, p, 0);
-    return p + GEMM_GROUP < p1 ? gemm_panel(j, p + GEMM_GROUP, 0) : NULL;
+    return p + GEMM_GROUP < j->w->n_panels ? gemm_panel(j, p + GEMM_GROUP, 0) : NULL;
+}
+
+// Bytes per k pair that each of so many tiles fetches of a panel's next chunk: whole lines per step of a tile on amx.
+INLINE long gemm_share(long fetchers) {
+#ifdef PACE_AMX
+    return (32 + fetchers - 1) / fetchers * 4;
+#else
+    return fetchers ? 128 / fetchers : 0;
+#endif
 }
 
 static void gemm_blocked(const gemm_job *j, long p0, long p1, mm_args a) {
@@ -333,13 +317,12 @@ static void gemm_blocked(const gemm_job *j, long p0, long p1, mm_args a) {
     const bf16 *b[GEMM_GROUP];
     gemm_state state;
     gemm_begin(&state);
-    a.prefetch_rows = GEMM_FETCH_ROWS;
-    a.prefetch_step = GEMM_FETCH_ROWS ? 128 : 128 / (GEMM_FETCH_TILES + !GEMM_FETCH_TILES);
     for (long pg = p0; pg < p1; pg += GEMM_GROUP) {
         const long pe = pg + GEMM_GROUP < p1 ? pg + GEMM_GROUP : p1;
         for (long mb = 0; mb < j->rows; mb += GEMM_MC) {
             const long block = j->rows - mb < GEMM_MC ? j->rows - mb : GEMM_MC;
-            const long tiles = (block + GEMM_TILE_ROWS - 1) / GEMM_TILE_ROWS;
+            const long tiles = (block + GEMM_TILE_ROWS - 1) / GEMM_TILE_ROWS, fetchers = GEMM_FETCHERS(tiles);
+            a.prefetch_step = gemm_share(fetchers);
             for (long k0 = 0; k0 < k; k0 += most) {
                 const long kc = k - k0 < most ? k - k0 : most;
                 for (long p = pg; p < pe; p++) b[p - pg] = gemm_chunk(j, p, k0, kc, j->expanded + (p - pg));
@@ -350,12 +333,14 @@ static void gemm_blocked(const gemm_job *j, long p0, long p1, mm_args a) {
                                        : k0 + kc < k ? gemm_row(j, mb, k0 + kc)
                                                      : NULL;
                     for (long p = pg; p < pe; p++) {
-                        a.prefetch = GEMM_FETCH_ROWS && next ? (uintptr_t)next + (uintptr_t)((p - pg) * 8 * a.lda) : 0;
-                        if (t >= tiles - GEMM_FETCH_TILES) {
-                            const bf16 *chunk = gemm_next_chunk(j, p, p1, k0, kc, mb + block == j->rows);
-                            const long share = t - (tiles - GEMM_FETCH_TILES);
+                        a.prefetch = 0;
+                        if (t >= tiles - fetchers) {
+                            const bf16 *chunk = gemm_next_chunk(j, p, k0, kc, mb + block == j->rows);
+                            const long share = t - (tiles - fetchers);
                             a.prefetch = chunk ? (uintptr_t)chunk + (uintptr_t)(share * kc / 2 * a.prefetch_step) : 0;
                         }
+                        a.prefetch_rows =
+                            GEMM_FETCH_ROWS && next ? (uintptr_t)next + (uintptr_t)((p - pg) * 8 * a.lda) : 0;
                         a.a = gemm_row(j, mb + done, k0);
                         a.b = b[p - pg];
                         a.c = j->c + ((p - pg) * GEMM_MC + done) * PACE_NR;
@@ -387,6 +372,12 @@ static void gemm_panels(const pace_matrix *w, const pace_slot *src, long p0, lon
                        .kp = w->k_pad / 2,
                        .prefetch_step = 128};
     if (src->int8 && pace_is_grouped(w)) {
+#ifdef PACE_AMX
+        if (gemm_takes_tiles(&j)) {
+            gemm_amx_int8(&j, p0, p1);
+            return;
+        }
+#endif
         gemm_int8(&j, p0, p1);
         return;
     }

@@ -120,8 +120,8 @@ static inline pace_matrix pace_matrix_at(const pace_matrix *w, long i) {
     return one;
 }
 
-// Activations: [rows][ld] f32 or bf16. bf16 rows have an ld that is a multiple of 32 with ld * 2 no multiple of 4096
-// bytes (rows of one tile must not share a cache set), and zeros from column `width` to the next multiple of 32.
+// Activations: [rows][ld] f32 or bf16. bf16 rows are an odd multiple of 64 bytes apart (rows of one tile must not share
+// a cache set: pace_kernels.row_step) and have zeros from column `width` to the next multiple of 32.
 //
 // int8: `group` columns of a row share a scale, the last ones may be fewer; group is 16, 32, 64, 128 or the width,
 // which is a multiple of 32. A row has int8 [width], in every 8 columns the order 0 4 1 5 2 6 3 7 (that of PACE_MXFP4's
@@ -500,6 +500,9 @@ typedef struct {
     void (*experts_out)(const pace_experts_out *g, const pace_chosen *c, long m, long p0, long p1, void *scratch);
     size_t gemm_scratch;
     int gemm_rows;  // rows of one register tile: m up to this streams the weights exactly once
+    // bf16 and int8 rows begin an odd multiple of so many bytes apart (a multiple of 64), which spreads those of a
+    // register tile over the sets of a cache.
+    int row_step;
     // Pack up to 16 source rows [rows][ld] (dtype 0 bf16, 1 f16, 2 f32) into half a panel: dst[k_pad/2][32][2],
     // 16 columns of it. Missing rows and k..k_pad become zero.
     void (*pack_half)(bf16 *dst, const void *src, int dtype, long ld, long rows, long k, long k_pad);

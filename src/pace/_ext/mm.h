@@ -29,7 +29,7 @@ typedef struct {
     long prefetch_step;
     long lda, ldb, bps, ldc, kp;
     int accumulate;
-    int prefetch_rows;  // amx only: prefetch is four rows of A instead of a stream
+    uintptr_t prefetch_rows;  // amx only: 0, or four rows of A, lda apart, of which a line per 16 k pairs is brought
 } mm_args;
 
 #if defined(__AVX512F__)

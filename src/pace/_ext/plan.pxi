@@ -102,13 +102,14 @@ cdef class Plan:
             raise ValueError(f"slot of int8 with groups of {group}: expected 16, 32, 64, 128, or 0 for whole rows")
         cdef pace_slot s
         s.group = 0
-        # 64 extra bytes a row: rows of a register tile then fall into different cache sets.
+        cdef long step = current.row_step
         if dtype == "int8":
             s.group = group if group and group < width else width
-            s.ld = (width + 8 * ((width + s.group - 1) // s.group) + 63) // 64 * 64
-            s.ld += 64 if s.ld % 128 == 0 else 0
+            s.ld = ((width + 8 * ((width + s.group - 1) // s.group) + step - 1) // step | 1) * step
+        elif dtype == "bf16":
+            s.ld = ((2 * width + step - 1) // step | 1) * step // 2
         else:
-            s.ld = (width + 31) // 32 * 32 + 32 if dtype == "bf16" else (width + 15) // 16 * 16
+            s.ld = (width + 15) // 16 * 16
         s.width, s.bf16, s.int8 = width, dtype == "bf16", dtype == "int8"
         memory = Memory(<size_t>rows * <size_t>s.ld * (1 if s.int8 else 2 if s.bf16 else 4) + 64)  # below 2^64: int32
         s.data = (<Memory>memory).data

@@ -522,6 +522,7 @@ const pace_kernels pace_kernels_reference = {
     PACE_OPERATORS(ENTRY)
 #undef ENTRY
         .gemm_rows = 1,
+    .row_step = 64,
     .unpack_row = unpack_row,
     .softmax = softmax,
     .argmax = argmax,

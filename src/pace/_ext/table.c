@@ -31,6 +31,7 @@ const pace_kernels PASTE(pace_kernels_, PACE_ISA) = {
 #undef ENTRY
         .gemm_scratch = GEMM_SCRATCH,
     .gemm_rows = GEMM_TILE_ROWS,
+    .row_step = GEMM_ROW_STEP,
     .pack_half = pack_half,
     .pack_mxfp4 = pack_mxfp4,
     .pack_groups = pack_groups,
