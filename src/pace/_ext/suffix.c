@@ -199,12 +199,13 @@ long pace_suffix_tokens(const pace_suffix *a) { return a->n_tokens; }
 // --- Guesses --------------------------------------------------------------------------------------
 
 // One token after the other behind `depth` tokens of s's context; a context that ends the text goes on as its longest
-// suffix that was followed by something, so what repeats is guessed on beyond its end.
+// suffix that was followed by something, so what repeats is guessed on beyond its end. It ends early where it can't
+// promise more than `beat` any more: each further token adds `all` at most.
 static pace_suffix_guess follow(const pace_suffix *a, int32_t s, int32_t depth, int min_match, long max_tokens,
-                                float least, int32_t *tokens, float *confidence) {
+                                float least, float beat, int32_t *tokens, float *confidence) {
     pace_suffix_guess guess = {.match = depth};
     float all = 1;
-    while (guess.n < max_tokens) {
+    while (guess.n < max_tokens && guess.expected + all * (float)(max_tokens - guess.n) > beat) {
         while (s != NONE && a->states[s].best == NONE) {
             s = a->states[s].link;
             depth = s == NONE ? 0 : a->states[s].length;
@@ -249,8 +250,9 @@ pace_suffix_guess pace_suffix_propose(const pace_suffix *a, const int32_t *conte
     int32_t at = NONE, at_depth = 0;
     for (; s != NONE && depth >= min_match; s = a->states[s].link, depth = s == NONE ? 0 : a->states[s].length) {
         if (a->states[s].best == NONE) continue;
-        const pace_suffix_guess guess = follow(a, s, depth, min_match, max_tokens, least, tokens, confidence);
+        const pace_suffix_guess guess =
+            follow(a, s, depth, min_match, max_tokens, least, best.expected, tokens, confidence);
         if (guess.expected > best.expected) best = guess, at = s, at_depth = depth;
     }
-    return at == NONE ? best : follow(a, at, at_depth, min_match, max_tokens, least, tokens, confidence);
+    return at == NONE ? best : follow(a, at, at_depth, min_match, max_tokens, least, 0, tokens, confidence);
 }
