@@ -113,6 +113,37 @@ def test_calls_come_piece_by_piece(drafting: Server) -> None:
     assert {len(choice["token_ids"]) for choice in told(ones)} == {1}
 
 
+def test_reasoning_comes_piece_by_piece() -> None:
+    """The answer goes on behind the opening tag, so all of it is reasoning."""
+    options = (
+        "--reasoning-parser",
+        "deepseek_r1",
+        "--threads",
+        "1",
+        "--speculative-config",
+        json.dumps(DRAFTS),
+    )
+    messages = [*CHAT["messages"], {"role": "assistant", "content": "<think>"}]
+    body = {
+        "messages": messages,
+        "continue_final_message": True,
+        "add_generation_prompt": False,
+        "ignore_eos": True,
+    }
+    with running(*options) as server:
+        many, ones = (
+            told(chunks(server, "/v1/chat/completions", **body)),
+            told(chunks(server, "/v1/chat/completions", **body, **ONE)),
+        )
+
+    def reasoning(choices: list[Any]) -> str:
+        return "".join(choice["delta"].get("reasoning_content") or "" for choice in choices)
+
+    assert reasoning(ones) == reasoning(many) != "" == "".join(map(text, ones))
+    assert ids(ones) == ids(many) and {len(choice["token_ids"]) for choice in ones} == {1}
+    assert len(ones) > 2 * len(many)
+
+
 def test_responses_take_the_option_and_no_other(drafting: Server) -> None:
     body = {"input": "Write a loop.", "temperature": 0, "max_output_tokens": 30, "stream": True}
 
