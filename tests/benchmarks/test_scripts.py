@@ -78,3 +78,15 @@ def test_many_requests(
     shares = [float(row[1].split("(")[1].split()[0]) for row in rows[3:9]]
     assert min(shares[:4]) >= 90.0 and shares[4:] == [0.0, 0.0]
     assert all(row[1].endswith(" 1 step") for row in rows[-2:]), "an urgent request waits for a long prompt"
+
+
+def test_suffix_cost(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    cost = script("suffix_cost", monkeypatch)
+    monkeypatch.setattr(cost, "N_SEQUENCES", 2)
+    monkeypatch.setattr(cost, "N_ANSWER", 5)
+    monkeypatch.setattr(cost, "PIECE", cost.N_PROMPT + 5)
+    monkeypatch.setattr(cost.sys, "argv", ["suffix_cost", "3000"])
+    cost.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[1] for row in rows] == ["0", "3000"] * 3
+    assert all(float(row[2]) > 0 and float(row[3]) > 0 for row in rows)

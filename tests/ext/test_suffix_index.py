@@ -128,6 +128,31 @@ def test_it_continues_a_text_that_is_not_its_own(pieces: list[Text], context: Te
     assert SUFFIX_BREAK not in index.propose(200, context=np.array(context, np.int32)).token_ids
 
 
+@given(
+    text=texts,
+    past=st.lists(texts, max_size=3),
+    cuts=st.lists(st.integers(1, 50), min_size=1, max_size=9),
+    least=st.sampled_from([0.0, 0.3]),
+)
+def test_of_several_indexes_the_one_that_promises_most_is_followed(
+    text: Text, past: list[Text], cuts: list[int], least: float
+) -> None:
+    """As if each were asked alone; the others know the end of the text, in however many parts it came."""
+    index, at = ops.SuffixIndex(), 0
+    for cut in itertools.cycle(cuts):
+        index.add(np.array(text[at : at + cut], np.int32))
+        at += cut
+        if at >= len(text):
+            break
+    others = [ids((*piece, SUFFIX_BREAK)) for piece in past]
+    context = np.array(text, np.int32)
+    known = [one.propose(6, least=least, context=context) for one in (index, *others)]
+    by_context = index.propose(6, least=least, context=context, past=others)
+    assert by_context == max(known, key=lambda guess: guess.expected)
+    known[0] = index.propose(6, least=least)
+    assert index.propose(6, least=least, past=others) == max(known, key=lambda guess: guess.expected)
+
+
 @pytest.mark.parametrize("period", [1, 2, SUFFIX_ORDER - 1, SUFFIX_ORDER, SUFFIX_ORDER + 1, 3 * SUFFIX_ORDER])
 def test_what_repeats_goes_on_beyond_the_end_of_the_text(period: int) -> None:
     text = tuple(range(period)) * 3

