@@ -263,8 +263,9 @@ def test_a_state_of_another_recipe_is_not_taken_up(recipe: Recipe, tmp_path: Pat
 
 
 def test_a_toy_learns_to_guess_ahead_and_its_checkpoint_loads(recipe: Recipe, tmp_path: Path) -> None:
+    # 200 steps: after 120 one guess of the three below is still wrong where the CPU multiplies bf16 (f32 needs no more).
     recipe = dataclasses.replace(
-        recipe, training=dataclasses.replace(recipe.training, steps=120, save_every=200, eval_every=200)
+        recipe, training=dataclasses.replace(recipe.training, steps=200, save_every=300, eval_every=300)
     )
     before = Trainer(recipe, *documents(recipe), tmp_path).evaluate()
     after = train(recipe, tmp_path / "run")

@@ -26,8 +26,8 @@
 // block and only rows fetched: 1.45 to 1.75 / 1.94 / 1.90; with the next chunk fetched by all tiles 1.88 / 1.96 / 1.86;
 // chunks of 256 and 512 rows 2.34 / 2.34 / 2.21; rows spread over the sets (GEMM_ROW_STEP) 2.47 / 2.63 / 2.40. Groups
 // of 16: 2.28 / 2.33 / 2.15; a panel's chunk kept while rows pass, instead of rows while panels pass: 2.35 / 2.46
-// / 2.25. From L1 alone tiles of real data reach 2.3 a core, from L2 1.7 (3.0 and 2.1 of zeros: TMULs slow down with
-// what they multiply), the roof says 3.6.
+// / 2.25. From L1 alone tiles of random numbers reach 2.3 a core, from L2 1.7 (of zeros 3.0 and 2.1: what is loaded
+// decides); the roof, products of tiles that stay, is 3.7 of either.
 #define GEMM_KC 256
 #define GEMM_FEW 64
 #define GEMM_FEW_KC k
