@@ -1,9 +1,13 @@
 // quantise.h - rows of bf16, f16 or f32 to codes and scales, while a checkpoint is loaded: round to nearest, and for
-// int4 the scale that leaves the least square error.
+// int4 the scale that leaves the least error.
 //
 //   int8  scale amax / 127. (A search gains nothing: of 256 steps none is worth clipping for.)
 //   int4  the extreme of a group becomes -8, or with up to 14 % more scale -7, or with up to 30 % less it is clipped.
-//         Scales may be negative, so that the extreme's side has the eighth step.
+//         Scales may be negative, so that the extreme's side has the eighth step. What counts is the square of the
+//         error, in groups of 128 times |x|: the plain square clips the few large weights of so long a group, which
+//         matter most. Perplexity over bf16 in groups of 128 of SmolLM2-135M / of the embedded model: plain +39 / +1.4
+//         %, times |x| +27 / +2.5 %, extreme at -8 without a search +31 / +2.7 %. In groups of 32: plain +19 / +0.5 %,
+//         no search +18 / +1.1 %: neither is better on both.
 //   FP8   scale amax / 448, the largest number of E4M3.
 #ifndef PACE_QUANTISE_H
 #define PACE_QUANTISE_H
@@ -35,13 +39,14 @@ INLINE vf qu_steps(vf x, vf inverse, vf least, vf most) {
     return v_min(v_max(v_round(v_mul(x, inverse)), least), most);
 }
 
-// Square error of x [n], n a multiple of 16, in steps of scale.
-static float qu_error(const float *x, long n, float scale) {
+// Square error of x [n], n a multiple of 16, in steps of scale; weighted: times |x|.
+static float qu_error(const float *x, long n, float scale, int weighted) {
     const vf inverse = v_set(1.0f / scale), s = v_set(scale), least = v_set(-8.0f), most = v_set(7.0f);
     vf sum = v_zero();
     for (long i = 0; i < n; i += VL) {
         const vf e = v_fnma(qu_steps(v_load(x + i), inverse, least, most), s, v_load(x + i));
-        sum = v_fma(e, e, sum);
+        const vf size = v_max(v_load(x + i), v_sub(v_zero(), v_load(x + i)));
+        sum = v_fma(v_mul(e, e), weighted ? size : v_set(1.0f), sum);
     }
     return v_sum(sum);
 }
@@ -56,10 +61,11 @@ static float qu_scale(const float *x, long n, const pace_matrix *w) {
     const float top = (high > -low ? high : -low) + bad;
     if (w->layout != PACE_INT4) return qu_round(top / (w->layout == PACE_FP8 ? 448.0f : 127.0f), w->scales);
     const float eighth = (high > -low ? high : low) / -8.0f + bad;
-    float best = qu_round(eighth, w->scales), least = best != 0.0f ? qu_error(x, n, best) : 0.0f;
+    const int weighted = w->group == 128;
+    float best = qu_round(eighth, w->scales), least = best != 0.0f ? qu_error(x, n, best, weighted) : 0.0f;
     for (int i = 0; least > 0.0f && i < QU_TRIALS; i++) {
         const float scale = qu_round(eighth * (QU_FIRST + QU_STEP * (float)i), w->scales);
-        const float error = scale != 0.0f ? qu_error(x, n, scale) : least;
+        const float error = scale != 0.0f ? qu_error(x, n, scale, weighted) : least;
         if (error < least) {
             least = error;
             best = scale;
