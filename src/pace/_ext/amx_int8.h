@@ -13,12 +13,12 @@
 
 #define AI_CHUNK 512  // k: 16 KB of codes, and as much of 32 rows (see GEMM_KC)
 // Rows from which tiles are faster. A decode step of the 1B shape, shares of the read roof at 1 / 4 / 8 / 32 rows, and
-// tokens/s of a prompt of 512, mm_int8_groups.h, then tiles (Granite Rapids, memory at 33 GB/s):
-//   a scale per column   0.76 / 0.69,                      then 0.86 / 0.83 / 0.79 / 0.54, 1439
-//   int8, groups of 128  0.83 / 0.70 / 0.64 / 0.35,   528, then 0.85 / 0.80 / 0.80 / 0.42, 1109
-//   int4, groups of 128  0.83 / 0.72 / 0.60 / 0.23,   502, then 0.77 / 0.71 / 0.62 / 0.32, 1171
-//   int4, groups of 32   0.82 / 0.69 / 0.62 / 0.22,   421, then 0.66 / 0.61 / 0.55 / 0.22, 466
-INLINE long ai_least(int layout, long group) { return layout == PACE_INT8 && group != 32 ? 1 : group != 32 ? 5 : 17; }
+// tokens/s of a prompt of 512, mm_int8_groups.h, then tiles (Granite Rapids, memory at 32 GB/s):
+//   a scale per column   0.91 / 0.88 / 0.77 / 0.41,  590, then 0.86 / 0.80 / 0.78 / 0.45 to 0.54, 1538
+//   int8, groups of 128  0.93 / 0.86 / 0.65 / 0.37,  460, then 0.86 / 0.79 / 0.73 / 0.42, 1006
+//   int4, groups of 128  0.87 / 0.76 / 0.59 / 0.24,  465, then 0.77 / 0.71 / 0.61 / 0.32, 1016
+//   int4, groups of 32   0.82 / 0.71 / 0.58 / 0.22,  366, then 0.66 / 0.61 / 0.55 / 0.24,  444
+INLINE long ai_least(long group) { return group == 32 ? 17 : 7; }
 #define AI_FEW 64  // rows up to which panels come one after the other, in one stream
 
 typedef struct {

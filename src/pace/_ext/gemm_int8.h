@@ -50,7 +50,7 @@ static void gemm_int8(const gemm_job *j, long p0, long p1) {
 // The same in AMX tiles (amx_int8.h), for groups of 32 and of a multiple of 64.
 INLINE int gemm_takes_tiles(const gemm_job *j) {
     const long group = j->src->group, bytes = group == 32 ? 32 : 64;
-    return j->rows >= ai_least(j->w->layout, group) && group % bytes == 0 && j->src->width % bytes == 0;
+    return j->rows >= ai_least(group) && group % bytes == 0 && j->src->width % bytes == 0;
 }
 
 // What a tile of rows at `a` multiplies: k0 .. k0 + kc of panel p.
