@@ -234,6 +234,37 @@ def test_micro_batches_change_no_step(recipe: Recipe, tmp_path: Path) -> None:
     assert losses[2] == losses[0], "a CPU takes one sequence at a time"
 
 
+def test_the_target_reads_a_sequence_once(
+    recipe: Recipe, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later epochs find what it said, and learn what they would from a target that reads anew."""
+    recipe = dataclasses.replace(
+        recipe,
+        models=dataclasses.replace(recipe.models, target=str(other)),
+        loss=Loss(ce=0.5, kl=0.5, cat=True),
+        training=dataclasses.replace(recipe.training, micro_batch_size=1, steps=8),
+    )
+    passes = []
+
+    def seen(model: Any, *rest: Any) -> Any:
+        passes.append(model)
+        return hidden_states(model, *rest)
+
+    monkeypatch.setattr(trainer_module, "hidden_states", seen)
+    weights = []
+    for kept_bytes in (1 << 20, 0):
+        monkeypatch.setattr(trainer_module, "KEPT_BYTES", kept_bytes)
+        passes.clear()
+        trainer = Trainer(recipe, *documents(recipe), tmp_path)
+        for _ in range(8):
+            trainer.train_step()
+        n_passes = len(trainer.sequences) if kept_bytes else 8 * recipe.training.batch_size
+        assert 8 * recipe.training.batch_size > len(trainer.sequences)
+        assert sum(model is trainer.teacher for model in passes) == n_passes
+        weights.append(trainer.draft.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 @pytest.mark.parametrize(
     ("tiers", "expected"),
     [

@@ -34,6 +34,8 @@ __all__ = ["Trainer", "train"]
 STATE, METRICS, DRAFT = "state.pt", "metrics.jsonl", "draft"
 EVAL_SEQUENCES = 2
 """Sequences of one pass over held-out documents."""
+KEPT_BYTES = 4 << 30
+"""Of the target's states, which an epoch keeps for the next ones."""
 
 
 def train(recipe: Recipe, out: Path, *, show_progress: bool | None = None) -> Acceptance | None:
@@ -123,6 +125,10 @@ class Trainer:
         self.teacher: Any = None
         if recipe.loss.needs_teacher:
             self.teacher = load_model(models.target)[0].to(self.device).eval().requires_grad_(False)
+            self._teacher_head = self._rows_of(self.teacher.get_output_embeddings().weight)
+        self._kept: dict[
+            int, Teacher
+        ] = {}  # by the id of the packed sequence, which lives as long as the run
         self.draft.to(self.device).train()
         if training.freeze_embedding:
             self.draft.get_input_embeddings().weight.requires_grad_(False)
@@ -174,13 +180,24 @@ class Trainer:
 
     @torch.no_grad()
     def _teacher(self, packs: Sequence[Packed]) -> Teacher | None:
+        """What the target says of a micro-batch's tokens.
+
+        A sequence that is one has the same answer in every epoch, and it is kept: a target of 135 M weights takes as
+        long for a sequence as six of its layers take to learn it. One in a batch has other bits beside other sequences.
+        """
         if self.teacher is None:
             return None
+        known = self._kept.get(id(packs[0])) if len(packs) == 1 else None
+        if known is not None:
+            return known
         batch = batch_of(tokens_of(packs), self.device)
         states = hidden_states(self.teacher, batch, self.dtype)
         head = self.teacher.get_output_embeddings().weight
         gold = gold_of(states, head, batch.ids, self.dtype) if self.recipe.loss.cat else None
-        return Teacher(states, self._rows_of(head), gold)
+        teacher = Teacher(states, self._teacher_head, gold)
+        if len(packs) == 1 and (len(self._kept) + 1) * states.nbytes <= KEPT_BYTES:
+            self._kept[id(packs[0])] = teacher
+        return teacher
 
     def _lay_out(self, packed: Packed, rng: np.random.Generator | None) -> Rows:
         rows = lay_out(packed, self.recipe.cod, self.mask_id, rng)
