@@ -58,12 +58,13 @@ def changed(recipe: Recipe, *, vocab_size: int | None = None, **training: object
 
 
 def test_the_most_frequent_tokens_of_answers_stay() -> None:
-    """Prompts don't count; of equals the lower stays; answers may have fewer."""
+    """Prompts decide between equals only, then the lower stays; where answers have fewer, others fill the rows."""
     documents = [Document(np.array([9, 9, 9, 5, 5, 7]), 3), Document(np.array([9, 7, 3, 4]), 1)]
     assert Vocabulary.of(documents, 3, 12).ids.tolist() == [3, 5, 7]
-    everything = Vocabulary.of(documents, 99, 12)
-    assert everything.ids.tolist() == [3, 4, 5, 7]
-    assert everything.places.tolist() == [-1, -1, -1, 0, 1, 2, -1, 3, -1, -1, -1, -1, -1]
+    filled = Vocabulary.of(documents, 6, 12)
+    assert filled.ids.tolist() == [0, 3, 4, 5, 7, 9]
+    assert filled.places.tolist() == [0, -1, -1, 1, 2, 3, -1, 4, -1, 5, -1, -1, -1]
+    assert Vocabulary.of(documents, 99, 12).ids.tolist() == list(range(12))
 
 
 def test_a_row_of_another_token_guesses_nothing_and_is_seen() -> None:

@@ -28,7 +28,7 @@ class Models:
         draft: the model to adapt, of the same tokenizer; the same kinds of name.
         layers: take these layers of the draft, in this order, instead of all; a layer may come twice.
         intermediate_size: keep so many channels of each MLP, those of the greatest weights; None: all.
-        vocab_size: learn to guess only so many tokens, the most frequent ones of the answers; None: all.
+        vocab_size: learn to guess only so many tokens, those of answers first, the most frequent ones; None: all.
         mask_token_id: what asks for a further token; one id that no text contains. None: the draft's `pard_token`.
     """
 

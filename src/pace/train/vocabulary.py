@@ -31,10 +31,15 @@ class Vocabulary:
 
     @classmethod
     def of(cls, documents: Sequence[Document], size: int, vocab_size: int) -> Vocabulary:
-        """The `size` most frequent tokens of the documents' answers, of equal ones the lower; or all of fewer."""
+        """The `size` most frequent tokens of answers, of equal ones what prompts have more often, then the lower.
+
+        Answers of a small corpus have few: 256 of SmolLM2-135M's have 1897, which are 89 % of the tokens of others. Filled
+        up to 4096 it is 93 %, as answers copy from their prompts, and tokenizers number frequent tokens first.
+        """
         answers = np.concatenate([document.ids[document.begin :] for document in documents])
-        counts = np.bincount(answers, minlength=vocab_size)
-        by_count = np.argsort(-counts, kind="stable")[: min(size, int((counts > 0).sum()))]
+        everything = np.concatenate([document.ids for document in documents])
+        counts = [-np.bincount(ids, minlength=vocab_size) for ids in (everything, answers)]
+        by_count = np.lexsort(counts)[:size]
         ids = np.sort(by_count).astype(np.int64)
         places = np.full(vocab_size + 1, -1, np.int64)
         places[ids] = np.arange(len(ids))
