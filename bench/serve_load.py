@@ -23,9 +23,10 @@ from pace.benchmarks.dataset import BenchRequest, Shape
 from pace.benchmarks.serve import Load, Outcome, run
 from pace.benchmarks.serve_figures import summary
 from pace.benchmarks.traces import arrivals, shapes_of
+from pace.config import PLACES
 
 N_STREAMS, N_SLOW = 256, 50
-N_SEQS, N_WAITING = 32, 64
+N_SEQS, N_WAITING = PLACES, 64
 
 
 class Server:
@@ -34,7 +35,7 @@ class Server:
     def __init__(self, *options: str) -> None:
         command = [sys.executable, "-m", "pace", "serve", "demo", "--port", "0", "--no-access-log", *options]
         self.process = subprocess.Popen(
-            [*command, "--threads", "1", "--max-num-seqs", str(N_SEQS), "--max-model-len", "512"],
+            [*command, "--threads", "1"],
             stderr=subprocess.PIPE,
             text=True,
         )

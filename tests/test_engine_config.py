@@ -26,10 +26,25 @@ from pace.errors import ConfigError
 
 def test_defaults() -> None:
     config = EngineConfig("demo")
-    assert (config.max_num_seqs, config.max_num_batched_tokens, config.seed) == (32, 2048, 0)
+    assert (config.n_places, config.n_full_seqs, config.max_num_batched_tokens, config.seed) == (
+        64,
+        32,
+        2048,
+        0,
+    )
     assert config.kernels == {} and config.cpus is None
     with pytest.raises(AttributeError):
         config.seed = 1  # type: ignore[misc]
+
+
+def test_places() -> None:
+    """What is asked for is what runs and what there is memory for; else a step's rows bound both."""
+    for n in (1, 32, 500):
+        config = EngineConfig("demo", max_num_seqs=n)
+        assert config.n_places == config.n_full_seqs == n
+    small = EngineConfig("demo", max_num_batched_tokens=40)
+    assert (small.n_places, small.n_full_seqs) == (40, 32)
+    assert EngineConfig("demo", max_num_batched_tokens=3).n_full_seqs == 3
 
 
 def test_kernels_are_copied() -> None:

@@ -456,7 +456,7 @@ def test_two_engines_in_one_process(llm: LLM, model: Path) -> None:
         ({"kernels": {"gemm": "sse2"}}, ConfigError, "sse2"),
         ({"kernels": {"gem": "avx2"}}, ConfigError, "'gem'"),
         ({"max_num_seqs": 0}, ConfigError, "max_num_seqs"),
-        ({"max_num_batched_tokens": 3}, ConfigError, "below max_num_seqs"),
+        ({"max_num_seqs": 4, "max_num_batched_tokens": 3}, ConfigError, "below max_num_seqs"),
         ({"kv_cache_type": "ring"}, ConfigError, "expected one of slab, paged, contiguous"),
         ({"kv_cache_dtype": "fp8"}, ConfigError, "kv_cache_dtype"),
         ({"kv_cache_memory": "much"}, ConfigError, "kv_cache_memory"),

@@ -40,7 +40,7 @@ class Frontend(metaclass=AnswersByName):
         trust_tokenizer: bool = False,
         skip_tokenizer_init: bool = False,
         max_model_len: int | None = None,
-        max_num_seqs: int = 32,
+        max_num_seqs: int | None = None,
         max_num_batched_tokens: int = 2048,
         max_num_waiting: int = 65536,
         kv_cache_type: str = "slab",
@@ -71,7 +71,8 @@ class Frontend(metaclass=AnswersByName):
             skip_tokenizer_init: load no tokenizer: prompts are token ids, outputs have no text.
             max_model_len: longest prompt and output together, in tokens; None: what the checkpoint supports, or
                 less where the memory does not hold one such sequence.
-            max_num_seqs: sequences that run in one step.
+            max_num_seqs: sequences that run in one step, and for which there is memory at full length; None: 64 run, or as
+                many as a step has rows, and there is memory for 32 of full length.
             max_num_batched_tokens: tokens of one step; a longer prompt is read in several.
             max_num_waiting: sequences that may wait to run; more raise QueueFullError, but for those of `LLM.generate` and
                 `LLM.chat`, which wait in memory anyway.
@@ -79,7 +80,7 @@ class Frontend(metaclass=AnswersByName):
                 sequence).
             block_size: tokens of a KV block, a power of two from 16 on; None: what suits the type.
             kv_cache_memory: bytes of the KV cache, also as "4GiB"; "auto": all that is left beside the weights;
-                None: what max_num_seqs sequences of max_model_len need, at most 40 % of the available memory.
+                None: what max_num_seqs (or 32) sequences of max_model_len need, at most 40 % of the available memory.
             kv_cache_dtype: "bf16", or "int8" with a scale per token and head.
             quantization: round a bf16 checkpoint's matrices while it is loaded: "int8", "int4" or "fp8", or by bits and
                 group "w8", "w8g128", "w4g64" and the like; see docs/quantisation.md.

@@ -65,6 +65,12 @@ def truth(
 class ModelPacer(Pacer):
     """Steps cost what a formula says: hypothesis must find the same schedule when it runs the same rules again."""
 
+    n_waiting = 0  # as the scheduler said when it last asked
+
+    def allowance(self, n_decode: int, n_waiting: int = 1) -> int:
+        self.n_waiting = n_waiting
+        return super().allowance(n_decode, n_waiting)
+
     def observe(self, n_decode: int, n_prompt: int, seconds: float) -> None:
         super().observe(n_decode, n_prompt, max(0.04, 0.005 * (n_decode + n_prompt)))
 
@@ -80,7 +86,8 @@ class FairScheduler(Scheduler):
         n_rows = step.n_decode + step.n_draft
         room = self.max_num_batched_tokens - n_rows
         if any(seq.watched for seq in step.seqs[: step.n_decode]):
-            room = min(room, self.pacer.allowance(n_rows))
+            assert isinstance(self.pacer, ModelPacer)
+            room = min(room, self.pacer.allowance(n_rows, self.pacer.n_waiting))
         self.room = room
         given = dict(zip(step.seqs[step.n_decode :], step.n_new[step.n_decode :], strict=True))
         reading = [seq for seq in self.running if seq in given or seq.n_tokens - seq.n_computed > 1]

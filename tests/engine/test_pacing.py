@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pace.engine.pacing import FIRST_ROWS, MIN_ROWS, STRETCH, Pacer
+from pace.engine.pacing import FIRST_ROWS, MAX_READERS, MIN_ROWS, STRETCH, Pacer
 
 
 def test_nothing_measured() -> None:
@@ -43,6 +43,15 @@ def test_free_rows_teach_nothing() -> None:
     for _ in range(20):
         pacer.observe(1, 4, 0.05)
     assert pacer.allowance(1) == before
+
+
+def test_more_prompts_stretch_a_step_further_and_not_without_end() -> None:
+    pacer = Pacer()
+    pacer.observe(0, 100, 0.4)
+    pacer.observe(2, 0, 0.05)
+    for n in (0, 1, 2, MAX_READERS, MAX_READERS + 1, 1000):
+        stretch = 1 + (STRETCH - 1) * min(max(n, 1), MAX_READERS)
+        assert pacer.allowance(2, n) == int(stretch * 0.05 / 0.004) - 2
 
 
 def test_the_nearest_batch_size_stands_in() -> None:

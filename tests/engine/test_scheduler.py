@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pace.engine.pacing import STRETCH
 from pace.engine.scheduler import HOLD_TOKENS, Scheduler
 from pace.engine.sequence import Sequence, Status
 from pace.kvcache import make_tables
@@ -318,6 +319,22 @@ def test_watchers_bound_the_chunk() -> None:
     assert run(s) == [("watched", 1), ("long", s.pacer.allowance(1))]
     watched.watched = False
     assert run(s) == [("watched", 1), ("long", 300 - s.pacer.allowance(1))]
+
+
+def test_every_waiting_prompt_has_rows_of_its_own() -> None:
+    """A burst of prompts is not read as slowly as one: three stretch a step three times as much."""
+    s = scheduler(n_blocks=256, budget=512)
+    watched = sequence("watched", 4, 60)
+    watched.watched = True
+    s.add(watched)
+    run(s)
+    s.pacer.observe(1, 0, 0.05)
+    s.pacer.observe(0, 100, 0.4)
+    for name in "abc":
+        s.add(sequence(name, 20, 2))
+    three = s.pacer.allowance(1, 3)
+    assert 40 <= three == int((1 + 3 * (STRETCH - 1)) * 0.05 / 0.004) - 1
+    assert run(s) == [("watched", 1), ("a", 20), ("b", 20), ("c", three - 40)]
 
 
 @settings(max_examples=100, deadline=None)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +20,10 @@ from typing import Any
 import httpx
 import pytest
 from server.kit import Server, running
+
+from pace.errors import PaceError
+from pace.server import worker
+from pace.server.wire import Event, Frames, Info, Order, Refused
 
 LONG = {"prompt": "x", "max_tokens": 1900, "ignore_eos": True, "temperature": 0, "stream": True}
 WITHIN_S = 1.0  # what a fault may take to be told
@@ -102,6 +108,31 @@ def test_a_dead_engine_is_told_within_a_second_and_replaced(pair: Server, number
     wait_for(lambda: health(pair) == 200, LOADED_S)
     after = engines(pair)
     assert len(after) == 2 and before[1] in after and before[0] not in after
+
+
+def test_an_engine_that_cannot_go_on_ends_its_process() -> None:
+    """Its thread has ended by a fault of ours: were the process to live on, all requests would fail, and /health be 200."""
+
+    class Broken:
+        def open(self, loop: object, tell: object) -> None: ...
+
+        def info(self) -> Info:
+            return Info(1, "broken", 512, {}, {})
+
+        def check(self) -> None:
+            raise PaceError("the engine has stopped")
+
+    async def main() -> tuple[int, list[Any]]:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            theirs.setblocking(False)
+            code = await asyncio.wait_for(worker._serve(Broken(), theirs, Frames(Order)), LOADED_S)  # type: ignore[arg-type]
+            await asyncio.sleep(0)
+            return code, Frames(Event).push(ours.recv(1 << 16))
+
+    code, events = asyncio.run(main())
+    assert code == 1
+    assert isinstance(events[0], Info) and events[1:] == [Refused(0, "PaceError", "the engine has stopped")]
 
 
 def test_two_engines_say_what_one_says(pair: Server, server: Server) -> None:
@@ -219,6 +250,21 @@ def test_a_server_that_shall_exit_does_when_its_engine_dies() -> None:
         os.kill(engines(server)[0], signal.SIGKILL)
         assert server.process.wait(LOADED_S) not in (0, None)
         assert any("process has ended" in line for line in server.lines)
+
+
+@pytest.mark.slow
+def test_a_server_that_was_stopped_goes_on() -> None:
+    """After Ctrl-Z and fg: the engine did not hang, though nobody has heard of it for longer than it may be silent."""
+    with running("--stall-timeout", "2") as server:
+        before = engines(server)
+        stream = Stream(server)
+        for _ in range(3):
+            server.process.send_signal(signal.SIGSTOP)
+            time.sleep(3)
+            server.process.send_signal(signal.SIGCONT)
+            time.sleep(0.3)
+        assert stream.end() == "[DONE]"
+        assert engines(server) == before and health(server) == 200
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:

@@ -121,7 +121,7 @@ def add_engine_options(
         "--max-num-seqs",
         type=positive,
         metavar="N",
-        help="sequences that run together (default: 32, or what a benchmark needs)",
+        help="sequences that run together (default: 64, or what a benchmark needs)",
     )
     group.add_argument(
         "--max-num-batched-tokens",

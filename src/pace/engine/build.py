@@ -55,7 +55,7 @@ def build_engine(
     Raises:
         ConfigError: the plan has an operator that no kernel runs.
     """
-    max_seqs, max_tokens = config.max_num_seqs, config.max_num_batched_tokens
+    max_seqs, max_tokens = config.n_places, config.max_num_batched_tokens
     max_draft_rows = 0 if speculation is None else speculation.max_draft_rows
     n_logit_rows = max_seqs + SCORED_ROWS + max_draft_rows
     kv_pools, tables = make_cache(config, memory.kv, memory.max_model_len)
@@ -121,7 +121,7 @@ def make_cache(config: EngineConfig, kv: KVMemory, max_len: int) -> tuple[list[o
                 config.kv_cache_type,
                 group.n_blocks,
                 group.block_size,
-                config.max_num_seqs,
+                config.n_places,
                 max_len,
                 copy=pool.copy,
                 prefix_caching=config.enable_prefix_caching,

@@ -8,6 +8,12 @@ STRETCH = 1.8
 """A step that also reads a prompt may take this many times as long as a plain decode step. No gap should exceed 2.5 times
 one, and steps on a shared machine vary by a third: at 2.0 the longest gap of a prompt was 2.2 to 2.9 times."""
 
+MAX_READERS = 5
+"""Prompts that stretch a step, each by as much as one alone does. Where they share what one gets, a burst of prompts waits
+for streams that it outnumbers. `pace serve demo` at 0.8 of its capacity, one thread of Zen 3, first tokens p50 and p99:
+shared 29 and 152 ms, so 30 and 105 (in a slower minute 595 and 2302, 53 and 259); a token of a stream takes 7.6 ms at
+p99 in place of 4.1. Four times the stretch for any two prompts: 39 and 174 ms, and 21.6 ms a token."""
+
 MIN_ROWS = 8
 """Prompt rows of a step at least, so that a prompt always moves on. About as many are free: a decode step waits for
 the weights, not for the multipliers. (16 made steps 2.6 times as long on a Zen 4 at the end of a long prompt.)"""
@@ -43,12 +49,13 @@ class Pacer:
         else:  # some of the rows were free: what one costs is no more than this
             self._row_s = row_s if self._row_s is None else min(self._row_s, row_s)
 
-    def allowance(self, n_decode: int) -> int:
-        """Prompt rows that may run beside `n_decode` decoding ones."""
+    def allowance(self, n_decode: int, n_waiting: int = 1) -> int:
+        """Prompt rows that may run beside `n_decode` decoding ones, while `n_waiting` prompts are read or wait for it."""
         plain_s = self._plain_s(n_decode)
         if plain_s is None or self._row_s is None:
             return FIRST_ROWS
-        return max(MIN_ROWS, int(STRETCH * plain_s / self._row_s) - n_decode)
+        stretch = 1 + (STRETCH - 1) * min(max(1, n_waiting), MAX_READERS)
+        return max(MIN_ROWS, int(stretch * plain_s / self._row_s) - n_decode)
 
     def _plain_s(self, n_decode: int) -> float | None:
         """Seconds of a decode step of about this many rows; the nearest size that was seen stands in."""

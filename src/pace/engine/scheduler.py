@@ -122,7 +122,8 @@ class Scheduler:
             self._draft(step, bool(prompts or self._queue))
         if is_watched:
             n_rows = step.n_tokens
-            budget = min(budget, n_rows + self.pacer.allowance(n_rows))
+            n_waiting = len(prompts) + len(self._queue)
+            budget = min(budget, n_rows + self.pacer.allowance(n_rows, n_waiting))
         if prompts or self._queue:
             self._read(step, prompts, budget - step.n_tokens)
         if self._fresh:

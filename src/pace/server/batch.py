@@ -320,7 +320,7 @@ async def _run(options: BatchOptions, output: BinaryIO, done: set[str], n_wanted
             app = make_app(Service(router, options.names, options.limits))
             batch = _Batch(app, lambda: router.health().ready, output, bar)
             requests = (line for _, line in read_requests(options.input) if line.custom_id not in done)
-            n_open = WAITING * len(places) * config.max_num_seqs
+            n_open = WAITING * len(places) * config.n_places
             if not await _before(ended, batch.all(requests, n_open)):
                 raise ended.result() or KeyboardInterrupt
         finally:

@@ -223,7 +223,7 @@ class Router(Backend):
             raise EngineDeadError(self._workers[0].why if self._workers else "the model is being loaded")
         n = job.params.get("n", 1)
         n = n if isinstance(n, int) and n > 0 else 1
-        room = len(ready) * self._config.max_num_seqs + self._max_waiting
+        room = len(ready) * self._config.n_places + self._max_waiting
         n_open = sum(worker.n_open for worker in ready)
         if n_open + n > max(room, n):
             raise QueueFullError(f"{n_open} sequences run or wait, the limit is {room}; try again later")

@@ -92,7 +92,7 @@ class Station(Frontend):
         facts = {
             "has_tokenizer": loaded.tokenizer is not None,
             "vocab_size": engine.preparer.vocab_size,
-            "max_num_seqs": self.config.max_num_seqs,
+            "max_num_seqs": self.config.n_places,
             "max_num_waiting": self.config.max_num_waiting,
             "max_logprobs": engine.preparer.max_logprobs,
             "kv_cache_type": self.config.kv_cache_type,

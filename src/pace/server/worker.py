@@ -54,18 +54,22 @@ def main(number: int) -> int:
     try:
         station = _load(order)
     except Exception as error:
-        kind = type(error).__name__ if isinstance(error, PaceError) else "PaceError"
-        text = str(error) if isinstance(error, PaceError) else f"{type(error).__name__}: {error}"
         with suppress(OSError):
-            link.sendall(frame([Refused(0, kind, one_line(text))]))
+            link.sendall(frame([_last_words(error)]))
         return 1
     loop = uvloop.new_event_loop()
     try:
-        loop.run_until_complete(_serve(station, link, frames))
+        return loop.run_until_complete(_serve(station, link, frames))
     finally:
         station.close()
         loop.close()
-    return 0
+
+
+def _last_words(error: Exception) -> Refused:
+    """Why there is no engine, or none any more."""
+    kind = type(error).__name__ if isinstance(error, PaceError) else "PaceError"
+    text = str(error) if isinstance(error, PaceError) else f"{type(error).__name__}: {error}"
+    return Refused(0, kind, one_line(text))
 
 
 def _load(order: Configure) -> Station:
@@ -84,7 +88,8 @@ def _load(order: Configure) -> Station:
     return station
 
 
-async def _serve(station: Station, link: socket.socket, frames: Frames) -> None:
+async def _serve(station: Station, link: socket.socket, frames: Frames) -> int:
+    """Returns the exit code: 0 where the front-end has closed the link, 1 where the engine can't go on."""
     loop = asyncio.get_running_loop()
     closed = asyncio.Event()
     transport, _ = await loop.create_unix_connection(lambda: _Link(station, frames, closed), sock=link)
@@ -98,8 +103,15 @@ async def _serve(station: Station, link: socket.socket, frames: Frames) -> None:
     while not closed.is_set():
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(closed.wait(), BEAT_S)
+        try:
+            station.check()
+        except PaceError as error:  # a process that lives on would be taken for an engine that works
+            tell([_last_words(error)])
+            transport.close()
+            return 1
         tell([Beat(station.beat())])
     transport.close()
+    return 0
 
 
 class _Link(asyncio.Protocol):

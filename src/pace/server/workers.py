@@ -20,6 +20,7 @@ __all__ = ["WATCH_S", "Worker"]
 WATCH_S = 0.1  # processes are looked at so often
 N_STOPPED = 3  # looks at which a process was stopped: then it is taken for dead
 SILENCE_S = 30.0  # without a heartbeat
+LATE_S = 1.0  # a look that comes so late says that this process did not run either
 END_S = 2.0  # a process may take to end
 
 
@@ -75,7 +76,7 @@ class Worker:
             )
         loop = asyncio.get_running_loop()
         ours.setblocking(False)
-        self._heard_s = self._moved_s = loop.time()
+        self._heard_s = self._moved_s = self._watched_s = loop.time()
         transport, _ = await loop.create_unix_connection(lambda: _Link(self), sock=ours)
         self._transport = transport
         self.send(self._configure)
@@ -129,6 +130,11 @@ class Worker:
             return
         self._n_stopped = self._n_stopped + 1 if _is_stopped(self.process.pid) else 0
         now_s = asyncio.get_running_loop().time()
+        late_s = now_s - self._watched_s - WATCH_S
+        self._watched_s = now_s
+        if late_s > LATE_S:  # after Ctrl-Z and fg, say: what it said meanwhile has not been read yet
+            self._heard_s += late_s
+            self._moved_s += late_s
         if self._n_stopped >= N_STOPPED:
             self.die("the engine's process has been stopped")
         elif self.state == "ready" and now_s - self._heard_s > SILENCE_S:

@@ -90,7 +90,7 @@ class Maker:
         self.config = config
         self.speculative = speculative
         self.max_tokens = speculative.num_speculative_tokens
-        self.max_draft_rows = max(self.max_tokens, min(config.max_num_seqs * self.max_tokens, MAX_DRAFT_ROWS))
+        self.max_draft_rows = max(self.max_tokens, min(config.n_places * self.max_tokens, MAX_DRAFT_ROWS))
 
     def taps(self, spec: DecoderSpec) -> tuple[int, ...]:
         """Depths of the target at which the drafter wants its hidden states: none."""
@@ -163,7 +163,7 @@ class DraftMaker(Maker):
         if speculative.draft_window is not None:
             spec = _windowed(spec, speculative.draft_window)
         self.spec = spec
-        self.n_logit_rows = config.max_num_seqs if self.mask_id is None else self.max_draft_rows
+        self.n_logit_rows = config.n_places if self.mask_id is None else self.max_draft_rows
         self._quantization = self._chosen_quantization()
         with self._open(self._quantization) as source:
             self.spec = source.spec
@@ -243,7 +243,7 @@ class DraftMaker(Maker):
             int(ops.cpu_info()["l2_bytes"]),
         )
         n_seqs = memory.kv_bytes / memory.kv.bytes_for(memory.max_model_len)  # of full length
-        kv = kv.divided(int(n_seqs * kv.bytes_for(max_len)), max_len, config.max_num_seqs)
+        kv = kv.divided(int(n_seqs * kv.bytes_for(max_len)), max_len, config.n_full_seqs)
         pools, tables = make_cache(config, kv, max_len)
         executor = ops.Plan(
             target.team,
@@ -251,7 +251,7 @@ class DraftMaker(Maker):
             sink.weights,
             pools,
             config.max_num_batched_tokens,
-            config.max_num_seqs,
+            config.n_places,
             self.n_logit_rows,
             config.kernels,
         )
@@ -264,7 +264,7 @@ class DraftMaker(Maker):
             ops.SAMPLE_DTYPE,
             vocab_size=plan.vocab_size,
             max_tokens=config.max_num_batched_tokens,
-            max_seqs=config.max_num_seqs,
+            max_seqs=config.n_places,
             max_logit_rows=self.n_logit_rows,
             max_len=max_len,
             features=Features(self._depths) if self._depths else None,
