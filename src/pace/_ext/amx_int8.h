@@ -110,13 +110,10 @@ typedef struct {
     vf scale[2], zero[2];
 } ai_scales;
 INLINE ai_scales ai_scales_of(const mq_args *t, const uint8_t *block) {
-    const uint8_t *zeros = block + PACE_NR * (t->scales == PACE_SCALES_F32 ? 4 : 2);
     ai_scales s;
     for (int j = 0; j < 2; j++) {
         s.scale[j] = gr_load(block, t->scales, j * VL);
-        s.zero[j] = t->zeros == PACE_SYMMETRIC ? v_zero()
-                    : t->zeros == PACE_ZEROS   ? v_mul(mq_zeros(zeros + 2 * j * VL), s.scale[j])
-                                               : v_sub(v_zero(), gr_load(zeros, t->scales, j * VL));
+        s.zero[j] = t->zeros == PACE_SYMMETRIC ? v_zero() : mq_zero(t, block, j * VL, s.scale[j]);
     }
     return s;
 }
@@ -132,7 +129,7 @@ INLINE void ai_scale(const int layout, const int symmetric, const int which, flo
         memcpy(&row, beside, 4);
         memcpy(&x, beside + 4 * t->groups, 4);
         const vi begin = symmetric ? mq_begin(layout, x) : vi_set(0);
-        const float less = row * ((float)x * (1.0f / PACE_INT8_ZERO));
+        const float less = mq_less(row, x);
         for (int j = 0; j < 2; j++) {
             const vi acc = _mm512_add_epi32(vi_load(sums + r * PACE_NR + j * VL), begin);
             const vf y = v_mul(vi_float(acc), v_set(row));

@@ -18,6 +18,7 @@
 #include "mm_int8_groups.h"
 #ifndef __AVX512F__
 #include "mm_rows.h"
+#include "mm_words.h"
 #endif
 #include "mxfp4.h"
 

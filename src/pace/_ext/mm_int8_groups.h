@@ -24,7 +24,7 @@ typedef struct {
     long head, step;  // from a block to its codes; from a group's codes to the next ones'
     long scale_step;  // the same of scales: 0 where a column has one
     int scales, zeros;
-    uintptr_t fetch;  // 0, or what comes nearer along the way, fetch_step bytes per 8 k, about as many as its codes
+    uintptr_t fetch;  // 0, or what comes nearer along the way, fetch_step bytes per 8 k of a pass over the panel
     long fetch_step;
 } mq_args;
 
@@ -32,6 +32,7 @@ typedef struct {
 #define MQ_ROWS 6         // 12 integer and 12 f32 accumulators, 4 weights, a mask and broadcasts
 #define MQ_WHOLE_ROWS 13  // 26 accumulators, 4 weights, a broadcast; 14 would leave 3
 #define MQ_VECTORS 2
+#define MQ_WORDS 0
 INLINE vi vi_and(vi a, vi b) { return _mm512_and_si512(a, b); }
 INLINE vi vi_half(vi x) { return _mm512_srai_epi32(x, 1); }
 INLINE vf mq_zeros(const uint8_t *p) {
@@ -41,6 +42,7 @@ INLINE vf mq_zeros(const uint8_t *p) {
 #define MQ_ROWS 3
 #define MQ_WHOLE_ROWS 6
 #define MQ_VECTORS 1
+#define MQ_WORDS 1  // int8 of 3 rows and more is mm_words.h's
 INLINE vi vi_and(vi a, vi b) { return _mm256_and_si256(a, b); }
 INLINE vi vi_half(vi x) { return _mm256_srai_epi32(x, 1); }
 INLINE vf mq_zeros(const uint8_t *p) {
@@ -57,16 +59,30 @@ INLINE void mq_load(vi u[2], const uint8_t *codes, const int layout) {
 INLINE vi mq_begin(const int layout, int32_t sum) {  // PACE_INT8_ZERO is 16; the zeros are 8 and 128
     return layout == PACE_INT4 ? vi_half(vi_set(sum)) : vi_times_8(vi_set(sum));
 }
+// What a column's zero or offset, the scale in it, is times: minus the sum of the row's integers, times the row's
+// scale.
+INLINE vf mq_zero(const mq_args *t, const uint8_t *block, long c, vf scale) {
+    const uint8_t *at = block + PACE_NR * (t->scales == PACE_SCALES_F32 ? 4 : 2);
+    return t->zeros == PACE_ZEROS ? v_mul(mq_zeros(at + 2 * c), scale) : v_sub(v_zero(), gr_load(at, t->scales, c));
+}
+INLINE float mq_less(float row, int32_t sum) { return row * ((float)sum * (1.0f / PACE_INT8_ZERO)); }
+
+#define MQ_PASSES (PACE_NR / (MQ_VECTORS * VL))  // over a panel
 // Every line of 8 k, 4 of int8 and 2 of int4: tiles that share a panel need fewer, a lone one all. (Two of int8's: 13
 // rows stream 9.6 instead of 14.7 GB/s on a Granite Rapids core, 1 row 13.7 instead of 17.6.)
 INLINE void mq_fetch(uintptr_t *at, long step, const int layout) {
     FETCH(*at, _MM_HINT_T1);
-    if (layout == PACE_INT8) {
+    if (MQ_PASSES == 1 && layout == PACE_INT8) {
         FETCH(*at + (uintptr_t)(step / 4), _MM_HINT_T1);
         FETCH(*at + (uintptr_t)(step / 4 * 3), _MM_HINT_T1);
     }
-    FETCH(*at + (uintptr_t)(step / 2), _MM_HINT_T1);
+    if (MQ_PASSES == 1) FETCH(*at + (uintptr_t)(step / 2), _MM_HINT_T1);
     *at += (uintptr_t)step;
+}
+
+// Where the pass of columns from c on begins to fetch.
+INLINE uintptr_t mq_ahead(const mq_args *t, long c) {
+    return t->fetch + (uintptr_t)(c / (MQ_VECTORS * VL) * (t->width / 8) * t->fetch_step);
 }
 
 // Columns from c on; mr, layout, symmetric and fetch are compile-time constants.
@@ -82,8 +98,8 @@ INLINE void mq_groups(const int mr, const int layout, const int symmetric, const
 #pragma GCC unroll 2
     for (int i = 0; i < 2; i++) a[i] = t->a + (3 * i < mr ? 3 * i : 0) * lda;
     const uint8_t *block = t->b, *codes = t->b + t->head + 4 * c;
-    uintptr_t ahead = t->fetch;
-    const long fetch_step = t->fetch_step, zeros_at = PACE_NR * (t->scales == PACE_SCALES_F32 ? 4 : 2);
+    uintptr_t ahead = mq_ahead(t, c);
+    const long fetch_step = t->fetch_step;
     for (long g = 0, k = 0; g < t->groups; g++, block += t->scale_step, codes += t->step) {
         const long beside = t->width + 4 * g, sums = beside + 4 * t->groups;
         vi acc[MQ_ROWS][nv];
@@ -113,9 +129,7 @@ INLINE void mq_groups(const int mr, const int layout, const int symmetric, const
 #pragma GCC unroll 2
         for (int j = 0; j < nv; j++) {
             scale[j] = gr_load(block, t->scales, c + j * VL);
-            if (symmetric) continue;
-            zero[j] = t->zeros == PACE_ZEROS ? v_mul(mq_zeros(block + zeros_at + 2 * (c + j * VL)), scale[j])
-                                             : v_sub(v_zero(), gr_load(block + zeros_at, t->scales, c + j * VL));
+            if (!symmetric) zero[j] = mq_zero(t, block, c + j * VL, scale[j]);
         }
 #pragma GCC unroll 6
         for (int r = 0; r < mr; r++) {
@@ -123,7 +137,7 @@ INLINE void mq_groups(const int mr, const int layout, const int symmetric, const
             int32_t x;
             memcpy(&row, a[r / 3] + (r % 3) * lda + beside, 4);
             memcpy(&x, a[r / 3] + (r % 3) * lda + sums, 4);
-            const float less = row * ((float)x * (1.0f / PACE_INT8_ZERO));
+            const float less = mq_less(row, x);
 #pragma GCC unroll 2
             for (int j = 0; j < nv; j++) {
                 sum[r][j] = v_fma(v_mul(vi_float(acc[r][j]), v_set(row)), scale[j], sum[r][j]);
@@ -152,7 +166,7 @@ INLINE void mq_whole(const int mr, const int layout, const int symmetric, const 
         for (int j = 0; j < nv; j++) acc[r][j] = symmetric ? mq_begin(layout, x) : vi_set(0);
     }
     const uint8_t *codes = t->b + t->head + 4 * c;
-    uintptr_t ahead = t->fetch;
+    uintptr_t ahead = mq_ahead(t, c);
     const long fetch_step = t->fetch_step;
     for (long k = 0; k < width; k += 8, codes += bytes) {
         vi u[nv][2];
@@ -170,14 +184,10 @@ INLINE void mq_whole(const int mr, const int layout, const int symmetric, const 
 #pragma GCC unroll 5
         for (int i = 0; i < 5; i++) a[i] += 8;
     }
-    const long zeros_at = PACE_NR * (t->scales == PACE_SCALES_F32 ? 4 : 2);
 #pragma GCC unroll 2
     for (int j = 0; j < nv; j++) {
         const vf scale = gr_load(t->b, t->scales, c + j * VL);
-        vf zero = v_zero();
-        if (!symmetric)
-            zero = t->zeros == PACE_ZEROS ? v_mul(mq_zeros(t->b + zeros_at + 2 * (c + j * VL)), scale)
-                                          : v_sub(v_zero(), gr_load(t->b + zeros_at, t->scales, c + j * VL));
+        const vf zero = symmetric ? v_zero() : mq_zero(t, t->b, c + j * VL, scale);
 #pragma GCC unroll 13
         for (int r = 0; r < mr; r++) {
             float row;
@@ -185,30 +195,33 @@ INLINE void mq_whole(const int mr, const int layout, const int symmetric, const 
             memcpy(&row, a[r / 3] + (r % 3) * lda, 4);  // the integers have been passed
             memcpy(&x, a[r / 3] + (r % 3) * lda + 4, 4);
             vf y = v_mul(v_mul(vi_float(acc[r][j]), v_set(row)), scale);
-            if (!symmetric) y = v_fma(v_set(row * ((float)x * (1.0f / PACE_INT8_ZERO))), zero, y);
+            if (!symmetric) y = v_fma(v_set(mq_less(row, x)), zero, y);
             v_store(t->c + r * PACE_NR + c + j * VL, y);
         }
     }
 }
 
 INLINE int mq_is_whole(const mq_args *t) { return t->groups == 1 && t->scale_step == 0; }
-INLINE long mq_most(const mq_args *t) { return mq_is_whole(t) ? MQ_WHOLE_ROWS : MQ_ROWS; }
+INLINE int mq_in_words(long rows, int layout) { return MQ_WORDS && layout == PACE_INT8 && rows >= 3; }
+INLINE long mq_most(const mq_args *t, int layout) {
+    return mq_is_whole(t) || (MQ_WORDS && layout == PACE_INT8) ? MQ_WHOLE_ROWS : MQ_ROWS;
+}
 
 // mr <= mq_most rows times a panel; each loop is a function of its own, or the compiler takes minutes.
 #define MQ_TILE(kind, layout, symmetric)                                                            \
     static __attribute__((noinline)) void kind##_##layout##_##symmetric(int mr, const mq_args *t) { \
         for (long c = 0; c < PACE_NR; c += MQ_VECTORS * VL) {                                       \
-            const int fetch = t->fetch != 0 && c == 0;                                              \
+            const int fetch = t->fetch != 0;                                                        \
             switch (mr) { MQ_CASES(kind, layout, symmetric) }                                       \
         }                                                                                           \
     }
-#define MQ_CASE(MR, MOST, kind, layout, symmetric) \
-    case MR:                                       \
-        if (MR > MOST) break;                      \
-        if (fetch)                                 \
-            kind(MR, layout, symmetric, 1, t, c);  \
-        else                                       \
-            kind(MR, layout, symmetric, 0, t, c);  \
+#define MQ_CASE(MR, MOST, kind, layout, symmetric)       \
+    case MR:                                             \
+        if (MR > MOST || mq_in_words(MR, layout)) break; \
+        if (fetch)                                       \
+            kind(MR, layout, symmetric, 1, t, c);        \
+        else                                             \
+            kind(MR, layout, symmetric, 0, t, c);        \
         break;
 #define MQ_6(MOST, ...)           \
     MQ_CASE(1, MOST, __VA_ARGS__) \
