@@ -46,10 +46,11 @@ ADMISSIONS = ("preempt", "reserve")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 PLACES = 64
-"""Sequences that run in one step by default. At 0.8 of a server's capacity up to 57 are open, and with 32 first tokens
-wait for one: p99 1123 to 1434 ms, with 128 in the same minutes 429 to 445 (one thread of Zen 3); 64 and 128 are alike. More
-would only share the arithmetic of a step: 128 sequences on a 1B model get a token every 0.7 s at the 470 GFLOP/s of two
-cores of Zen 4, and no more tokens together than 32."""
+"""Sequences that run in one step by default. At 0.8 of a server's capacity up to 57 are open, and with 32 first
+tokens wait for one: p99 1123 to 1434 ms, with 128 and four times the KV memory in the same minutes 429 to 445 (one
+thread of Zen 3, two runs each); runs of 64 and 128 varied too much to tell which is better. More would only share
+the arithmetic of a step: 128 sequences on a 1B model get a token every 0.7 s at the 470 GFLOP/s of two cores of Zen
+4, and no more tokens together than 32."""
 
 FULL_SEQS = 32
 """Sequences of full length that the KV cache holds by default: hardly any is so long, so twice as many find room."""

@@ -9,10 +9,11 @@ STRETCH = 1.8
 one, and steps on a shared machine vary by a third: at 2.0 the longest gap of a prompt was 2.2 to 2.9 times."""
 
 MAX_READERS = 5
-"""Prompts that stretch a step, each by as much as one alone does. Where they share what one gets, a burst of prompts waits
-for streams that it outnumbers. `pace serve demo` at 0.8 of its capacity, one thread of Zen 3, first tokens p50 and p99:
-shared 29 and 152 ms, so 30 and 105 (in a slower minute 595 and 2302, 53 and 259); a token of a stream takes 7.6 ms at
-p99 in place of 4.1. Four times the stretch for any two prompts: 39 and 174 ms, and 21.6 ms a token."""
+"""Prompts that stretch a step, each by as much as one alone does. Where they share what one gets, a burst of
+prompts waits for streams that it outnumbers. `pace serve demo` at 0.8 of its capacity, one thread of Zen 3, first
+tokens p50 and p99: shared 29 and 152 ms, so 30 and 105 (in a slower minute 595 and 2302, 53 and 259); a token of a
+stream takes 7.6 ms at p99 in place of 4.1. (Runs of 25 s, one of each in either minute.) Four times the stretch for
+any two prompts: 39 and 174 ms, and 21.6 ms a token."""
 
 MIN_ROWS = 8
 """Prompt rows of a step at least, so that a prompt always moves on. About as many are free: a decode step waits for
