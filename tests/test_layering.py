@@ -70,12 +70,12 @@ def module_of(path: Path) -> str:
 
 
 def unit_of(module: str) -> str:
-    """pace.engine.core -> engine; the plan with its operators and formats is a unit of its own, as ops and the
+    """pace.engine.core -> engine; the plan with its operators, shapes and formats is a unit of its own, as ops and the
     reference speak it."""
     inside = module.split(".")[1:]
     if not inside:
         return "__init__"
-    plan = ("plan", "operators", "weight_formats")
+    plan = ("plan", "operators", "shapes", "weight_formats")
     return "models.plan" if inside[0] == "models" and inside[1:2] and inside[1] in plan else inside[0]
 
 
@@ -205,6 +205,7 @@ SHARED = {
     "quantisation",
     "registry",
     "rope",
+    "shapes",
     "sources",
     "spec",
     "tensors",
@@ -221,7 +222,7 @@ def test_the_decoder_names_no_architecture() -> None:
     assert {"llama", "qwen3"} <= families
     stems = sorted({re.sub(r"[\d_]+$", "", name) for name in families})
     pattern = re.compile(rf"\b(?:{'|'.join(stems)})(?:\b|[\d_-])", re.I)
-    for name in ("decoder.py", "operators.py", "plan.py", "weight_formats.py"):
+    for name in ("decoder.py", "operators.py", "plan.py", "shapes.py", "weight_formats.py"):
         found = pattern.search((PACE / "models" / name).read_text())
         assert not found, f"{name} names {found and found.group()}"
 

@@ -19,8 +19,9 @@ import numpy.typing as npt
 from pace import ops
 from pace.log import logger
 from pace.models.formats import Activations, int8_candidates, int8_rows
-from pace.models.operators import Blocks, ExpertsIn, ExpertsOut, Gemm, Op, Slot
+from pace.models.operators import ExpertsIn, ExpertsOut, Gemm, Op
 from pace.models.plan import Batch, F32Array, Plan
+from pace.models.shapes import Blocks, Slot
 from pace.text.tokenizer import Tokenizer
 
 __all__ = ["MAX_ERROR", "Measured", "choose_activations", "int8_errors", "measure"]

@@ -8,17 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from pace.models.operators import (
-    Embed,
-    ExpertsIn,
-    ExpertsOut,
-    Gemm,
-    Op,
-    Quantise,
-    Route,
-    Slot,
-)
+from pace.models.operators import Embed, ExpertsIn, ExpertsOut, Gemm, Op, Quantise, Route
 from pace.models.plan import Plan
+from pace.models.shapes import Slot
 from pace.models.weight_formats import WeightFormat, int8_group
 
 __all__ = ["SCHEMES", "Activations", "formats_of", "int8_candidates", "int8_rows", "with_formats"]

@@ -7,8 +7,8 @@ from math import gcd
 from typing import Final, cast
 
 from pace.log import logger
-from pace.models.operators import WeightShape
 from pace.models.plan import Plan
+from pace.models.shapes import WeightShape
 from pace.models.sources import Source, check
 from pace.models.tensors import Tensors
 from pace.models.weight_formats import FORMATS, WeightFormat

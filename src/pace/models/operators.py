@@ -11,20 +11,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from pace.models.shapes import Blocks, KVLayer, SlotShape, WeightShape
 from pace.models.weight_formats import WeightFormat
 
 if TYPE_CHECKING:
     from pace.models.plan import Plan
 
-Dtype = Literal["f32", "bf16", "int8"]
-Rows = Literal["tokens", "logits"]
 NormKind = Literal["rms", "rms1", "layer", "none"]
 QKNorm = Literal["none", "rms", "rms1", "layer"]
 NormScope = Literal["head", "head_own", "full"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu", "sigmoid"]
 Epilogue = Literal["store", "add", "gated", "mul"]
 RouterOrder = Literal["softmax", "chosen", "sigmoid"]
-PartName = Literal["all", "q", "k", "v", "gate", "up"]
 GATED_BLOCK = 16
 """Rows of gate that are followed by as many rows of up in the weight of a gated Gemm."""
 
@@ -36,98 +34,6 @@ MAX_EXPERTS = 1024
 
 MAX_QUERY_GROUP = 64
 """Query heads per kv head: the rows of an attention tile."""
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """One activation buffer of the arena: [rows, width].
-
-    Args:
-        name: unique within the plan.
-        width: columns (elements).
-        dtype: "f32", "bf16", or "int8": integers and scales, width a multiple of 32. The reference in exact mode keeps all
-            in float64.
-        rows: "tokens" (T rows) or "logits" (R rows).
-        times: rows for each of those: one for each expert that a row takes.
-        group: of int8, columns of a row that share a scale: 16, 32, 64, 128, or 0 for all.
-    """
-
-    name: str
-    width: int
-    dtype: Dtype
-    rows: Rows
-    times: int = 1
-    group: int = 32
-
-
-@dataclass(frozen=True, slots=True)
-class KVLayer:
-    """One layer that owns keys and values; its index in `Plan.kv` is what operators call it by.
-
-    Args:
-        n_kv_heads: heads of keys, and of values.
-        head_dim: columns of a head, padding included: a multiple of 16 up to 512.
-        reach: tokens that a query sees at most, its own included (the window or the chunk of the layer's readers);
-            None: all of them.
-    """
-
-    n_kv_heads: int
-    head_dim: int
-    reach: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    """Rows (or columns) of a weight: `count` blocks of `width`, each followed by zeros up to `filled`.
-
-    Args:
-        part: what they are; several make up a fused weight, in their order.
-        count: heads, or 1.
-        width: of a block in the checkpoint.
-        filled: of a block in the plan.
-    """
-
-    part: PartName
-    count: int
-    width: int
-    filled: int
-
-    @property
-    def n(self) -> int:
-        """Rows in the plan."""
-        return self.count * self.filled
-
-
-@dataclass(frozen=True, slots=True)
-class SlotShape:
-    """What an operator needs of a slot; None: anything."""
-
-    width: int | None = None
-    dtype: Dtype | None = None
-    rows: Rows | None = None
-    times: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class WeightShape:
-    """What an operator needs under a weight name: a matrix [n, k], or a vector [n] when k is None.
-
-    Args:
-        blocks: of the rows; several where the weight is fused.
-        columns: None where they are as the checkpoint has them.
-        mapped: a table whose rows are read where the checkpoint file has them.
-        count: of such matrices or vectors, those of a layer's experts.
-        format: of the matrix in memory.
-    """
-
-    n: int
-    k: int | None = None
-    blocks: tuple[Blocks, ...] = ()
-    columns: Blocks | None = None
-    mapped: bool = False
-    count: int = 1
-    format: WeightFormat = "bf16"
-
 
 Needs = Iterator[tuple[str, SlotShape | WeightShape]]
 """(field, what it must name) for every field that names a slot or a weight and is not None."""

@@ -27,30 +27,23 @@ from pace.models.operators import (
     GATED_BLOCK,
     Activation,
     Attention,
-    Blocks,
-    Dtype,
     Embed,
     Epilogue,
     ExpertsIn,
     ExpertsOut,
     Gemm,
-    KVLayer,
     Norm,
     NormKind,
     NormScope,
     Op,
-    PartName,
     QKNorm,
     Quantise,
     RopeKV,
     Route,
     RouterOrder,
-    Rows,
     Select,
-    Slot,
-    SlotShape,
-    WeightShape,
 )
+from pace.models.shapes import Blocks, Dtype, KVLayer, PartName, Rows, Slot, SlotShape, WeightShape
 from pace.models.weight_formats import WeightFormat
 
 __all__ = [
