@@ -38,11 +38,14 @@ def simulate(
     draft_s: float = 0.008,
     target: Callable[[int], float] = weights_bound,
     confident: bool = False,
+    claims: tuple[float, ...] = (),
+    seed: int = 3,
     controller: Controller | None = None,
     noise: float = 0.1,
 ) -> tuple[float, float]:
-    """Speed beside plain decoding, and tokens per sequence and step, of drafts that stand with probability `rate`."""
-    rng = np.random.default_rng(3)
+    """Speed beside plain decoding, and tokens per sequence and step, of drafts that stand with probability `rate`, and
+    whose confidences are right, none, or any of `claims`."""
+    rng = np.random.default_rng(seed)
     controller = Controller(K) if controller is None else controller
     seqs = sequences(n_seqs)
     seconds = n_tokens = 0.0
@@ -53,13 +56,11 @@ def simulate(
         if chosen:
             controller.drafted(len(chosen), draft_s)
             seconds += draft_s
-            proposals = {
-                seq: Proposal(
-                    [1] * K,
-                    [0.95 if i < stands[seq] else 0.05 for i in range(K)] if confident else None,
-                )
-                for seq in chosen
-            }
+            proposals = {}
+            for seq in chosen:
+                right = [0.95 if i < stands[seq] else 0.05 for i in range(K)] if confident else None
+                confidences = rng.choice(claims, K).tolist() if claims else right
+                proposals[seq] = Proposal([1] * K, confidences)
             counts |= controller.cut(proposals, n_seqs)
         n_rows = n_seqs + sum(counts.values())
         step_s = target(n_rows)
@@ -99,6 +100,18 @@ def test_a_first_request_pays_little_for_a_draft_that_is_never_right(
     """250 tokens of an engine that knows nothing yet."""
     speed, _ = simulate(0.0, n_seqs=n_seqs, confident=confident, target=target, n_steps=250)
     assert speed >= 0.975
+
+
+@pytest.mark.parametrize("target", [weights_bound, verified_dearly])
+@pytest.mark.parametrize("claims", [(0.3, 0.5, 0.7, 0.9), (0.95,)])
+@pytest.mark.parametrize("rate", [0.0, 0.17])
+def test_a_draft_that_claims_too_much_is_found_out_soon(
+    rate: float, claims: tuple[float, ...], target: Callable[[int], float]
+) -> None:
+    """A confidence is believed until guesses of it were tried; a few of them count more than what it claims."""
+    for seed in range(8):
+        speed, _ = simulate(rate, claims=claims, target=target, n_steps=320, draft_s=0.006, seed=seed)
+        assert speed >= 0.95
 
 
 def test_guesses_that_were_not_tried_are_believed_as_those_before_them() -> None:

@@ -134,9 +134,9 @@ class Controller:
         self._draft_s: dict[int, float] = {}  # seconds of a pass, by the bit length of its sequences
         self._all = _Reach(FIRST_REACH ** np.arange(1, max_tokens + 1), FEW_ROUNDS)
         self._own: dict[Sequence, _Reach] = {}
-        self._trust = np.full(
-            11, -1.0
-        )  # share of guesses that stood, by tenths of their confidence; -1: none yet
+        # Share of guesses that stood, by tenths of their confidence: a mean with that as one guess more, which moves on.
+        self._trust = np.zeros(11)
+        self._tried = np.zeros(11, np.int64)
         self._last: dict[Sequence, Seq[float] | None] = {}  # confidences of what is being verified
         # What a sequence's round verifies where confidences cut it, and what of that stands; none yet.
         self._cut: tuple[float, float] | None = None
@@ -245,8 +245,9 @@ class Controller:
         if confidences is not None:
             for i, confidence in enumerate(confidences[: min(n_draft, n_accepted + 1)]):
                 key, stood = _tenth(confidence), float(i < n_accepted)
-                old = self._trust[key]
-                self._trust[key] = old + 0.02 * (stood - old) if old >= 0 else 0.5 * (confidence + stood)
+                old = self._trust[key] if self._tried[key] else confidence
+                self._tried[key] += 1
+                self._trust[key] = old + max(0.02, 1.0 / (self._tried[key] + 1)) * (stood - old)
 
     def end(self, seq: Sequence) -> None:
         """The sequence does not run any more."""
@@ -266,7 +267,7 @@ class Controller:
         if proposal.confidences is None:
             return np.minimum.accumulate(self._reach(seq).values[:n])
         trust = [
-            self._trust[_tenth(confidence)] if self._trust[_tenth(confidence)] >= 0 else confidence
+            self._trust[_tenth(confidence)] if self._tried[_tenth(confidence)] else confidence
             for confidence in proposal.confidences[:n]
         ]
         chances: F64Array = np.cumprod(np.array(trust))
