@@ -220,6 +220,12 @@ INLINE void gemm_product(gemm_state *state, const gemm_job *j, long rows, const 
         gemm_tile(state, (int)rows, a);
         return;
     }
+#ifndef __AVX512F__
+    if (rows > GEMM_FEW && j->w->zeros != PACE_OFFSETS) {
+        mr_groups(state, (int)rows, a, chunk, j->w->group);
+        return;
+    }
+#endif
     mg_rows(rows, (mg_args){.a = a->a,
                             .chunk = chunk,
                             .c = a->c,
