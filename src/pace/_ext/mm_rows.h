@@ -28,12 +28,16 @@ INLINE void mr_widen(mr_rows *s, long rows, const mm_args *g) {
         for (long k = 0; k < 2 * g->kp; k += VL) v_store(s->x + r * MR_STEP + k, v_load_bf16(g->a + r * g->lda + k));
 }
 
-// Columns 0 .. 15 of b and c. The fma in assembly: left to itself GCC 12 writes sums over other registers and spills
-// the ones that stood there, in the middle of the sum's chain (0.65 of the roof).
-INLINE void mr_tile(const int mr, const int fetch, const float *x, const bf16 *b, float *c, const mm_args *g) {
+// Columns c0 .. c0 + 15, c0 being 0 or 16. The fma in assembly: left to itself GCC 12 writes sums over other registers
+// and spills the ones that stood there, in the middle of the sum's chain (0.65 of the roof).
+INLINE void mr_tile(const int mr, const int fetch, const float *x, long c0, const mm_args *g) {
     __m256 acc[MR_ROWS][2];
-    uintptr_t pf = g->prefetch;
-    const long step = g->prefetch_step;
+    const bf16 *b = g->b + 2 * c0;
+    float *const c = g->c + c0;
+    // Each half of the columns fetches half, so that memory works in both: 4 / 5 / 6 rows stream 31 / 31 / 24 instead
+    // of 29 / 22 / 22 GB/s on two Zen 3 cores.
+    const uintptr_t step = (uintptr_t)g->prefetch_step / 2;
+    uintptr_t pf = g->prefetch + (c0 ? (uintptr_t)g->kp * step : 0);
     const __m256i mask = _mm256_set1_epi32((int)0xffff0000u);
 #pragma GCC unroll 6
     for (int r = 0; r < mr; r++)
@@ -42,8 +46,7 @@ INLINE void mr_tile(const int mr, const int fetch, const float *x, const bf16 *b
     for (long p = 0; p < g->kp; p++, x += 2, b += g->ldb) {
         if (fetch) {
             FETCH(pf, _MM_HINT_T1);
-            FETCH(pf + (uintptr_t)(step / 2), _MM_HINT_T1);
-            pf += (uintptr_t)step;
+            pf += step;
         }
 #pragma GCC unroll 2
         for (int odd = 0; odd < 2; odd++) {
@@ -67,15 +70,15 @@ INLINE void mr_tile(const int mr, const int fetch, const float *x, const bf16 *b
         for (int j = 0; j < 2; j++) v_store(c + r * g->ldc + j * VL, acc[r][j]);
 }
 
-// 3 .. MR_ROWS rows x times a panel: only the first half fetches.
+// 3 .. MR_ROWS rows x times a panel.
 static void mr_product(const float *x, int rows, const mm_args *g) {
-#define MR_CASE(MR)                                 \
-    case MR:                                        \
-        if (g->prefetch)                            \
-            mr_tile(MR, 1, x, g->b, g->c, g);       \
-        else                                        \
-            mr_tile(MR, 0, x, g->b, g->c, g);       \
-        mr_tile(MR, 0, x, g->b + 32, g->c + 16, g); \
+#define MR_CASE(MR)                                   \
+    case MR:                                          \
+        for (long c0 = 0; c0 < PACE_NR; c0 += 2 * VL) \
+            if (g->prefetch)                          \
+                mr_tile(MR, 1, x, c0, g);             \
+            else                                      \
+                mr_tile(MR, 0, x, c0, g);             \
         return;
     switch (rows) { MR_CASE(3) MR_CASE(4) MR_CASE(5) MR_CASE(6) }
 #undef MR_CASE
