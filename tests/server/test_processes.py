@@ -126,7 +126,8 @@ def test_an_engine_that_cannot_go_on_ends_its_process() -> None:
         ours, theirs = socket.socketpair()
         with ours, theirs:
             theirs.setblocking(False)
-            code = await asyncio.wait_for(worker._serve(Broken(), theirs, Frames(Order)), LOADED_S)  # type: ignore[arg-type]
+            serving = worker._serve(Broken(), theirs, Frames(Order))  # type: ignore[arg-type]  # all it is asked
+            code = await asyncio.wait_for(serving, LOADED_S)
             await asyncio.sleep(0)
             return code, Frames(Event).push(ours.recv(1 << 16))
 

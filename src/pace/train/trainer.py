@@ -126,9 +126,8 @@ class Trainer:
         if recipe.loss.needs_teacher:
             self.teacher = load_model(models.target)[0].to(self.device).eval().requires_grad_(False)
             self._teacher_head = self._rows_of(self.teacher.get_output_embeddings().weight)
-        self._kept: dict[
-            int, Teacher
-        ] = {}  # by the id of the packed sequence, which lives as long as the run
+        # By the id of the packed sequence, which lives as long as the run.
+        self._kept: dict[int, Teacher] = {}
         self.draft.to(self.device).train()
         if training.freeze_embedding:
             self.draft.get_input_embeddings().weight.requires_grad_(False)
