@@ -20,7 +20,7 @@ from pace import ops
 from pace.checkpoint import Checkpoint, model_files
 from pace.cli import main
 from pace.errors import ConfigError
-from pace.export import SCHEMES, Calibration, quantize_checkpoint
+from pace.export import SCHEMES, Calibration, gptq, quantize_checkpoint
 from pace.export import calibrate as module
 from pace.export.gptq import Hessian, round_rows
 from pace.models.operators import ExpertsIn, ExpertsOut, Gemm
@@ -49,7 +49,6 @@ def as_f64(rows: Any) -> Any:
 
 def plainly(w: Any, h: Any, bits: int, scales: Any, group: int) -> Any:
     """The same by the papers' formulas, in float64 and with given scales: the inverse's factor, errors pushed forward."""
-    h = h + 0.01 * np.diag(h).mean() * np.eye(len(h))
     u = np.linalg.cholesky(np.linalg.inv(h)).T
     w, q = w.astype(np.float64).copy(), np.zeros_like(w, np.float64)
     for j in range(w.shape[1]):
@@ -71,9 +70,9 @@ def test_the_papers_formulas_give_the_same_codes(bits: int, group: int, k: int) 
     np.testing.assert_allclose(
         hessian.sums, as_f64(x).T @ as_f64(x), rtol=1e-4, atol=1e-3 * hessian.sums.max()
     )
-    codes, scales = round_rows(w, hessian.factor(), bits, group)
-    expected = plainly(w, hessian.sums, bits, scales.astype(np.float64), group)
-    same = codes.astype(int) - 2 ** (bits - 1) == expected
+    loss = hessian.loss()
+    codes, scales = gptq._in_turn(np.ascontiguousarray(w.T), loss, bits, group)
+    same = plainly(w, loss.sums.astype(np.float64), bits, scales.T.astype(np.float64), group) == codes.T
     assert same.all(axis=1).mean() > 0.8 and same.mean() > 0.95
 
 
@@ -88,7 +87,40 @@ def test_outputs_change_less_than_by_rounding_to_the_nearest(bits: int, group: i
         return float(np.square((w - steps * np.repeat(scales, group, axis=1)) @ as_f64(x).T).sum())
 
     nearest = ops.quantise_rows(w, "f32", f"int{bits}", group)
-    assert error(*round_rows(w, hessian.factor(), bits, group)) < 0.6 * error(*nearest)
+    assert error(*round_rows(w, hessian.loss(), bits, group)) < 0.6 * error(*nearest)
+
+
+@pytest.mark.parametrize("group", [32, 128])
+def test_settling_lowers_the_loss_until_no_code_alone_is_better(group: int) -> None:
+    """Which column after column leaves some to be; scales stay numbers of bf16, zeros among them."""
+    k = 256
+    w = rng("settle", group).standard_normal((24, k)).astype(np.float32)
+    w[5] = w[6, :group] = 0
+    hessian = Hessian(k)
+    hessian.add(inputs(600, k))
+    loss, targets = hessian.loss(), np.ascontiguousarray(w.T)
+    h = loss.sums.astype(np.float64)
+    codes, scales = gptq._in_turn(targets, loss, 4, group)
+
+    def cost() -> Any:
+        e = targets - codes * np.repeat(scales.astype(np.float64), group, axis=0)
+        return (e * (h @ e)).sum(axis=0)
+
+    costs = [cost()]
+    for _ in range(40):
+        gptq._settle(targets, codes, scales, loss.sums)
+        costs.append(cost())
+    assert (np.diff(costs, axis=0) <= 1e-5 * costs[0]).all()
+    assert costs[2].sum() < 0.92 * costs[0].sum()
+    assert (scales.view(np.uint32) & 0xFFFF == 0).all() and not scales[:, 5].any() and not scales[0, 6]
+    assert codes.min() == -8 and codes.max() <= 7
+    last = costs[-1].copy()
+    for j in range(0, k, 7):
+        for step in (-1, 1):
+            held = codes[j].copy()
+            codes[j] = np.clip(held + step, -8, 7)
+            assert (cost() >= last * (1 - 1e-5)).all(), j
+            codes[j] = held
 
 
 def test_columns_and_rows_of_zeros() -> None:
@@ -100,7 +132,7 @@ def test_columns_and_rows_of_zeros() -> None:
     hessian.add(x)
     for sums in (hessian.sums, 0 * hessian.sums):
         hessian.sums = sums
-        codes, scales = round_rows(w, hessian.factor(), 4, 32)
+        codes, scales = round_rows(w, hessian.loss(), 4, 32)
         assert np.isfinite(scales).all() and not scales[1].any() and (codes[1] == 8).all()
 
 
@@ -124,6 +156,12 @@ def reference_inputs(model: Model, calibration: Calibration, tokenizer: Tokenize
                 rows = (chosen == e).any(axis=1) if isinstance(op, ExpertsIn) else inner
                 found[op.weight, e] = trace[before.name][op.src][rows]
     return found
+
+
+def counted(name: str, x: Any) -> Any:
+    """X^T X, in which the first row of a piece counts 128 times more where the others look at it."""
+    first = x[::128]
+    return x.T @ x + (128 * first.T @ first if name.endswith("qkv") else 0)
 
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Hessian]:
@@ -152,7 +190,7 @@ def test_matrices_are_rounded_by_the_rows_that_meet_them(
     )
     assert seen.keys() == expected.keys()
     for name, x in expected.items():
-        h = x.T @ x
+        h = counted(name[0], x)
         assert np.abs(seen[name].sums - h).max() < 0.02 * np.diag(h).max(), name
     plain, found = weights(source), weights(out)
     for name, _ in seen:
@@ -197,6 +235,18 @@ def test_a_run_that_was_killed_goes_on(source: Path, tmp_path: Path, monkeypatch
     assert one == other
 
 
+def test_pieces_open_as_prompts_do(source: Path) -> None:
+    """With BOS where prompts have one; texts may be longer than any prompt."""
+    plain = Tokenizer(model_files(source), vocab_size=512, max_model_len=64)
+    text = "The ferry left at 7:45, twelve minutes late. " * 100
+    assert len(text) > plain.max_prompt_bytes
+    pieces = Calibration([text], n_tokens=1024, length=64).pieces(plain, 512)
+    opening = plain.encode("")
+    assert len(pieces) == 1024 // (64 - len(opening)) and {len(piece) for piece in pieces} == {64}
+    assert all(list(piece[: len(opening)]) == opening for piece in pieces)
+    assert plain.decode(pieces[0].tolist()[len(opening) :]) in text
+
+
 def test_what_other_inputs_left_is_not_taken(source: Path, tmp_path: Path) -> None:
     for change in ({"inputs": "a"}, {"inputs": "b"}):
         kept = module.Rounded(tmp_path / "kept", change["inputs"])
@@ -232,17 +282,18 @@ def test_experts_are_rounded_by_the_rows_that_chose_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_experts(tmp_path / "experts", 4)
+    lines = [f"Ferry {7 * i % 97} left at {i % 24}:{13 * i % 60:02}, {i} minutes late." for i in range(140)]
+    text = Calibration([" ".join(lines)], n_tokens=2048, length=128)
     seen, out = watched(monkeypatch), tmp_path / "out"
-    quantize_checkpoint(str(source), out, "w4g32", calibration=TEXT)
+    quantize_checkpoint(str(source), out, "w4g32", calibration=text)
     expected = reference_inputs(
-        load(out, 512), TEXT, Tokenizer(model_files(out), vocab_size=512, max_model_len=512)
+        load(out, 512), text, Tokenizer(model_files(out), vocab_size=512, max_model_len=512)
     )
     routers = {(f"layers.{i}.router", 0) for i in range(2)}
     assert seen.keys() == expected.keys() - routers and len(seen) == 20
-    for name, hessian in seen.items():  # rounding turns choices between experts, and the text repeats itself
-        h = expected[name].T @ expected[name]
-        most = 0.05 if name[0].startswith("layers.0") else 0.2
-        assert np.abs(hessian.sums - h).max() < most * np.diag(h).max(), name
+    for name, hessian in seen.items():  # rounding turns choices between experts
+        h = counted(name[0], expected[name])
+        assert np.abs(hessian.sums - h).max() < 0.05 * np.diag(h).max(), name
 
 
 def write_experts(directory: Path, n_experts: int) -> Path:

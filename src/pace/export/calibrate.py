@@ -28,7 +28,7 @@ from pace.errors import ConfigError
 from pace.export.gptq import Hessian, round_rows, to_bf16
 from pace.export.schemes import WrittenScheme
 from pace.models.decoder import lower
-from pace.models.operators import ExpertsIn, ExpertsOut, Gemm
+from pace.models.operators import ExpertsIn, ExpertsOut, Gemm, RopeKV
 from pace.models.plan import Batch, I32Array, Plan
 from pace.models.registry import parse_config
 from pace.models.sources import Source, check
@@ -62,18 +62,23 @@ class Calibration:
     length: int = 512
 
     def pieces(self, tokenizer: Tokenizer, most: int) -> list[I32Array]:
-        """Token ids, in pieces of at most `most`.
+        """Token ids, in pieces of at most `most`, each with the BOS that opens a prompt.
 
         Raises:
             ConfigError: there are too few.
         """
-        ids = np.array([i for text in self.texts for i in tokenizer.encode(text)], np.int32)
+        whole = tokenizer.max_prompt_bytes // 4  # characters that are read at once
+        parts = [text[at : at + whole] for text in self.texts for at in range(0, len(text), whole)]
+        read = tokenizer.encode_batch(parts, add_special_tokens=False)
+        ids = np.array([i for part in read for i in part], np.int32)
         if len(ids) < _LEAST:
             raise ConfigError(f"the calibration has {len(ids)} tokens, expected {_LEAST} or more; add text")
-        length = min(self.length, most, len(ids))
+        (opening,) = tokenizer.encode_chats([""])
+        length = min(self.length, most, len(ids)) - len(opening)
         n = len(ids) // length
         wanted = min(n, max(self.n_tokens // length, 1))
-        return [ids[at * length : (at + 1) * length] for at in np.arange(wanted) * n // wanted]
+        starts = np.arange(wanted) * n // wanted * length
+        return [np.concatenate([np.array(opening, np.int32), ids[at : at + length]]) for at in starts]
 
 
 class Rounded:
@@ -221,6 +226,7 @@ class _Run:
         self._wanted, self._rounded = wanted, rounded
         self._sources = check(plan.weights(), tensors)
         self._n_rows = sum(map(len, pieces))
+        self._attended = {op.src for op in plan.ops if isinstance(op, RopeKV)}
         self._pool = ThreadPoolExecutor(team.n_threads)
         blocks = np.array([-(-len(piece) // _BLOCK) for piece in pieces])
         pools = [
@@ -280,10 +286,10 @@ class _Run:
         weights = to_f32(self._tensors.tensor(source.name), source.dtype)
         n, k = weights.shape
         group = scheme.group or k
-        factor = hessian.factor()
+        loss = hessian.loss()
 
         def piece(at: int) -> tuple[U8Array, F32Array]:
-            return round_rows(weights[at : at + _PIECE], factor, scheme.bits, group)
+            return round_rows(weights[at : at + _PIECE], loss, scheme.bits, group)
 
         found = list(self._pool.map(piece, range(0, n, _PIECE)))
         codes, scales = (np.concatenate([pair[i] for pair in found]) for i in (0, 1))
@@ -298,6 +304,10 @@ class _Run:
             rows = rows.reshape(len(rows), -1)
         hessian = Hessian(rows.shape[1])
         hessian.add(rows)
+        if isinstance(op, Gemm) and op.dst in self._attended:
+            # Rows of a piece look at its first one alone about as much as at all others together (attention sinks).
+            first = self._batch.q_start[:-1]
+            hessian.add(rows[first], len(rows) // len(first))
         return hessian
 
     def _inputs(self, op: Product, expert: int) -> npt.NDArray[np.uint16]:
