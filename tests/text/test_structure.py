@@ -10,12 +10,15 @@ import pytest
 
 from pace.errors import PaceError, RequestError
 from pace.structured_outputs import MAX_GRAMMAR, StructuredOutputsParams
+from pace.text import structure
 from pace.text.structure import Grammars, Mask, Matcher, lark_of
 from pace.text.tokenizer import Tokenizer
 
 pytest.importorskip("llguidance")
 
 VOCAB, EOS = 512, 1
+GROWING = lark_of(StructuredOutputsParams(regex=r"(.|\n)*a(.|\n){30}b(.|\n){100}c"))
+"""Nearly every token that it reads leads to states of its own."""
 
 
 @pytest.fixture
@@ -92,6 +95,45 @@ def test_matchers_of_one_grammar_are_apart(gpt: Tokenizer, grammars: Grammars) -
     before = allowed(other.mask())
     follow(one, ids(gpt, "the"))
     assert one.is_done and not other.is_done and allowed(other.mask()) == before
+
+
+def test_states_that_others_have_found_fail_nobody(gpt: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grammar's uses share its states and their limit: each has the masks that it has alone, whoever came before."""
+    monkeypatch.setitem(structure._LIMITS, "max_lexer_states", 300)
+    n_compiled = 0
+    compile_anew = Grammars._compile
+
+    def compile_and_count(self: Grammars, lark: str) -> object:
+        nonlocal n_compiled
+        n_compiled += 1
+        return compile_anew(self, lark)
+
+    def walk(matcher: Matcher, seed: int) -> list[bytes]:
+        rng, seen = np.random.default_rng(seed), []
+        for _ in range(40):
+            mask = matcher.mask()
+            seen.append(mask.tobytes())
+            if seed % 2:  # as with speculation: behind each guess, and back
+                seen += [one.tobytes() for one in matcher.masks([int(rng.choice(sorted(allowed(mask))))])]
+            matcher.accept(int(rng.choice(sorted(allowed(mask) - {EOS}))))
+        return seen
+
+    alone = [walk(Grammars(gpt, VOCAB, {EOS}).compile(GROWING), seed) for seed in range(8)]
+    monkeypatch.setattr(Grammars, "_compile", compile_and_count)
+    shared = Grammars(gpt, VOCAB, {EOS})
+    assert [walk(shared.compile(GROWING), seed) for seed in range(8)] == alone
+    assert n_compiled > 1, "nobody came to the limit"
+
+
+def test_a_grammar_that_one_use_fills_with_states_ends_it(
+    gpt: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(structure._LIMITS, "max_lexer_states", 300)
+    matcher = Grammars(gpt, VOCAB, {EOS}).compile(GROWING)
+    rng = np.random.default_rng(0)
+    with pytest.raises(PaceError, match="too many states"):
+        for _ in range(2000):
+            matcher.accept(int(rng.choice(sorted(allowed(matcher.mask()) - {EOS}))))
 
 
 def test_mask_has_a_bit_for_every_column(gpt: Tokenizer) -> None:

@@ -6,7 +6,8 @@ import json
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,12 @@ __all__ = ["Grammars", "Matcher", "json_rule", "lark_of"]
 Mask = npt.NDArray[np.uint32]
 
 MAX_COMPILED = 64
+"""Grammars that are kept, with the states that their uses have found: 50 000 of them are 16 to 20 MB."""
+
 MAX_COMPILE_S = 5.0
 """Of a grammar and its first mask, on the caller's thread. The limits below end all that we know of in less than two."""
+
+_TOO_MANY = "too many states"  # in llguidance's message where max_lexer_states are reached
 
 # Of llguidance: what building and one step may cost. A step of 50 000 is about 4 ms; masks of schemas take 2 to 50 us.
 _LIMITS: dict[str, Any] = {
@@ -38,13 +43,23 @@ _LIMITS: dict[str, Any] = {
 class Matcher:
     """Where one output is in its grammar. Everything but `accept` leaves it where it is.
 
+    The states that a grammar's uses find are shared by all of them, and so is the limit on their number. Who comes to it
+    goes on behind its own tokens in the grammar compiled anew: others' outputs don't decide whether one fails.
+
+    Args:
+        inner: llguidance's, at the beginning.
+        vocab_size: columns of the logits.
+        renew: another `inner` that shares nothing with it.
+
     Attributes:
         is_done: the grammar is complete, and nothing can follow.
     """
 
-    def __init__(self, inner: Any, vocab_size: int) -> None:
+    def __init__(self, inner: Any, vocab_size: int, renew: Callable[[], Any]) -> None:
         self._inner = inner
         self._n_words = (vocab_size + 31) // 32
+        self._renew: Callable[[], Any] | None = renew
+        self._accepted: list[int] = []
 
     @property
     def is_done(self) -> bool:
@@ -58,7 +73,9 @@ class Matcher:
             PaceError: a limit of the grammar's cost was reached.
         """
         mask = np.frombuffer(self._inner.compute_bitmask(), dtype=np.uint32)
-        self._check()
+        if self._is_renewed():
+            mask = np.frombuffer(self._inner.compute_bitmask(), dtype=np.uint32)
+            self._check()
         return mask[: self._n_words]  # llguidance's may have a word more
 
     def accept(self, token_id: int) -> None:
@@ -68,7 +85,10 @@ class Matcher:
             PaceError: the grammar does not allow it.
         """
         self._inner.consume_token(token_id)
-        self._check()
+        if self._is_renewed():
+            self._inner.consume_token(token_id)
+            self._check()
+        self._accepted.append(token_id)
 
     def validate(self, token_ids: Sequence[int]) -> int:
         """How many of these tokens, from the first one on, the grammar allows."""
@@ -88,7 +108,19 @@ class Matcher:
         finally:
             if n_read:
                 self._inner.rollback(n_read)
+                del self._accepted[-n_read:]
         return masks
+
+    def _is_renewed(self) -> bool:
+        """Whether the last call failed for others' sake, and shall be made again."""
+        if not self._inner.is_error() or self._renew is None or _TOO_MANY not in self._inner.get_error():
+            self._check()
+            return False
+        self._inner, self._renew = self._renew(), None
+        for token_id in self._accepted:
+            self._inner.consume_token(token_id)
+        self._check()
+        return True
 
     def _check(self) -> None:
         if self._inner.is_error():
@@ -129,7 +161,14 @@ class Grammars:
                 while len(self._compiled) > MAX_COMPILED:
                     self._compiled.popitem(last=False)
         with self._lock:
-            return Matcher(prototype.deep_copy(), self._vocab_size)
+            return Matcher(prototype.deep_copy(), self._vocab_size, partial(self._anew, lark, prototype))
+
+    def _anew(self, lark: str, full: Any) -> Any:
+        """The grammar with no states yet; the one that is full of them is not handed out any more."""
+        with self._lock:
+            if self._compiled.get(lark) is full:
+                del self._compiled[lark]
+        return self._compile(lark)
 
     def _compile(self, lark: str) -> Any:
         try:
