@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pace import ops
 from pace.checkpoint import GenerationDefaults, ModelFiles, load_generation_defaults, model_files, resolve
@@ -101,37 +101,14 @@ def load(
         quantization=config.quantization,
         random_weights=random_weights,
     ) as source:
-        spec, formats = source.spec, source.formats
-        memory = _plan_memory(config, spec, speculation, formats)
+        spec = source.spec
+        memory = _plan_memory(config, spec, speculation, source.formats)
         if on_plan is not None:
             on_plan(memory)
-        tokenizer_directory, tokenizer = directory, None
-        if not skip_tokenizer:
-            tokenizer_directory, tokenizer = _load_tokenizer(config, files, spec, memory)
-        defaults = load_generation_defaults(
-            files,
-            values,
-            vocab_size=spec.vocab_size,
-            tokenizer_eos_id=None if tokenizer is None else tokenizer.eos_token_id,
-            source=config.generation_config,
-        )
-        if tokenizer is not None:
-            defaults = replace(defaults, eos_token_ids=end_ids(tokenizer, defaults.eos_token_ids))
-        if defaults.sampling:
-            logger.info("sampling defaults from generation_config.json: %s", dict(defaults.sampling))
-        taps = () if speculation is None else speculation.taps(spec)
-        plan = with_formats(lower(spec, memory.max_model_len, taps), formats)
+        text = _load_text(config, files, values, spec, memory, skip_tokenizer=skip_tokenizer)
         team = make_team(config)
         try:
-            guesses = None
-            if speculation is not None:
-                guesses = speculation.make(
-                    Target(spec.vocab_size, spec.dim, memory, tokenizer, team, show_progress)
-                )
-            sink = PackedSink(team)
-            source.fill(plan, sink, show_progress)
-            plan = with_activations(config, plan, sink, tokenizer, source)
-            engine, executor = build_engine(config, plan, sink, team, memory, defaults, tokenizer, guesses)
+            engine, executor, sink = _build(config, source, memory, text, team, speculation, show_progress)
         except BaseException:
             team.close()
             raise
@@ -146,16 +123,41 @@ def load(
     return Loaded(
         engine,
         directory,
-        tokenizer_directory,
+        text.directory,
         spec,
         executor,
         team,
-        tokenizer,
-        defaults,
+        text.tokenizer,
+        text.defaults,
         memory,
         sink.n_bytes,
         load_s,
     )
+
+
+def _build(
+    config: EngineConfig,
+    source: WeightSource,
+    memory: MemoryPlan,
+    text: _Text,
+    team: ops.Team,
+    speculation: SpeculationMaker | None,
+    show_progress: bool | None,
+) -> tuple[Engine, ops.Plan, PackedSink]:
+    """The engine, its plan on packed weights, and those; drafts come first, their memory was planned so."""
+    spec = source.spec
+    taps = () if speculation is None else speculation.taps(spec)
+    plan = with_formats(lower(spec, memory.max_model_len, taps), source.formats)
+    guesses = None
+    if speculation is not None:
+        guesses = speculation.make(
+            Target(spec.vocab_size, spec.dim, memory, text.tokenizer, team, show_progress)
+        )
+    sink = PackedSink(team)
+    source.fill(plan, sink, show_progress)
+    plan = with_activations(config, plan, sink, text.tokenizer, source)
+    engine, executor = build_engine(config, plan, sink, team, memory, text.defaults, text.tokenizer, guesses)
+    return engine, executor, sink
 
 
 def with_activations(
@@ -223,6 +225,40 @@ def _plan_memory(
         logger.warning("%s", note)
     logger.info("memory plan: %s", memory.describe())
     return memory
+
+
+class _Text(NamedTuple):
+    """What stands between text and ids: the place of the tokenizer, the tokenizer if wanted, and defaults."""
+
+    directory: Path
+    tokenizer: Tokenizer | None
+    defaults: GenerationDefaults
+
+
+def _load_text(
+    config: EngineConfig,
+    files: ModelFiles,
+    values: dict[str, Any],
+    spec: DecoderSpec,
+    memory: MemoryPlan,
+    *,
+    skip_tokenizer: bool,
+) -> _Text:
+    directory, tokenizer = files.path, None
+    if not skip_tokenizer:
+        directory, tokenizer = _load_tokenizer(config, files, spec, memory)
+    defaults = load_generation_defaults(
+        files,
+        values,
+        vocab_size=spec.vocab_size,
+        tokenizer_eos_id=None if tokenizer is None else tokenizer.eos_token_id,
+        source=config.generation_config,
+    )
+    if tokenizer is not None:
+        defaults = replace(defaults, eos_token_ids=end_ids(tokenizer, defaults.eos_token_ids))
+    if defaults.sampling:
+        logger.info("sampling defaults from generation_config.json: %s", dict(defaults.sampling))
+    return _Text(directory, tokenizer, defaults)
 
 
 def _load_tokenizer(
