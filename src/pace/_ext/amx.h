@@ -43,6 +43,36 @@ static void amx_configure(int rows, int bytes) {
 // could be moved behind them. (Its tile stores do clobber memory.)
 #define AMX_FENCE __asm__ volatile("" ::: "memory")
 
+// Tiles 0 .. 3 are the sums of 32 rows and 32 columns, 0 and 1 those of 16 rows, at c, rows `ldc` bytes apart: zeros,
+// or what stands there. halves: 1 or 2, a constant.
+INLINE void amx_sums(const int halves, int accumulate, const void *c, size_t ldc) {
+    const char *low = (const char *)c + 16 * ldc;
+    if (accumulate) {
+        _tile_loadd(0, c, ldc);
+        _tile_loadd(1, (const char *)c + 64, ldc);
+        if (halves == 2) {
+            _tile_loadd(2, low, ldc);
+            _tile_loadd(3, low + 64, ldc);
+        }
+        return;
+    }
+    _tile_zero(0);
+    _tile_zero(1);
+    if (halves == 2) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+}
+INLINE void amx_store(const int halves, void *c, size_t ldc) {
+    char *low = (char *)c + 16 * ldc;
+    _tile_stored(0, c, ldc);
+    _tile_stored(1, (char *)c + 64, ldc);
+    if (halves == 2) {
+        _tile_stored(2, low, ldc);
+        _tile_stored(3, low + 64, ldc);
+    }
+}
+
 // fetch: AMX_STREAM, all lines of 2 KB per step (the next panel), AMX_SHARE, some of them (what many tiles fetch
 // together), and AMX_SHARE_ROWS, also a line of each of four rows (of the next row tile: 32 rows on 32 pages are more
 // streams than the hardware prefetcher follows).
@@ -50,22 +80,7 @@ enum { AMX_ALONE, AMX_STREAM, AMX_SHARE, AMX_SHARE_ROWS };
 INLINE void amx_tile(const int halves, const int fetch, const mm_args *g) {
     AMX_FENCE;
     const size_t lda = (size_t)g->lda * 2, ldc = (size_t)g->ldc * 4, ldb = (size_t)g->ldb * 2;
-    float *c = g->c;
-    if (g->accumulate) {
-        _tile_loadd(0, c, ldc);
-        _tile_loadd(1, c + 16, ldc);
-        if (halves == 2) {
-            _tile_loadd(2, c + 16 * g->ldc, ldc);
-            _tile_loadd(3, c + 16 * g->ldc + 16, ldc);
-        }
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        if (halves == 2) {
-            _tile_zero(2);
-            _tile_zero(3);
-        }
-    }
+    amx_sums(halves, g->accumulate, g->c, ldc);
     const bf16 *a = g->a, *b = g->b;
     uintptr_t pf = g->prefetch, rows = g->prefetch_rows;
     const uintptr_t share = (uintptr_t)g->prefetch_step * 16;
@@ -97,12 +112,7 @@ INLINE void amx_tile(const int halves, const int fetch, const mm_args *g) {
         a += 32;
         b += 16 * g->ldb;
     }
-    _tile_stored(0, c, ldc);
-    _tile_stored(1, c + 16, ldc);
-    if (halves == 2) {
-        _tile_stored(2, c + 16 * g->ldc, ldc);
-        _tile_stored(3, c + 16 * g->ldc + 16, ldc);
-    }
+    amx_store(halves, g->c, ldc);
 }
 
 // A few rows without tiles, bit for bit what tdpbf16ps computes: per 32 k the even and the odd products are two

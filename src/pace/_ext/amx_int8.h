@@ -35,22 +35,7 @@ typedef struct {
 INLINE void ai_tile(const int halves, const int bytes, ai_args *t) {
     AMX_FENCE;
     const size_t lda = (size_t)t->lda, ldc = PACE_NR * 4, ldb = PACE_NR * 4;
-    int32_t *c = t->c, *low = t->c + 16 * PACE_NR;
-    if (t->accumulate) {
-        _tile_loadd(0, c, ldc);
-        _tile_loadd(1, c + 16, ldc);
-        if (halves == 2) {
-            _tile_loadd(2, low, ldc);
-            _tile_loadd(3, low + 16, ldc);
-        }
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        if (halves == 2) {
-            _tile_zero(2);
-            _tile_zero(3);
-        }
-    }
+    amx_sums(halves, t->accumulate, t->c, ldc);
     const int8_t *a = t->a;
     const uint8_t *b = t->b;
     for (long i = 0; i < t->steps; i++) {
@@ -76,12 +61,7 @@ INLINE void ai_tile(const int halves, const int bytes, ai_args *t) {
         a += bytes;
         b += bytes * PACE_NR;
     }
-    _tile_stored(0, c, ldc);
-    _tile_stored(1, c + 16, ldc);
-    if (halves == 2) {
-        _tile_stored(2, low, ldc);
-        _tile_stored(3, low + 16, ldc);
-    }
+    amx_store(halves, t->c, ldc);
 }
 static void ai_products(int rows, int bytes, ai_args *t) {
     if (rows > 16 && bytes == 64)
