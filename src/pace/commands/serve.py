@@ -22,7 +22,13 @@ def add(commands: Any) -> None:
         metavar="FILE",
         help="YAML with the names of these options, model among them; what is given here wins",
     )
-    group = parser.add_argument_group("chats")
+    _add_chats(parser.add_argument_group("chats"))
+    _add_server(parser.add_argument_group("server"))
+    _add_engines(parser.add_argument_group("engines"))
+    _add_limits(parser.add_argument_group("limits"))
+
+
+def _add_chats(group: Any) -> None:
     group.add_argument(
         "--tool-call-parser",
         choices=sorted({*TOOL_PARSERS, *PARSER_ALIASES}),
@@ -41,7 +47,9 @@ def add(commands: Any) -> None:
         action="store_true",
         help="changes nothing, for callers of vLLM: models may always call tools",
     )
-    group = parser.add_argument_group("server")
+
+
+def _add_server(group: Any) -> None:
     group.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
     group.add_argument("--port", type=_port, default=8000, metavar="N", help="default: 8000; 0: any free one")
     group.add_argument("--uds", metavar="PATH", help="listen at a unix socket instead")
@@ -94,7 +102,9 @@ def add(commands: Any) -> None:
         metavar="S",
         help="how long streams may go on after SIGTERM (default: 30)",
     )
-    group = parser.add_argument_group("engines")
+
+
+def _add_engines(group: Any) -> None:
     options.add_data_parallel(group)
     group.add_argument(
         "--on-engine-death",
@@ -109,7 +119,9 @@ def add(commands: Any) -> None:
         metavar="S",
         help="an engine that makes no step for so long, though it should, is taken for dead (default: 300)",
     )
-    group = parser.add_argument_group("limits")
+
+
+def _add_limits(group: Any) -> None:
     group.add_argument(
         "--max-num-waiting",
         type=_count,
