@@ -232,7 +232,7 @@ def test_a_file_truncated_while_it_is_packed(tmp_path: Path, team: ops.Team) -> 
 # ---- importing --------------------------------------------------------------------------------------------
 
 IMPORT = """
-import json, logging, os, signal, sys, threading, time
+import gc, json, logging, os, signal, sys, threading, time
 import numpy
 def state():
     return [
@@ -245,6 +245,7 @@ def state():
         os.getcwd(),
         sorted(os.sched_getaffinity(0)),
         sys.getrecursionlimit(),
+        gc.isenabled(),
     ]
 before = state()
 begin = time.perf_counter()

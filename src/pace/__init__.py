@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pace import ops as _ops  # picks the kernels; raises ImportError on a CPU below AVX2
-from pace.config import VERSION
+from pace.imports import uncollected
+
+with uncollected():
+    from pace import ops as _ops  # picks the kernels; raises ImportError on a CPU below AVX2
+    from pace.config import VERSION
 
 if TYPE_CHECKING:
     from pace.async_llm import AsyncLLM
@@ -54,7 +57,8 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         import importlib
 
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        with uncollected():
+            return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'pace' has no attribute {name!r}")
 
 

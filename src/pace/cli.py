@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import re
 import sys
 import traceback
 from collections.abc import Sequence
 
 from pace import __version__, console, log
-from pace.commands import (
-    bench,
-    chat,
-    config_file,
-    evaluate,
-    generate,
-    info,
-    pack,
-    quantize,
-    run_batch,
-    serve,
-    train,
-)
+from pace.commands import config_file
 from pace.commands.options import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE
 from pace.config import ENVIRONMENT, PACE_LOG_LEVEL
 from pace.errors import PaceError, one_line
 from pace.vllm_names import ENGINE_OPTIONS, SAMPLING_FIELDS
 
 __all__ = ["main"]
+
+COMMANDS = {
+    "generate": "generate",
+    "chat": "chat",
+    "serve": "serve",
+    "run-batch": "run_batch",
+    "info": "info",
+    "bench": "bench",
+    "eval": "evaluate",
+    "quantize": "quantize",
+    "pack": "pack",
+    "train": "train",
+}
+"""Names, and the modules of `pace.commands` that have them."""
 
 EXAMPLES = """examples:
   pace generate --model demo --prompt "def fibonacci(n):" --max-tokens 64 --temperature 0
@@ -100,8 +103,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         arg if name is None else name[1].replace("_", "-") + (name[2] or "")
         for arg, name in zip(argv, names, strict=False)
     ]
-    parser = _parser()
     arguments = [*dashed, *argv[end:]]
+    parser = _parser(arguments[:1])
     args, unknown = parser.parse_known_args(arguments)
     if unknown:
         name = unknown[0].partition("=")[0].removeprefix("--").replace("-", "_")
@@ -116,7 +119,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(first: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """What reads the command line.
+
+    Args:
+        first: its first argument: of the command that this names, the others are left out, whose options take longer to
+            import and describe than it takes to read a packed model.
+    """
     environment = "environment:\n" + "\n".join(f"  {v.name:<15} {v.doc}" for v in ENVIRONMENT)
     parser = argparse.ArgumentParser(
         prog="pace",
@@ -126,8 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pace {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (generate, chat, serve, run_batch, info, bench, evaluate, quantize, pack, train):
-        command.add(commands)
+    for name in COMMANDS.keys() & first or COMMANDS:
+        importlib.import_module(f"pace.commands.{COMMANDS[name]}").add(commands)
     return parser
 
 

@@ -61,6 +61,31 @@ def test_the_folder_is_all_that_is_needed(source: Path, tmp_path: Path, quantiza
     assert said(tmp_path / "moved") == truth
 
 
+NOT_NEEDED = {
+    "asyncio",
+    "jinja2",
+    "huggingface_hub",
+    "safetensors",
+    "pace.commands.serve",
+    "pace.engine.tensor_source",
+}
+NOT_NEEDED |= {"pace.models.weights", "pace.models.sources", "pace.models.qwen2", "pace.speculative.loader"}
+
+
+def test_a_packed_model_imports_only_what_it_runs(source: Path, tmp_path: Path) -> None:
+    """Imports are most of the time to its first token: commands, families, drafters and what reads a checkpoint wait."""
+    main(["pack", str(source), str(tmp_path / "out")])
+    call = ["generate", "--model", str(tmp_path / "out"), "--prompt", "a", "--max-tokens", "1", "--no-stats"]
+    code = (
+        "import sys, pace.cli\n"
+        f"assert pace.cli.main({call!r}) == 0\n"
+        f"assert not {NOT_NEEDED!r} & set(sys.modules), {NOT_NEEDED!r} & set(sys.modules)\n"
+        "assert 'pace.models.llama' in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_same_bytes_each_time(source: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         main(["pack", str(source), str(tmp_path / name), "--quantization", "int8"])

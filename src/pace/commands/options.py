@@ -305,8 +305,8 @@ def _speculative(text: str | None) -> SpeculativeConfig | None:
 
 def load_llm(args: argparse.Namespace) -> LLM:
     """Load the model; says what memory it takes before it takes it, unless --no-stats."""
-    from pace.llm import LLM
-    from pace.speculative import load  # brings numpy and the kernels; `pace --help` needs neither
+    from pace import LLM  # brings the tokenizer's parts and the engine; `pace --help` needs neither
+    from pace.speculative import load
 
     config = engine_config(args)
     return LLM.from_loaded(config, load(config, on_plan=print_plan if args.stats else None))

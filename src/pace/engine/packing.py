@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from pace import ops
 from pace.models.plan import F32Array, Plan, WeightShape
-from pace.models.weights import SourcePart
+from pace.models.tensors import SourcePart
 from pace.quant.groups import Fp8Rows, GroupedRows
 
 __all__ = ["PackedSink", "Weight", "invent_weights"]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from pace.checkpoint import ModelFiles
 from pace.checkpoint.pack_file import PackFile, pack_in
 from pace.config import EngineConfig
-from pace.console import progress_bar
 from pace.engine.guard import Measured
 from pace.engine.pack_cache import PackCache
 from pace.engine.packing import PackedSink, invent_weights
@@ -19,12 +18,9 @@ from pace.errors import ConfigError, WeightsError, show
 from pace.log import logger
 from pace.models.decoder import lower
 from pace.models.formats import formats_of, with_formats
-from pace.models.held import held_formats
 from pace.models.plan import Plan, WeightFormat
-from pace.models.quantisation import quantised_in
 from pace.models.spec import DecoderSpec
 from pace.models.weight_map import WeightMap
-from pace.models.weights import Tensors, load_weights, settle_head
 
 __all__ = ["WeightSource", "open_weights"]
 
@@ -57,33 +53,6 @@ class WeightSource:
 
     def store(self, weights: Mapping[str, Any], measured: Measured | None) -> None:
         """Keep packed weights for the next time."""
-
-
-class _Tensors(WeightSource):
-    """Weights of a checkpoint."""
-
-    def __init__(
-        self,
-        spec: DecoderSpec,
-        formats: dict[str, WeightFormat],
-        tensors: Tensors,
-        cache: PackCache | None,
-    ) -> None:
-        super().__init__(spec, formats)
-        self._tensors = tensors
-        self._cache = cache
-
-    def fill(self, plan: Plan, sink: PackedSink, show_progress: bool | None) -> None:
-        with _progress_bar(show_progress) as progress:
-            load_weights(plan, self._tensors, sink, progress)
-
-    @property
-    def is_stored(self) -> bool:
-        return self._cache is not None
-
-    def store(self, weights: Mapping[str, Any], measured: Measured | None) -> None:
-        if self._cache is not None:
-            self._cache.store(weights, measured)
 
 
 class _Packed(WeightSource):
@@ -146,11 +115,10 @@ def open_weights(
     if cached is not None:
         yield cached
         return
-    with ExitStack() as opened:
-        checkpoint = opened.enter_context(closing(files.tensors()))
-        tensors = Tensors(checkpoint, weight_map, len(spec.layers), quantised_in(checkpoint, values))
-        spec = settle_head(spec, tensors)
-        yield _Tensors(spec, _formats(quantization, spec, tensors), tensors, cache)
+    from pace.engine.tensor_source import open_tensors  # brings every layout of weights; a pack has its own
+
+    with open_tensors(files, values, spec, weight_map, quantization, cache) as source:
+        yield source
 
 
 def _cached(cache: PackCache, spec: DecoderSpec) -> WeightSource | None:
@@ -162,30 +130,3 @@ def _cached(cache: PackCache, spec: DecoderSpec) -> WeightSource | None:
     except WeightsError as error:
         logger.info("%s; it is written anew", error)
         return None
-
-
-def _formats(quantization: str | None, spec: DecoderSpec, tensors: Tensors) -> dict[str, WeightFormat]:
-    """The formats that the option asks for, or that the checkpoint has."""
-    plan = lower(spec, 1)
-    if quantization is None:
-        return held_formats(plan, tensors)
-    if tensors.quantised:
-        raise ConfigError(
-            f"quantization is {quantization}, but the checkpoint is quantised already; leave the option out"
-        )
-    return formats_of(plan, quantization)
-
-
-@contextmanager
-def _progress_bar(show: bool | None) -> Iterator[Callable[[int, int], None] | None]:
-    bar = progress_bar(show, desc="loading", unit="B", unit_scale=True, leave=False)
-    if bar is None:
-        yield None
-        return
-    with bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield progress

@@ -7,37 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
+from importlib import import_module
+from types import MappingProxyType, ModuleType
 from typing import Final
 
 from pace.errors import CheckpointError, UnsupportedModel, show
-from pace.models import (
-    cohere2,
-    ernie4_5,
-    exaone4,
-    gemma,
-    gemma4,
-    glm4,
-    glm4_moe,
-    gpt_oss,
-    gptj,
-    granite,
-    hunyuan,
-    llama,
-    llama4,
-    mistral,
-    mixtral,
-    olmo,
-    opt,
-    phi,
-    phi3,
-    qwen2,
-    qwen3,
-    qwen_moe,
-    seed_oss,
-    smollm3,
-    stablelm,
-)
 from pace.models.config import Config
 from pace.models.quantisation import CONFIG_KEYS, quantisation
 from pace.models.spec import DecoderSpec
@@ -48,69 +22,90 @@ from pace.models.weight_map import WeightMap
 class Architecture:
     """One architecture.
 
+    Its family's file is imported when it is asked for: together they take 10 to 30 ms.
+
     Args:
         model_type: the config's model_type that belongs to it.
-        spec: reads the config.
-        weights: plan weight name -> checkpoint tensors.
+        reader: what reads the config, as "file.function" of `pace.models`; of a multimodal one "".
+        table: in the same file.
         text: of a multimodal one, the architectures that its text model may have; only that is run.
+        tied: of a multimodal one, whether it ties its embeddings where the config doesn't say.
     """
 
     model_type: str
-    spec: Callable[[Config], DecoderSpec]
-    weights: WeightMap
+    reader: str = ""
+    table: str = "WEIGHTS"
     text: tuple[str, ...] = ()
+    tied: bool = True
 
+    @property
+    def spec(self) -> Callable[[Config], DecoderSpec]:
+        """Reads the config."""
+        if self.text:
+            return lambda config: _text_tower(config, self.text, self.tied)
+        _, _, function = self.reader.partition(".")
+        reader: Callable[[Config], DecoderSpec] = getattr(self._family, function)
+        return reader
 
-def _multimodal(model_type: str, *text: str, tied: bool = True) -> Architecture:
-    return Architecture(model_type, lambda config: _text_tower(config, text, tied), {}, text)
+    @property
+    def weights(self) -> WeightMap:
+        """Plan weight name -> checkpoint tensors. Every text model that a multimodal one may hold has the same."""
+        if self.text:
+            return ARCHITECTURES[self.text[0]].weights
+        table: WeightMap = getattr(self._family, self.table)
+        return table
+
+    @property
+    def _family(self) -> ModuleType:
+        return import_module(f"pace.models.{self.reader.partition('.')[0]}")
 
 
 ARCHITECTURES: Final[Mapping[str, Architecture]] = MappingProxyType(
     {
-        "LlamaForCausalLM": Architecture("llama", llama.llama, llama.WEIGHTS),
-        "MistralForCausalLM": Architecture("mistral", mistral.mistral, mistral.WEIGHTS),
-        "MinistralForCausalLM": Architecture("ministral", mistral.mistral, mistral.WEIGHTS),
-        "Ministral3ForCausalLM": Architecture("ministral3", mistral.ministral3, mistral.WEIGHTS),
-        "Mistral3ForConditionalGeneration": _multimodal(
-            "mistral3", "MistralForCausalLM", "Ministral3ForCausalLM"
+        "LlamaForCausalLM": Architecture("llama", "llama.llama"),
+        "MistralForCausalLM": Architecture("mistral", "mistral.mistral"),
+        "MinistralForCausalLM": Architecture("ministral", "mistral.mistral"),
+        "Ministral3ForCausalLM": Architecture("ministral3", "mistral.ministral3"),
+        "Mistral3ForConditionalGeneration": Architecture(
+            "mistral3", text=("MistralForCausalLM", "Ministral3ForCausalLM")
         ),
-        "Qwen2ForCausalLM": Architecture("qwen2", qwen2.qwen2, qwen2.WEIGHTS),
-        "Qwen3ForCausalLM": Architecture("qwen3", qwen3.qwen3, qwen3.WEIGHTS),
-        "Gemma2ForCausalLM": Architecture("gemma2", gemma.gemma2, gemma.WEIGHTS2),
-        "Gemma3ForCausalLM": Architecture("gemma3_text", gemma.gemma3, gemma.WEIGHTS3),
-        "Gemma3ForConditionalGeneration": _multimodal("gemma3", "Gemma3ForCausalLM"),
-        "Gemma4ForCausalLM": Architecture("gemma4_text", gemma4.gemma4, gemma4.WEIGHTS),
-        "Gemma4ForConditionalGeneration": _multimodal("gemma4", "Gemma4ForCausalLM"),
-        "Gemma4UnifiedForCausalLM": Architecture(
-            "gemma4_unified_text", gemma4.gemma4_unified, gemma4.WEIGHTS
+        "Qwen2ForCausalLM": Architecture("qwen2", "qwen2.qwen2"),
+        "Qwen3ForCausalLM": Architecture("qwen3", "qwen3.qwen3"),
+        "Gemma2ForCausalLM": Architecture("gemma2", "gemma.gemma2", "WEIGHTS2"),
+        "Gemma3ForCausalLM": Architecture("gemma3_text", "gemma.gemma3", "WEIGHTS3"),
+        "Gemma3ForConditionalGeneration": Architecture("gemma3", text=("Gemma3ForCausalLM",)),
+        "Gemma4ForCausalLM": Architecture("gemma4_text", "gemma4.gemma4"),
+        "Gemma4ForConditionalGeneration": Architecture("gemma4", text=("Gemma4ForCausalLM",)),
+        "Gemma4UnifiedForCausalLM": Architecture("gemma4_unified_text", "gemma4.gemma4_unified"),
+        "Gemma4UnifiedForConditionalGeneration": Architecture(
+            "gemma4_unified", text=("Gemma4UnifiedForCausalLM",)
         ),
-        "Gemma4UnifiedForConditionalGeneration": _multimodal("gemma4_unified", "Gemma4UnifiedForCausalLM"),
-        "PhiForCausalLM": Architecture("phi", phi.phi, phi.WEIGHTS),
-        "Phi3ForCausalLM": Architecture("phi3", phi3.phi3, phi3.WEIGHTS),
-        "OPTForCausalLM": Architecture("opt", opt.opt, opt.WEIGHTS),
-        "GPTJForCausalLM": Architecture("gptj", gptj.gptj, gptj.WEIGHTS),
-        "Olmo2ForCausalLM": Architecture("olmo2", olmo.olmo2, olmo.WEIGHTS),
-        "Olmo3ForCausalLM": Architecture("olmo3", olmo.olmo3, olmo.WEIGHTS),
-        "GraniteForCausalLM": Architecture("granite", granite.granite, granite.WEIGHTS),
-        "SmolLM3ForCausalLM": Architecture("smollm3", smollm3.smollm3, smollm3.WEIGHTS),
-        "StableLmForCausalLM": Architecture("stablelm", stablelm.stablelm, stablelm.WEIGHTS),
-        "HunYuanDenseV1ForCausalLM": Architecture("hunyuan_v1_dense", hunyuan.hunyuan, hunyuan.WEIGHTS),
-        "SeedOssForCausalLM": Architecture("seed_oss", seed_oss.seed_oss, seed_oss.WEIGHTS),
-        "Exaone4ForCausalLM": Architecture("exaone4", exaone4.exaone4, exaone4.WEIGHTS),
-        "Glm4ForCausalLM": Architecture("glm4", glm4.glm4, glm4.WEIGHTS),
-        "Ernie4_5ForCausalLM": Architecture("ernie4_5", ernie4_5.ernie4_5, ernie4_5.WEIGHTS),
-        "Cohere2ForCausalLM": Architecture("cohere2", cohere2.cohere2, cohere2.WEIGHTS),
-        "Qwen2MoeForCausalLM": Architecture("qwen2_moe", qwen_moe.qwen2_moe, qwen_moe.WEIGHTS2),
-        "Qwen3MoeForCausalLM": Architecture("qwen3_moe", qwen_moe.qwen3_moe, qwen_moe.WEIGHTS3),
-        "MixtralForCausalLM": Architecture("mixtral", mixtral.mixtral, mixtral.WEIGHTS),
-        "GptOssForCausalLM": Architecture("gpt_oss", gpt_oss.gpt_oss, gpt_oss.WEIGHTS),
-        "Llama4ForCausalLM": Architecture("llama4_text", llama4.llama4, llama4.WEIGHTS),
-        "Llama4ForConditionalGeneration": _multimodal("llama4", "Llama4ForCausalLM", tied=False),
-        "Glm4MoeForCausalLM": Architecture("glm4_moe", glm4_moe.glm4_moe, glm4_moe.WEIGHTS),
-        "SarvamMoEForCausalLM": Architecture("sarvam_moe", glm4_moe.sarvam, glm4_moe.SARVAM_WEIGHTS),
-        "OlmoeForCausalLM": Architecture("olmoe", olmo.olmoe, olmo.MOE_WEIGHTS),
-        "GraniteMoeForCausalLM": Architecture("granitemoe", granite.granite_moe, granite.MOE_WEIGHTS),
-        "MiniMaxM2ForCausalLM": Architecture("minimax_m2", mixtral.minimax_m2, mixtral.MINIMAX_WEIGHTS),
+        "PhiForCausalLM": Architecture("phi", "phi.phi"),
+        "Phi3ForCausalLM": Architecture("phi3", "phi3.phi3"),
+        "OPTForCausalLM": Architecture("opt", "opt.opt"),
+        "GPTJForCausalLM": Architecture("gptj", "gptj.gptj"),
+        "Olmo2ForCausalLM": Architecture("olmo2", "olmo.olmo2"),
+        "Olmo3ForCausalLM": Architecture("olmo3", "olmo.olmo3"),
+        "GraniteForCausalLM": Architecture("granite", "granite.granite"),
+        "SmolLM3ForCausalLM": Architecture("smollm3", "smollm3.smollm3"),
+        "StableLmForCausalLM": Architecture("stablelm", "stablelm.stablelm"),
+        "HunYuanDenseV1ForCausalLM": Architecture("hunyuan_v1_dense", "hunyuan.hunyuan"),
+        "SeedOssForCausalLM": Architecture("seed_oss", "seed_oss.seed_oss"),
+        "Exaone4ForCausalLM": Architecture("exaone4", "exaone4.exaone4"),
+        "Glm4ForCausalLM": Architecture("glm4", "glm4.glm4"),
+        "Ernie4_5ForCausalLM": Architecture("ernie4_5", "ernie4_5.ernie4_5"),
+        "Cohere2ForCausalLM": Architecture("cohere2", "cohere2.cohere2"),
+        "Qwen2MoeForCausalLM": Architecture("qwen2_moe", "qwen_moe.qwen2_moe", "WEIGHTS2"),
+        "Qwen3MoeForCausalLM": Architecture("qwen3_moe", "qwen_moe.qwen3_moe", "WEIGHTS3"),
+        "MixtralForCausalLM": Architecture("mixtral", "mixtral.mixtral"),
+        "GptOssForCausalLM": Architecture("gpt_oss", "gpt_oss.gpt_oss"),
+        "Llama4ForCausalLM": Architecture("llama4_text", "llama4.llama4"),
+        "Llama4ForConditionalGeneration": Architecture("llama4", text=("Llama4ForCausalLM",), tied=False),
+        "Glm4MoeForCausalLM": Architecture("glm4_moe", "glm4_moe.glm4_moe"),
+        "SarvamMoEForCausalLM": Architecture("sarvam_moe", "glm4_moe.sarvam", "SARVAM_WEIGHTS"),
+        "OlmoeForCausalLM": Architecture("olmoe", "olmo.olmoe", "MOE_WEIGHTS"),
+        "GraniteMoeForCausalLM": Architecture("granitemoe", "granite.granite_moe", "MOE_WEIGHTS"),
+        "MiniMaxM2ForCausalLM": Architecture("minimax_m2", "mixtral.minimax_m2", "MINIMAX_WEIGHTS"),
     }
 )
 
@@ -143,9 +138,7 @@ def parse_config(values: object, where: str = "config.json") -> tuple[DecoderSpe
         config.skip(*CONFIG_KEYS)
     spec = architecture.spec(config)
     config.refuse_unread(spec.max_len)
-    # Every architecture that a multimodal one may hold has the same tensors.
-    weights = ARCHITECTURES[architecture.text[0]].weights if architecture.text else architecture.weights
-    return spec, weights
+    return spec, architecture.weights
 
 
 def _text_tower(config: Config, allowed: tuple[str, ...], tied: bool) -> DecoderSpec:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from pace.errors import WeightsError
 from pace.log import logger
 from pace.models.names import IGNORED, KV_SCALES, canonical
+from pace.models.plan import PartMode
 from pace.models.weight_map import Parts, TensorNames, WeightMap, any_expert, choose, expand
 from pace.quant.groups import Fp8Rows, GroupedRows
 from pace.quant.matrices import Matrix, QuantisedRows
@@ -44,6 +45,26 @@ _COMPARED = 1 << 20  # elements of two matrices that are compared at a time
 _FURTHER: Final = re.compile(
     r"(?P<layer>.*\blayers\.(?P<index>\d+)\.)(?:eh_proj|enorm|hnorm)\.weight", re.ASCII
 )
+
+
+class SourcePart(NamedTuple):
+    """Rows for a matrix.
+
+    Args:
+        array: [rows, k] C-contiguous; bf16 as uint16. Of MXFP4 the blocks [rows, k / 32, 16], rows any way apart; of
+            "grouped" and "fp8" the rows with their scales. Valid until the next part is requested.
+        at: first row of the target; a multiple of 16.
+        mode: "rows": consecutive; "gate"/"up": as `plan.gated_rows`.
+        matrix: which of the `count` of the weight.
+        scales: of MXFP4, [rows, k / 32].
+    """
+
+    array: SourceArray | QuantisedRows
+    dtype: SourceDtype
+    at: int
+    mode: PartMode
+    matrix: int = 0
+    scales: SourceArray | None = None
 
 
 class TensorInfo(Protocol):

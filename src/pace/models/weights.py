@@ -10,18 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from pace.log import logger
-from pace.models.plan import PartMode, Plan, WeightShape, gated_rows
+from pace.models.plan import Plan, WeightShape, gated_rows
 from pace.models.sources import Source, TensorShape, check, tensor_shapes
 from pace.models.spec import DecoderSpec
-from pace.models.tensors import F32Array, SourceArray, SourceDtype, Tensors, to_f32
+from pace.models.tensors import F32Array, SourceArray, SourceDtype, SourcePart, Tensors, to_f32
 from pace.models.weight_map import Part, WeightMap
-from pace.quant.matrices import QuantisedRows
 
 __all__ = [
     "DenseSink",
@@ -42,26 +41,6 @@ __all__ = [
 
 Progress = Callable[[int, int], None]
 """progress(done_bytes, total_bytes) of source tensors, after each tensor."""
-
-
-class SourcePart(NamedTuple):
-    """Rows for a matrix.
-
-    Args:
-        array: [rows, k] C-contiguous; bf16 as uint16. Of MXFP4 the blocks [rows, k / 32, 16], rows any way apart; of
-            "grouped" and "fp8" the rows with their scales. Valid until the next part is requested.
-        at: first row of the target; a multiple of 16.
-        mode: "rows": consecutive; "gate"/"up": as `plan.gated_rows`.
-        matrix: which of the `count` of the weight.
-        scales: of MXFP4, [rows, k / 32].
-    """
-
-    array: SourceArray | QuantisedRows
-    dtype: SourceDtype
-    at: int
-    mode: PartMode
-    matrix: int = 0
-    scales: SourceArray | None = None
 
 
 class Sink(Protocol):

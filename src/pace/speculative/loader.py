@@ -11,10 +11,9 @@ import numpy as np
 from pace import ops
 from pace.checkpoint import model_files, resolve
 from pace.config import EngineConfig
-from pace.engine import loader
 from pace.engine.build import make_cache, shares_prefixes
 from pace.engine.kv_memory import plan_groups
-from pace.engine.loader import Loaded, read_config, with_activations
+from pace.engine.loader import read_config, with_activations
 from pace.engine.memory import packed_bytes, slot_bytes
 from pace.engine.packing import PackedSink
 from pace.engine.sampler import NO_IDS
@@ -42,7 +41,7 @@ from pace.speculative.verifier import Match, SyntheticMatch
 from pace.speculative.vocabulary import check_same_tokens
 from pace.speculative_config import SpeculativeConfig
 
-__all__ = ["DraftMaker", "Maker", "load"]
+__all__ = ["DraftMaker", "Maker", "make_maker"]
 
 MAX_DRAFT_ROWS = 256
 """Drafted tokens that one step verifies at most: logits of 128k columns for so many rows are 134 MB."""
@@ -51,24 +50,14 @@ MASK_KEYS = ("pard_token", "ptd_token_id", "mask_token_id")
 """Where a draft's config.json has its mask token, as PARD, P-EAGLE and vLLM write it."""
 
 
-def load(config: EngineConfig, **options: Any) -> Loaded:
-    """Load a model with the speculation that its config asks for.
-
-    Args:
-        options: of `engine.loader.load`.
-
-    Raises:
-        CheckpointError, ConfigError, CapacityError: see the parts.
-    """
-    speculative = config.speculative
-    if speculative is None or speculative.num_speculative_tokens == 0:
-        return loader.load(config, **options)
-    return loader.load(config, speculation=_maker(config, speculative, **options), **options)
-
-
-def _maker(
+def make_maker(
     config: EngineConfig, speculative: SpeculativeConfig, random_weights: bool = False, **_: Any
 ) -> Maker:
+    """What makes the drafter of a method.
+
+    Raises:
+        CheckpointError, ConfigError: the draft can't be used, whatever the target.
+    """
     if speculative.method == "suffix":
         return SuffixMaker(config, speculative)
     maker = HybridMaker if speculative.method == "hybrid" else DraftMaker
