@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import weakref
 from typing import Any
 
+import httpx
 import pytest
 from server.kit import ScriptedBackend, scripted
 
 from pace.server.app import make_app
+from pace.server.backend import Call
 from pace.server.service import FINGERPRINT, Service
 from pace.server.sse import TextEvents, event
 from pace.server.wire import Delta, Done, Event, Failed, Job, TokenLogprob, ToolCallDelta
@@ -248,5 +252,39 @@ def test_events_from_halves_are_those_made_whole(text: str) -> None:
     def make(index: int, content: str) -> object:
         return {"id": f"chatcmpl-{mark}", "choices": [{"index": index, "text": content}], "last": mark + "x"}
 
-    whole = TextEvents(make)
-    assert [whole(i, text) for i in (0, 1, 0)] == [event(make(i, text)) for i in (0, 1, 0)]
+    whole = TextEvents()
+    assert [whole(make, i, text) for i in (0, 1, 0)] == [event(make(i, text)) for i in (0, 1, 0)]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_goes_without_the_garbage_collector(path: str, stream: bool) -> None:
+    """What requests leave in cycles made a server's memory grow until the collector came by."""
+    body: dict[str, Any] = {"prompt": "hi", "max_tokens": 3}
+    if "chat" in path or "messages" in path:
+        body = {"messages": MESSAGES, "max_tokens": 3}
+    elif "responses" in path:
+        body = {"input": "hi"}
+    body |= {"stream": stream, "model": "scripted"}
+    calls: list[weakref.ref[Call]] = []
+
+    class Watched(ScriptedBackend):
+        def submit(self, job: Job, call: Call) -> None:
+            calls.append(weakref.ref(call))
+            super().submit(job, call)
+
+    async def main() -> None:
+        transport = httpx.ASGITransport(make_app(Service(Watched(two_words), ["scripted"])))  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            response = await client.post(path, json=body)
+        assert response.status_code == 200, response.text
+        del response
+        await asyncio.sleep(0.01)  # tasks that were cancelled end
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(main())
+        assert calls and all(call() is None for call in calls)
+    finally:
+        gc.enable()

@@ -160,6 +160,7 @@ class Call:
         """Nobody reads any more."""
         if self._watcher is not None:
             self._watcher.cancel()
+            self._watcher = None  # it refers to us
         self._end()
 
     def _end(self) -> None:

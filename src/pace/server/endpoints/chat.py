@@ -62,9 +62,7 @@ class _Writer:
         options = request.stream_options
         self._usage_at_end = bool(options and options.include_usage)
         self._usage_always = bool(options and options.continuous_usage_stats)
-        self._text_event = TextEvents(
-            lambda index, text: self._chunk([ChunkChoice(index, ChoiceDelta(content=text))])
-        )
+        self._text_event = TextEvents()
         self._is_plain = not (request.logprobs or request.return_token_ids or self._usage_always)
 
     # ---- in chunks ----------------------------------------------------------------------------------------
@@ -87,7 +85,7 @@ class _Writer:
             return b""
         self.counts.n_output += len(one.token_ids)
         if self._is_plain and not (one.reasoning or one.tool_calls or one.finish_reason):
-            return self._text_event(one.index, one.text)
+            return self._text_event(self._text_chunk, one.index, one.text)
         choice = self._choices[one.index]
         delta = ChoiceDelta()
         if one.text:
@@ -122,6 +120,9 @@ class _Writer:
         if self.counts.speculative is not None:
             chunk.speculative = self.counts.speculative
         return event(chunk) + DONE
+
+    def _text_chunk(self, index: int, text: str) -> ChatChunk:
+        return self._chunk([ChunkChoice(index, ChoiceDelta(content=text))])
 
     def _chunk(self, choices: list[ChunkChoice]) -> ChatChunk:
         chunk = ChatChunk(self._number, self._created, self._model, choices, system_fingerprint=FINGERPRINT)

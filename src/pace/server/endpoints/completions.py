@@ -45,7 +45,7 @@ class _Writer:
         options = request.stream_options
         self._usage_at_end = bool(options and options.include_usage)
         self._usage_always = bool(options and options.continuous_usage_stats)
-        self._text_event = TextEvents(lambda index, text: self._chunk(Choice(index, text, None, None, None)))
+        self._text_event = TextEvents()
         self._is_plain = wants_output and not (
             request.echo
             or request.return_token_ids
@@ -60,9 +60,13 @@ class _Writer:
         """What the client is told of an event."""
         if self._is_plain and isinstance(one, Delta) and one.finish_reason is None:
             self.counts.n_output += len(one.token_ids)
-            return self._text_event(self._call.positions[one.id] * self._n + one.index, one.text)
+            index = self._call.positions[one.id] * self._n + one.index
+            return self._text_event(self._text_chunk, index, one.text)
         choice = self._choice(one)
         return b"" if choice is None else event(self._chunk(choice))
+
+    def _text_chunk(self, index: int, text: str) -> Completion:
+        return self._chunk(Choice(index, text, None, None, None))
 
     def _chunk(self, choice: Choice) -> Completion:
         chunk = self._completion([choice])
