@@ -89,7 +89,7 @@ INLINE __m256i mx_shift(const uint8_t *scales) {
     return _mm256_or_si256(d, _mm256_slli_epi32(d, 16));
 }
 // 8 k of 8 columns to their four pairs. Bytes 0 and 2 of a column (k 0 1, and 2 3 in the high nibbles) go to the lower
-// half of a lane, 1 and 3 to the upper one: so the words of a pair are where the bytes of both tables interleave. 17
+// half of a lane, 1 and 3 to the upper one: so the words of a pair are where the bytes of both tables interleave. 16
 // operations; nibbles in place, whose table bytes shifts and masks put together, took 23.
 INLINE void mx_pairs(__m256i w[4], __m256i x, mx_table table, __m256i shift) {
     const __m256i order =
