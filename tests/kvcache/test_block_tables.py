@@ -93,12 +93,12 @@ def test_cached_blocks_that_are_taken_back_leave_the_free_ones() -> None:
     reuse = tables.match(TOKENS, None, 4 * SIZE)
     assert reuse is not None and reuse.n_tokens == 4 * SIZE
     assert tables.open(0, reuse) is None, "three are promised to another"
-    assert not tables.fits(0, 0, reuse)
+    assert not tables.fits(0, (), reuse)
     assert promised is not None
     tables.close(promised)
     reuse = tables.match(TOKENS, None, 4 * SIZE)
-    assert tables.fits(5 * SIZE, 2, reuse), "an eighth of 6 blocks is none"
-    assert not tables.fits(7 * SIZE, 0, reuse)
+    assert tables.fits(5 * SIZE, [(SIZE, 2 * SIZE)] * 2, reuse), "an eighth of 6 blocks is none"
+    assert not tables.fits(7 * SIZE, (), reuse)
     row = tables.open(5 * SIZE, reuse)
     assert row is not None and (tables.n_free, tables.n_available) == (2, 1)
 

@@ -128,7 +128,7 @@ def test_fits_needs_a_run_that_is_long_enough() -> None:
     tables.close(rows[0])
     tables.close(rows[2])
     assert tables.n_free == 10 and not tables.fits(6 * SIZE)
-    assert tables.fits(5 * SIZE, 2)
+    assert tables.fits(5 * SIZE, [(SIZE, 2 * SIZE)] * 2)
     assert not tables.extend(rows[1], 16 * SIZE) and tables.place(rows[1]) == (5, 5)
     assert tables.extend(rows[1], 11 * SIZE), "into the holes on both sides"
     assert tables.place(rows[1]) == (0, 15)

@@ -48,6 +48,7 @@ STREAMS = [
     _random[1],
 ]
 SALTS = [None, "", "tenant"]
+GROWING = st.tuples(st.integers(1, MAX_LEN), st.integers(1, MAX_LEN)).map(lambda pair: (min(pair), max(pair)))
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,15 @@ CONFIGS = {
     "slab-windows-uncached": Config("slab", (Group(32, 8, 33), Group(64, 5, 70)), caching=False, max_step=40),
     "contiguous-full-and-window": Config("contiguous", (Group(16, 20), Group(32, 9, 33)), max_step=30),
 }
+
+
+def n_growing(tables: GroupTables, growing: list[tuple[int, int]]) -> int:
+    """Of rows with so many tokens now and in the end: those that will hold more blocks than they do now."""
+
+    def held(n_tokens: int) -> int:
+        return min(tables.max_held, blocks_for(n_tokens, tables.block_size))
+
+    return sum(held(end) > held(now) for now, end in growing)
 
 
 @dataclass
@@ -231,7 +241,7 @@ class TablesMachine(RuleBasedStateMachine):
     def start(self, reserve: int, reuse: Reuse | None, row: Row) -> int | None:
         """Open, and check that it works exactly where it should."""
         before = [(tables.n_available, tables.n_free, tables.n_open) for _, tables, _ in self.groups]
-        fits = self.tables.fits(reserve, 0, reuse)
+        fits = self.tables.fits(reserve, (), reuse)
         number = self.tables.open(reserve, reuse, SALTS[row.salt])
         if number is None:
             after = [(tables.n_available, tables.n_free, tables.n_open) for _, tables, _ in self.groups]
@@ -417,17 +427,18 @@ class TablesMachine(RuleBasedStateMachine):
             for group, released in zip(self.config.groups, row.released, strict=True)
         ]
 
-    @rule(n_tokens=st.integers(1, MAX_LEN), headroom=st.integers(0, 3))
-    def fits(self, n_tokens: int, headroom: int) -> None:
+    @rule(n_tokens=st.integers(1, MAX_LEN), growing=st.lists(GROWING, max_size=3))
+    def fits(self, n_tokens: int, growing: list[tuple[int, int]]) -> None:
         """It is asked, and then tried."""
         fits = self.tables.fits(n_tokens)
-        with_headroom = self.tables.fits(n_tokens, headroom)
+        with_growing = self.tables.fits(n_tokens, growing)
         n_before = [tables.n_available for _, tables, _ in self.groups]
         number = self.tables.open(n_tokens)
         assert (number is not None) == fits
         if number is not None:
-            assert with_headroom == all(
-                tables.n_available >= min(headroom, group.n_blocks // 8) for group, tables, _ in self.groups
+            assert with_growing == all(
+                tables.n_available >= min(n_growing(tables, growing), group.n_blocks // 8)
+                for group, tables, _ in self.groups
             )
             self.tables.close(number)
         assert n_before == [tables.n_available for _, tables, _ in self.groups]

@@ -321,7 +321,7 @@ class Scheduler:
         row = None
         if self.reserve:
             row = tables.open(seq.max_cached, reuse, seq.cache_salt)
-        elif tables.fits(seq.n_tokens, self._headroom(), reuse):
+        elif tables.fits(seq.n_tokens, self._growing(), reuse):
             row = tables.open(seq.n_tokens, reuse, seq.cache_salt)
         if row is None:
             self._blocked = (seq, tables.n_available)
@@ -332,9 +332,9 @@ class Scheduler:
         insort(self.running, seq, key=_key)
         return _Admission.STARTED
 
-    def _headroom(self) -> int:
-        """Blocks to spare when a sequence starts: one for each that may need another, or it would be preempted at once."""
-        return sum(self.tables.grows(seq.n_tokens, seq.max_cached) for seq in self.running)
+    def _growing(self) -> list[tuple[int, int]]:
+        """The running sequences' tokens, now and in the end."""
+        return [(seq.n_tokens, seq.max_cached) for seq in self.running]
 
     def _find(self, seq: Sequence) -> Reuse | None:
         """What of a sequence is in the cache; its last token always runs, as somebody must make the logits."""

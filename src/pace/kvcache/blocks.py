@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -229,10 +229,12 @@ class BlockTables(TokenTables):
         if position >= self._release_at[row]:
             self._let_go(row, position)
 
-    def fits(self, n_tokens: int, headroom: int = 0, reuse: Reuse | None = None) -> bool:
+    def fits(
+        self, n_tokens: int, growing: Sequence[tuple[int, int]] = (), reuse: Reuse | None = None
+    ) -> bool:
         """Whether a row of `n_tokens` could be opened now; see `KVTables.fits`."""
         need = self._need(blocks_for(n_tokens, self.block_size), self._valid(reuse))
-        return bool(self._free_rows) and need + min(headroom, self.n_blocks // 8) <= self.n_available
+        return bool(self._free_rows) and need + self._spare(growing) <= self.n_available
 
     def stats(self) -> dict[str, int]:
         """Counters since the start; see `KVTables.stats`."""

@@ -12,6 +12,7 @@ extent are taken.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isqrt
 
@@ -222,11 +223,12 @@ class ExtentTables(TokenTables):
             extent.unseen = max(extent.unseen, end)
             self._place(row, extent)
 
-    def fits(self, n_tokens: int, headroom: int = 0, reuse: Reuse | None = None) -> bool:
+    def fits(
+        self, n_tokens: int, growing: Sequence[tuple[int, int]] = (), reuse: Reuse | None = None
+    ) -> bool:
         """Whether a row of `n_tokens` could be opened now; see `KVTables.fits`."""
         need = self._size(n_tokens, self._valid(reuse))
-        spare = min(headroom, self.n_blocks // 8)
-        return bool(self._free_rows) and need <= self._holes.largest and need + spare <= self._holes.n_free
+        return bool(self._free_rows) and need <= self._holes.largest and need + self._spare(growing) <= self._holes.n_free
 
     def stats(self) -> dict[str, int]:
         """Counters since the start; see `KVTables.stats`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -179,10 +179,11 @@ class TokenTables(GroupTables):
         """Whether rows would fit if others were closed; see `KVTables.has_room`."""
         return sum(map(self._most, coming)) <= self.n_available + sum(map(self._most, leaving))
 
-    def grows(self, n_tokens: int, max_tokens: int) -> bool:
-        """Whether a row takes further blocks; see `KVTables.grows`."""
-        held = blocks_for(n_tokens, self.block_size)  # asked for every running sequence when one is admitted
-        return held < self.max_held and held < blocks_for(max_tokens, self.block_size)
+    def _spare(self, growing: Sequence[tuple[int, int]]) -> int:
+        """Blocks to leave for rows that grow; see `KVTables.fits`."""
+        most, size = self.max_held, self.block_size
+        n_growing = sum(blocks_for(now, size) < min(most, blocks_for(end, size)) for now, end in growing)
+        return min(n_growing, self.n_blocks // 8)
 
     def _most(self, n_tokens: int) -> int:
         """Blocks that a row of n_tokens holds at most at one time."""

@@ -76,7 +76,7 @@ class GroupedTables(KVTables):
         query, self._query = self._query, 0
         parts = self._parts(reuse)
         pairs = list(zip(self._groups, parts, strict=True))
-        if not all(group.fits(reserve, 0, part) for group, part in pairs):
+        if not all(group.fits(reserve, (), part) for group, part in pairs):
             return None
         rows = [group.open(reserve, part, salt) for group, part in pairs]
         row = rows[0]
@@ -161,10 +161,12 @@ class GroupedTables(KVTables):
         for group in self._groups:
             group.release_before(row, position)
 
-    def fits(self, n_tokens: int, headroom: int = 0, reuse: Reuse | None = None) -> bool:
+    def fits(
+        self, n_tokens: int, growing: Sequence[tuple[int, int]] = (), reuse: Reuse | None = None
+    ) -> bool:
         """Whether a row of `n_tokens` could be opened now; see `KVTables.fits`."""
         return all(
-            group.fits(n_tokens, headroom, part)
+            group.fits(n_tokens, growing, part)
             for group, part in zip(self._groups, self._parts(reuse), strict=True)
         )
 
@@ -176,10 +178,6 @@ class GroupedTables(KVTables):
         """Whether rows would fit if others were closed; see `KVTables.has_room`."""
         coming, leaving = list(coming), list(leaving)
         return all(group.has_room(coming, leaving) for group in self._groups)
-
-    def grows(self, n_tokens: int, max_tokens: int) -> bool:
-        """Whether a row takes further blocks; see `KVTables.grows`."""
-        return any(group.grows(n_tokens, max_tokens) for group in self._groups)
 
     def stats(self) -> dict[str, int]:
         """Counters since the start; see `KVTables.stats`."""

@@ -11,7 +11,7 @@ One thread at a time calls a `KVTables`; nothing here locks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -192,9 +192,15 @@ class KVTables(ABC):
         """
 
     @abstractmethod
-    def fits(self, n_tokens: int, headroom: int = 0, reuse: Reuse | None = None) -> bool:
-        """Whether `open(n_tokens, reuse)` would succeed now and leave `headroom` blocks available: of each group, and at
-        most an eighth of it."""
+    def fits(
+        self, n_tokens: int, growing: Sequence[tuple[int, int]] = (), reuse: Reuse | None = None
+    ) -> bool:
+        """Whether `open(n_tokens, reuse)` would succeed now and leave blocks for rows that grow.
+
+        Args:
+            growing: (tokens now, tokens in the end) of rows. Each group spares a block for each of them that will take
+                another one there, or it would have to give way at once; at most an eighth of the group in all.
+        """
 
     @abstractmethod
     def step_end(self, position: int) -> int:
@@ -204,10 +210,6 @@ class KVTables(ABC):
     @abstractmethod
     def has_room(self, coming: Iterable[int], leaving: Iterable[int] = ()) -> bool:
         """Whether rows of so many tokens would fit if others of so many were closed, none of which share anything."""
-
-    @abstractmethod
-    def grows(self, n_tokens: int, max_tokens: int) -> bool:
-        """Whether a row of `n_tokens` takes further blocks before it has `max_tokens`."""
 
     @abstractmethod
     def stats(self) -> dict[str, int]:
