@@ -517,7 +517,11 @@ def test_the_lengths_that_rope_was_not_chosen_for_are_told_at_load(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = write_checkpoint(tmp_path, rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    found = []
     for max_model_len, told in ((512, False), (None, True), (600, True)):
         caplog.clear()
-        with LLM(model, threads=1, max_model_len=max_model_len):
+        with LLM(model, threads=1, max_model_len=max_model_len) as llm:
             assert ("with max_model_len 512 none does" in caplog.text) is told
+            (out,) = llm.generate("the length counts", SamplingParams(max_tokens=1, logprobs=5))
+        found.append(out.outputs[0].logprobs)
+    assert found[0] != found[1] and found[0] != found[2]

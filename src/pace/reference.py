@@ -73,7 +73,7 @@ class Reference:
         self.kv_dtype = kv_dtype
         self.contiguous = contiguous
         # The packed engine stores matrices in bf16; vectors stay float32 there, and a mapped table what it is.
-        packed = {name for name, shape in plan.weights().items() if shape.k is not None and not shape.mapped}
+        packed = {name for name, shape in plan.weights.items() if shape.k is not None and not shape.mapped}
         self.weights = {
             name: self._round(np.asarray(value, dtype)) if name in packed else np.asarray(value, dtype)
             for name, value in weights.items()

@@ -113,7 +113,7 @@ def weights_of(plan: Plan) -> dict[str, np.ndarray]:
         else (
             draw.standard_normal((shape.count, shape.n, shape.k)[shape.count == 1 :]) * 2 / shape.k**0.5
         ).astype(np.float32)
-        for name, shape in plan.weights().items()
+        for name, shape in plan.weights.items()
     }
 
 
@@ -124,7 +124,7 @@ def pack(team: ops.Team, plan: Plan) -> dict[str, Any]:
 
 def in_formats(team: ops.Team, plan: Plan, weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """A plan's weights, packed in the formats that it names."""
-    shapes = plan.weights()
+    shapes = plan.weights
     return {
         name: np.ascontiguousarray(w, np.float32) if w.ndim == 1 else packed(team, w, shapes[name].format)
         for name, w in weights.items()

@@ -151,7 +151,7 @@ def reference_inputs(model: Model, calibration: Calibration, tokenizer: Tokenize
         elif isinstance(op, ExpertsIn | ExpertsOut):
             route = trace[before.name][op.route]
             chosen = route[:, : route.shape[1] // 2]
-            for e in range(model.plan.weights()[op.weight].count):
+            for e in range(model.plan.weights[op.weight].count):
                 inner = np.sort(chosen, axis=None) == e
                 rows = (chosen == e).any(axis=1) if isinstance(op, ExpertsIn) else inner
                 found[op.weight, e] = trace[before.name][op.src][rows]

@@ -234,7 +234,7 @@ class OneTable(ops.Plan):
 def pack_model(team: ops.Team, model: Model) -> Packed:
     """Pack every matrix; they hold bf16 values already, so this loses nothing."""
     weights: dict[str, Any] = {}
-    for name, shape in model.plan.weights().items():
+    for name, shape in model.plan.weights.items():
         value = model.weights[name]
         if shape.k is None:
             weights[name] = np.ascontiguousarray(value, np.float32)

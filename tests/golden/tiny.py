@@ -219,7 +219,7 @@ def tensors(name: str, case: Case | None = None) -> dict[str, npt.NDArray[Any]]:
     case = CASES[name] if case is None else case
     spec, weight_map = parse_config(case.config)
     plan = lower(spec, case.max_model_len)
-    widths = {weight: shape.k for weight, shape in plan.weights().items()}
+    widths = {weight: shape.k for weight, shape in plan.weights.items()}
     shapes = tensor_shapes(plan, weight_map, len(spec.layers))
     prefix = "model." if "multimodal" not in case.tags else "model.language_model."
     if case.config["model_type"] == "llama4":

@@ -80,8 +80,15 @@ def test_slots_are_consistent(name: str) -> None:
 def test_tied_head_shares_the_embedding() -> None:
     tied, untied = plan_of("qwen2-tied"), plan_of("qwen3")
     assert tied.ops[-1].weight == tied.ops[0].weight == "embed"  # type: ignore[union-attr]
-    assert "lm_head" not in tied.weights()
-    assert {"embed", "lm_head"} <= set(untied.weights())
+    assert "lm_head" not in tied.weights
+    assert {"embed", "lm_head"} <= set(untied.weights)
+
+
+def test_weights_are_found_once() -> None:
+    plan = plan_of("qwen3")
+    assert plan.weights is plan.weights
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        plan.weights["embed"] = plan.weights["lm_head"]  # type: ignore[index]
 
 
 def test_last_layer_selects_before_its_output_projection() -> None:
@@ -94,7 +101,7 @@ def test_every_weight_has_a_source() -> None:
     for name, case in tiny.CASES.items():
         spec, weight_map = parse_config(case.config)
         known = {k.replace("{i}", str(i)) for k in weight_map for i in range(len(spec.layers))}
-        assert set(lower(spec, 64).weights()) <= known, name
+        assert set(lower(spec, 64).weights) <= known, name
 
 
 def test_decoder_does_not_know_architectures() -> None:

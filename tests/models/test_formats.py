@@ -28,7 +28,7 @@ def test_every_matrix_but_tables_and_routers() -> None:
     assert set(formats) == gemms
     (head,) = (op.weight for op in plan.ops if isinstance(op, Gemm) and op.dst == plan.logits)
     assert formats[head] == "int8g32" and {formats[name] for name in gemms - {head}} == {"int4g32"}
-    shapes = with_formats(plan, formats).weights()
+    shapes = with_formats(plan, formats).weights
     assert all(shapes[name].format == formats[name] for name in formats)
     assert any(isinstance(op, Embed) and op.weight == head for op in plan.ops), "the head is the table"
 

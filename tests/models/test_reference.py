@@ -396,7 +396,7 @@ def test_weights_of_every_operator() -> None:
         Gemm("g3", "x", "h", "gu", "gu.bias", "gated", "silu"),
     )
     plan = Plan(slots, ops, (), (KVLayer(N_KV_HEADS, HEAD_DIM),), 50, 24, "h")
-    assert plan.weights() == {
+    assert plan.weights == {
         "table": WeightShape(50, 24, mapped=True),
         "p": WeightShape(66, 24),
         "s": WeightShape(1),

@@ -183,7 +183,7 @@ def test_one_tensor_at_a_time_with_progress(name: str) -> None:
     assert sorted(checkpoint.dropped) == sorted(arrays)
     assert seen[-1] == (total, total)
     assert [d for d, _ in seen] == sorted(d for d, _ in seen)
-    for key, shape in plan.weights().items():
+    for key, shape in plan.weights.items():
         assert sink.weights[key].shape == ((shape.n,) if shape.k is None else (shape.n, shape.k))
         assert np.isfinite(sink.weights[key]).all()
 

@@ -154,7 +154,7 @@ def int8_errors(
 def _candidates(plan: Plan) -> set[str]:
     """Matrices that int8 rows are chosen for: not those of MXFP4, whose bf16 rows are exact products of what the checkpoint
     holds, and as fast but for a few rows."""
-    weights = plan.weights()
+    weights = plan.weights
     return {name for name in int8_candidates(plan) if weights[name].format != "mxfp4"}
 
 
@@ -194,7 +194,7 @@ def _probe(
     dst = plan.slots[op.dst]
     bare: Gemm | ExpertsIn | ExpertsOut
     if isinstance(op, Gemm):
-        shape = plan.weights()[op.weight]
+        shape = plan.weights[op.weight]
         dst = replace(dst, width=shape.n, dtype="f32")
         whole = (Blocks("all", 1, shape.n, shape.n),)
         bare = Gemm("", op.src, "", op.weight, blocks=whole, format=op.format)

@@ -24,7 +24,7 @@ from pace.log import logger
 from pace.models import rope
 from pace.models.decoder import lower
 from pace.models.formats import with_formats
-from pace.models.plan import Plan, WeightFormat
+from pace.models.plan import Plan
 from pace.models.quantisation import with_own_file
 from pace.models.registry import parse_config
 from pace.models.spec import DecoderSpec
@@ -102,13 +102,19 @@ def load(
         random_weights=random_weights,
     ) as source:
         spec = source.spec
-        memory = _plan_memory(config, spec, speculation, source.formats)
+        plan = with_formats(
+            lower(spec, 1, () if speculation is None else speculation.taps(spec)), source.formats
+        )
+        memory = _plan_memory(config, spec, plan, speculation)
         if on_plan is not None:
             on_plan(memory)
         text = _load_text(config, files, values, spec, memory, skip_tokenizer=skip_tokenizer)
+        plan = replace(plan, ropes=rope.build_all(spec.ropes, memory.max_model_len))
         team = make_team(config)
         try:
-            engine, executor, sink = _build(config, source, memory, text, team, speculation, show_progress)
+            engine, executor, sink = _build(
+                config, source, plan, memory, text, team, speculation, show_progress
+            )
         except BaseException:
             team.close()
             raise
@@ -138,6 +144,7 @@ def load(
 def _build(
     config: EngineConfig,
     source: WeightSource,
+    plan: Plan,
     memory: MemoryPlan,
     text: _Text,
     team: ops.Team,
@@ -145,13 +152,10 @@ def _build(
     show_progress: bool | None,
 ) -> tuple[Engine, ops.Plan, PackedSink]:
     """The engine, its plan on packed weights, and those; drafts come first, their memory was planned so."""
-    spec = source.spec
-    taps = () if speculation is None else speculation.taps(spec)
-    plan = with_formats(lower(spec, memory.max_model_len, taps), source.formats)
     guesses = None
     if speculation is not None:
         guesses = speculation.make(
-            Target(spec.vocab_size, spec.dim, memory, text.tokenizer, team, show_progress)
+            Target(plan.vocab_size, plan.dim, memory, text.tokenizer, team, show_progress)
         )
     sink = PackedSink(team)
     source.fill(plan, sink, show_progress)
@@ -188,12 +192,8 @@ def read_config(files: ModelFiles) -> dict[str, Any]:
 
 
 def _plan_memory(
-    config: EngineConfig,
-    spec: DecoderSpec,
-    speculation: SpeculationMaker | None,
-    formats: dict[str, WeightFormat],
+    config: EngineConfig, spec: DecoderSpec, plan: Plan, speculation: SpeculationMaker | None
 ) -> MemoryPlan:
-    plan = with_formats(lower(spec, 1, () if speculation is None else speculation.taps(spec)), formats)
     if config.activation_dtype != "bf16":
         plan = with_formats(plan, {}, "int8")
     available, n_draft_rows, kv_share = None, 0, 1.0

@@ -172,7 +172,7 @@ def plan_memory(
 
 def packed_bytes(plan: Plan) -> int:
     """Bytes of a plan's weights."""
-    return sum(_packed_bytes(shape) for shape in plan.weights().values())
+    return sum(_packed_bytes(shape) for shape in plan.weights.values())
 
 
 def read_bytes(plan: Plan, n_rows: int = 1) -> int:
@@ -180,7 +180,7 @@ def read_bytes(plan: Plan, n_rows: int = 1) -> int:
     no embedding, unless it is the LM head too.
     """
     total = packed_bytes(plan)
-    shapes = plan.weights()
+    shapes = plan.weights
     for op in plan.ops:
         if isinstance(op, ExpertsIn | ExpertsOut):
             taken = min(op.count, n_rows * (plan.slots[op.route].width // 2))

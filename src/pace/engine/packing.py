@@ -66,7 +66,7 @@ def invent_weights(plan: Plan, sink: PackedSink) -> None:
     rng = np.random.default_rng(0)
     bank = rng.standard_normal(1 << 22, dtype=np.float32)
     codes = rng.integers(0, 256, 1 << 22, np.uint8)
-    for name, shape in plan.weights().items():
+    for name, shape in plan.weights.items():
         if shape.k is None:
             value = 0.0 if name.endswith("bias") else 1.0
             size = (shape.n,) if shape.count == 1 else (shape.count, shape.n)

@@ -93,7 +93,7 @@ def weights_in(pack: PackFile, plan: Plan) -> dict[str, Weight]:
     Raises:
         WeightsError: the pack has others, or of other shapes.
     """
-    needed = plan.weights()
+    needed = plan.weights
     different = sorted(needed.keys() ^ set(pack.names()))
     if different:
         raise WeightsError(

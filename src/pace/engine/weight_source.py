@@ -63,7 +63,7 @@ class _Packed(WeightSource):
         super().__init__(replace(spec, tied=False) if "lm_head" in pack else spec, formats_in(pack))
         self.measured = measured_in(pack)
         plan = lower(self.spec, 1)
-        known = {name for name, shape in plan.weights().items() if shape.k is not None and not shape.mapped}
+        known = {name for name, shape in plan.weights.items() if shape.k is not None and not shape.mapped}
         self._weights = weights_in(
             pack, with_formats(plan, {n: f for n, f in self.formats.items() if n in known})
         )

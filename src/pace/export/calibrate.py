@@ -224,7 +224,7 @@ class _Run:
     ) -> None:
         self._plan, self._tensors, self._weights = plan, tensors, sink.weights
         self._wanted, self._rounded = wanted, rounded
-        self._sources = check(plan.weights(), tensors)
+        self._sources = check(plan.weights, tensors)
         self._n_rows = sum(map(len, pieces))
         self._attended = {op.src for op in plan.ops if isinstance(op, RopeKV)}
         self._pool = ThreadPoolExecutor(team.n_threads)

@@ -88,7 +88,7 @@ def lower(spec: DecoderSpec, max_model_len: int, taps: tuple[int, ...] = ()) -> 
     return Plan(
         slots=model.slots,
         ops=tuple(model.ops),
-        ropes=tuple(rope.build(r, max_model_len) for r in spec.ropes),
+        ropes=rope.build_all(spec.ropes, max_model_len),
         kv=kv_layers(spec),
         vocab_size=spec.vocab_size,
         dim=spec.dim,

@@ -82,7 +82,7 @@ def with_formats(
     """
     if not formats and activations in ("bf16", {}):
         return plan
-    known = {name: shape for name, shape in plan.weights().items() if shape.k is not None}
+    known = {name: shape for name, shape in plan.weights.items() if shape.k is not None}
     for name in formats:
         if name not in known or known[name].mapped:
             raise ValueError(f"a format for {name}, which is no packed matrix of the plan")

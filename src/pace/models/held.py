@@ -31,7 +31,7 @@ def held_formats(plan: Plan, tensors: Tensors) -> dict[str, WeightFormat]:
     """
     formats: dict[str, WeightFormat] = {}
     rounded: list[str] = []
-    needed = plan.weights()
+    needed = plan.weights
     for name, sources in check(needed, tensors).items():
         if not any(source.quantised for source in sources):
             continue

@@ -17,7 +17,10 @@ Heads whose width is no multiple of 16 are padded with zero columns, in weights 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
 from typing import Literal, Protocol
 
 import numpy as np
@@ -110,7 +113,7 @@ class Rope:
     rotary_dim: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """One model's forward pass.
 
@@ -132,7 +135,8 @@ class Plan:
     logits: str
     hidden: str = ""
 
-    def weights(self) -> dict[str, WeightShape]:
+    @cached_property
+    def weights(self) -> Mapping[str, WeightShape]:
         """Every weight that the operators name, with its shape, in order of first use.
 
         A name used twice (the tied embedding: by Embed and by the LM head's Gemm) appears once.
@@ -143,7 +147,7 @@ class Plan:
                 name = getattr(op, field)
                 if isinstance(shape, WeightShape) and name is not None:
                     found.setdefault(name, shape)
-        return found
+        return MappingProxyType(found)
 
     @property
     def kv_width(self) -> int:

@@ -185,6 +185,11 @@ def length_note(spec: RopeSpec, max_model_len: int) -> str | None:
     return None
 
 
+def build_all(specs: Iterable[RopeSpec], max_model_len: int) -> tuple[Rope, ...]:
+    """`Plan.ropes` of an engine whose sequences have at most `max_model_len` tokens: all of a plan that depends on it."""
+    return tuple(build(spec, max_model_len) for spec in specs)
+
+
 def build(spec: RopeSpec, max_model_len: int) -> Rope:
     """The table of frequencies for an engine whose sequences have at most `max_model_len` tokens."""
     i = np.arange(0, spec.rotary_dim, 2, dtype=np.float64)  # [rotary_dim / 2]

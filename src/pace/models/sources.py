@@ -221,7 +221,7 @@ def tensor_shapes(plan: Plan, weight_map: WeightMap, n_layers: int) -> dict[str,
     """What a checkpoint of this plan holds in the first layout of its family that has the plan's formats."""
     table = expand(weight_map, n_layers)
     found: dict[str, TensorShape] = {}
-    for name, shape in plan.weights().items():
+    for name, shape in plan.weights.items():
         blocks = shape.format == "mxfp4"
         layout = next(
             parts for parts in table[name].layouts if blocks == any(part.scales is not None for part in parts)

@@ -87,7 +87,7 @@ def load_weights(
         WeightsError: tensors are missing, unexpected, or of the wrong shape or dtype; the sink was not
             called.
     """
-    needed = plan.weights()
+    needed = plan.weights
     sources = check(needed, checkpoint)
     total = sum(s.n_bytes for parts in sources.values() for s in parts)
     done = 0
