@@ -110,7 +110,9 @@ def test_room_is_left_only_in_the_groups_in_which_a_row_grows() -> None:
     for n_tokens, tokens in ((64, TOKENS), (192, OTHERS), (192, OTHERS[::-1])):
         tables.run(n_tokens, tokens)
     assert tables.full.n_available == 1
-    assert tables.fits(10, [(150, 190)] * 3), "they grow in the windowed group only, and there are blocks for it"
+    assert tables.fits(10, [(150, 190)] * 3), (
+        "they grow in the windowed group only, and there are blocks for it"
+    )
     assert not tables.fits(10, [(150, 193)]), "that one takes the block"
 
 

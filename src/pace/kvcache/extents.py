@@ -228,7 +228,11 @@ class ExtentTables(TokenTables):
     ) -> bool:
         """Whether a row of `n_tokens` could be opened now; see `KVTables.fits`."""
         need = self._size(n_tokens, self._valid(reuse))
-        return bool(self._free_rows) and need <= self._holes.largest and need + self._spare(growing) <= self._holes.n_free
+        return (
+            bool(self._free_rows)
+            and need <= self._holes.largest
+            and need + self._spare(growing) <= self._holes.n_free
+        )
 
     def stats(self) -> dict[str, int]:
         """Counters since the start; see `KVTables.stats`."""
