@@ -37,7 +37,7 @@ class SpeculativeConfig:
         quantization: the draft's matrices: "int8", "int4", "fp8" or another of `EngineConfig`, or "bf16"; None: its own
             where it is quantised, else the engine's. Only how often guesses stand depends on it.
         past_output_tokens: of "suffix" and "hybrid": guess also from this many tokens of earlier outputs, 0 for none; each
-            costs about 90 bytes, 250 at most. Requests with a cache salt take no part.
+            costs about 110 bytes, 250 at most. Requests with a cache salt take no part.
         adaptive: verify only as many tokens as pay, none where none do; False: always all of them.
         synthetic_acceptance: for benchmarks without a trained draft, never for use: accept guesses with this probability,
             or with one for each position, whatever they are. The output is meaningless.

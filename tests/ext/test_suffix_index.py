@@ -153,6 +153,24 @@ def test_of_several_indexes_the_one_that_promises_most_is_followed(
     assert index.propose(6, least=least, past=others) == max(known, key=lambda guess: guess.expected)
 
 
+@given(
+    parts=st.lists(st.tuples(st.integers(0, 3), texts), min_size=1, max_size=12),
+    least=st.sampled_from([0.0, 0.3]),
+)
+def test_places_in_other_texts_move_with_both(parts: list[tuple[int, Text]], least: float) -> None:
+    """A text and three others grow in turns; each time all are asked, as if for the first time."""
+    index, *others = (ops.SuffixIndex() for _ in range(4))
+    text: list[int] = []
+    for which, part in parts:
+        if which == 0:
+            index.add(np.array(part, np.int32))
+            text += part
+        else:
+            others[which - 1].add(np.array((*part, SUFFIX_BREAK), np.int32))
+        fresh = ids(tuple(text)).propose(6, least=least, past=others)
+        assert index.propose(6, least=least, past=others) == fresh
+
+
 @pytest.mark.parametrize("period", [1, 2, SUFFIX_ORDER - 1, SUFFIX_ORDER, SUFFIX_ORDER + 1, 3 * SUFFIX_ORDER])
 def test_what_repeats_goes_on_beyond_the_end_of_the_text(period: int) -> None:
     text = tuple(range(period)) * 3

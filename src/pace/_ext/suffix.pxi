@@ -7,26 +7,32 @@ cdef extern from "suffix.h" nogil:
         long n
         int match
         float expected
+    ctypedef struct pace_suffix_place:
+        pass
     int PACE_SUFFIX_ORDER, PACE_SUFFIX_BREAK, PACE_SUFFIX_MAX_TOKENS
     pace_suffix *pace_suffix_new(uint64_t seed)
     void pace_suffix_free(pace_suffix *a)
     size_t pace_suffix_bytes(const pace_suffix *a)
     long pace_suffix_tokens(const pace_suffix *a)
-    long pace_suffix_recent(const pace_suffix *a, const int32_t **tokens)
     int pace_suffix_add(pace_suffix *a, const int32_t *tokens, long n)
-    pace_suffix_guess pace_suffix_propose(const pace_suffix *a, const int32_t *context, long n_context, int min_match,
-                                          long max_tokens, float least, int32_t *tokens, float *confidence)
+    pace_suffix_place pace_suffix_end(const pace_suffix *a)
+    pace_suffix_place pace_suffix_locate(const pace_suffix *a, const int32_t *context, long n)
+    void pace_suffix_follow(const pace_suffix *a, const pace_suffix *text, pace_suffix_place *place)
+    pace_suffix_guess pace_suffix_propose(const pace_suffix *a, pace_suffix_place place, int min_match, long max_tokens,
+                                          float least, int32_t *tokens, float *confidence)
 
 
 SUFFIX_ORDER, SUFFIX_BREAK = PACE_SUFFIX_ORDER, PACE_SUFFIX_BREAK
 
 cdef enum:
     MOST_GUESSED = 256
+    PLACES = 2  # in so many other texts it knows where it stands
 
 
 cdef class Suffixes:
     """Belongs to one thread at a time: the GIL is held throughout, a call takes microseconds."""
     cdef pace_suffix *a  # NULL once memory has run out
+    cdef pace_suffix_place[PLACES] places  # zeros to begin with
 
     def __cinit__(self, uint64_t seed):
         self.a = pace_suffix_new(seed)
@@ -69,7 +75,7 @@ cdef class Suffixes:
         cdef float[2][MOST_GUESSED] confidence
         cdef int best = 0  # whose row of these holds the best guess so far
         cdef const int32_t[::1] behind
-        cdef const int32_t *start = NULL
+        cdef pace_suffix_place place
         cdef long i, n = 0
         cdef pace_suffix_guess guess, other
         cdef Suffixes index
@@ -80,12 +86,17 @@ cdef class Suffixes:
             n = behind.shape[0]
             if n == 0:
                 return [], [], 0.0, 0
-            start = &behind[0]
-        guess = pace_suffix_propose(self.whole(), start, n, min_match, max_tokens, least, tokens[0], confidence[0])
-        if context is None and past:
-            n = pace_suffix_recent(self.a, &start)
-        for index in past:
-            other = pace_suffix_propose(index.whole(), start, n, min_match, max_tokens, least, tokens[1 - best],
+            place = pace_suffix_locate(self.whole(), &behind[0], n)
+        else:
+            place = pace_suffix_end(self.whole())
+        guess = pace_suffix_propose(self.a, place, min_match, max_tokens, least, tokens[0], confidence[0])
+        for i, index in enumerate(past):
+            if context is not None:
+                place = pace_suffix_locate(index.whole(), &behind[0], n)
+            else:
+                pace_suffix_follow(index.whole(), self.a, &self.places[i % PLACES])
+                place = self.places[i % PLACES]
+            other = pace_suffix_propose(index.a, place, min_match, max_tokens, least, tokens[1 - best],
                                         confidence[1 - best])
             if other.expected > guess.expected:
                 guess, best = other, 1 - best

@@ -36,7 +36,7 @@ class PastOutputs:
     forgetting costs nothing, and nothing is ever taken out of an automaton.
 
     Args:
-        capacity: tokens, >= 2; each costs about 90 bytes, 250 at most.
+        capacity: tokens, >= 2; each costs about 110 bytes, 250 at most.
     """
 
     def __init__(self, capacity: int) -> None:
