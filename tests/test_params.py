@@ -151,7 +151,7 @@ def test_messages_name_value_and_range() -> None:
         ({"logit_bias": {5: "x"}}, "logit_bias of 5 is 'x', expected a number from -inf to inf"),
         (
             {"logit_bias": {"x": 1}},
-            "a token id of logit_bias is 'x', expected an integer from 0 to 2147483647",
+            "logit_bias key is 'x', expected an integer from 0 to 2147483647",
         ),
         ({"bad_words": "x"}, "bad_words is 'x', expected a list of strings"),
         ({"bad_words": [""]}, "bad_words has '', expected strings of 1 to 1024 characters"),

@@ -17,6 +17,7 @@ __all__ = [
     "EngineDeadError",
     "ForkError",
     "PaceError",
+    "PromptTooLongError",
     "QueueFullError",
     "RequestError",
     "TokenizerError",
@@ -113,6 +114,10 @@ class ChatTemplateError(PaceError):
 class RequestError(PaceError, ValueError):
     """A prompt, a message list or a sampling parameter of one request is invalid; other requests are
     unaffected."""
+
+
+class PromptTooLongError(RequestError):
+    """A prompt has more text or tokens than max_model_len leaves room for."""
 
 
 class CapacityError(PaceError):

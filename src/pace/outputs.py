@@ -88,6 +88,8 @@ class CompletionOutput(_Output):
             answered at once.
         tool_calls: the calls of the request's tools that the model has written, the last one perhaps with a part of its
             arguments while running, or where the output was cut; None where there are none.
+        is_request_error: finish_reason is "error" because of what the request asks for, such as a grammar that costs too
+            much; asked again, it would fail again.
     """
 
     index: int
@@ -99,6 +101,7 @@ class CompletionOutput(_Output):
     stop_reason: int | str | None = None
     reasoning: str | None = None
     tool_calls: list[ToolCall] | None = None
+    is_request_error: bool = False
 
     def finished(self) -> bool:
         """Whether nothing will be added to this completion."""

@@ -402,7 +402,7 @@ def _logit_bias(value: object) -> Mapping[int, float] | None:
         number = (
             int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10 else key
         )
-        token_id = _int("a token id of logit_bias", number, 0, MAX_INT32)
+        token_id = _int("logit_bias key", number, 0, MAX_INT32)
         if token_id in biases:
             raise RequestError(
                 f"logit_bias has token id {token_id} twice, as a number and as a text; keep one"

@@ -179,10 +179,10 @@ def test_errors_are_explained() -> None:
     banned = History(ids, ids, np.arange(8, dtype=np.int32), ids, np.empty(0, np.float32), ids)
     errors = ops.sample(with_team, logits, params, [banned, None]).errors
     with_team.close()
-    assert Sampler.explain(errors[0]).startswith(
+    assert str(Sampler.explain(errors[0])).startswith(
         "no token is left to draw: structured_outputs, allowed_token_ids"
     )
-    assert Sampler.explain(errors[1]).startswith("the logits hold NaN")
+    assert str(Sampler.explain(errors[1])).startswith("the logits hold NaN")
 
 
 def test_the_row_is_the_kernels() -> None:
@@ -245,4 +245,4 @@ def test_a_request_that_allows_unused_ids_only_has_nothing_to_draw(team: ops.Tea
     seq = running(0, [1], [], temperature=0.0, allowed_token_ids=[60, 61])
     sampler.open(seq)
     result = sampler.sample(np.zeros((1, 64), np.float32), [seq])
-    assert "no token is left" in sampler.explain(int(result.errors[0]))
+    assert "no token is left" in str(sampler.explain(int(result.errors[0])))

@@ -14,7 +14,7 @@ from pace.engine.sampler import EMPTY, Sampler, SampleResult
 from pace.engine.scheduler import Scheduler
 from pace.engine.sequence import Sequence, Status
 from pace.engine.speculation import Speculation
-from pace.errors import ForkError, PaceError, one_line
+from pace.errors import ForkError, PaceError, RequestError, one_line
 from pace.models.plan import Bf16Array
 from pace.outputs import RequestOutput
 
@@ -145,7 +145,7 @@ class Committer:
     ) -> None:
         """Give a sequence the token of a row, and end it where it does."""
         if error:
-            raise PaceError(self._sampler.explain(error))
+            raise self._sampler.explain(error)
         seq.commit(token)
         self.n_sampled += 1
         n_output = len(seq.output_ids)  # a property costs twice as much, 32 times
@@ -195,7 +195,7 @@ class Committer:
                 request = self._intake.requests[seq.request_id]
                 for i in rows:
                     if scores.errors[i]:
-                        raise PaceError(self._sampler.explain(int(scores.errors[i])))
+                        raise self._sampler.explain(int(scores.errors[i]))
                     self._logprobs.add_scored(request, seq, scores, i)
             except FATAL:
                 raise
@@ -239,6 +239,7 @@ class Committer:
     def fail(self, seq: Sequence, error: BaseException) -> None:
         """End a sequence with an error; it keeps what it has produced."""
         text = str(error) if isinstance(error, PaceError) else f"{type(error).__name__}: {error}"
+        seq.is_request_error = isinstance(error, RequestError)
         self.finish(seq, "error", one_line(text))
 
     def finish(self, seq: Sequence, reason: str, stop_reason: int | str | None) -> None:

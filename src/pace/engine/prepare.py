@@ -17,7 +17,7 @@ from pace.engine.pooling import Pool, check_dimensions
 from pace.engine.request import Request
 from pace.engine.sampler import Constraints, bad_word_ids
 from pace.engine.sequence import Sequence
-from pace.errors import CapacityError, RequestError, show
+from pace.errors import CapacityError, PromptTooLongError, RequestError, show
 from pace.models.plan import I32Array
 from pace.params import RequestOutputKind, SamplingParams
 from pace.pooling_params import PoolingParams
@@ -124,6 +124,11 @@ class Preparer:
         _check_salt(cache_salt)
         room = self.max_model_len - len(ids)
         max_output = room if params.max_tokens is None else min(params.max_tokens, room)
+        if params.min_tokens > max_output:
+            raise RequestError(
+                f"min_tokens is {params.min_tokens}, but behind a prompt of {len(ids)} tokens max_model_len, "
+                f"{self.max_model_len}, leaves room for {max_output}"
+            )
         if len(ids) + max_output - 1 > self.max_cached:
             raise CapacityError(
                 f"the request may grow to {len(ids) + max_output} tokens, the KV cache holds "
@@ -232,7 +237,8 @@ class Preparer:
             n_output: tokens at least for which max_model_len must have room behind it: 1, or 0.
 
         Raises:
-            RequestError: it is empty, too long, or has an id outside the vocabulary.
+            PromptTooLongError: max_model_len has no room for it.
+            RequestError: it is empty, or has an id outside the vocabulary.
         """
         ids = _as_array(prompt_ids)
         if ids.ndim == 1 and ids.size == 0:
@@ -242,7 +248,7 @@ class Preparer:
         most = self.max_model_len - n_output
         if len(ids) > most:
             why = " and the output needs one" if n_output else ""
-            raise RequestError(
+            raise PromptTooLongError(
                 f"the prompt has {len(ids)} tokens, expected at most {most}: max_model_len is {self.max_model_len}{why}; "
                 "shorten it or raise max_model_len"
             )

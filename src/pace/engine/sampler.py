@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pace.errors import RequestError, show
+from pace.errors import PaceError, RequestError, show
 from pace.models.plan import F32Array, I32Array
 from pace.params import SamplingParams
 
@@ -351,14 +351,14 @@ class Sampler:
         return self._logprobs(logits, tokens, n)
 
     @staticmethod
-    def explain(error: int) -> str:
-        """The message for a row's entry in `errors`."""
+    def explain(error: int) -> PaceError:
+        """What a row's entry in `errors` means."""
         if error == EMPTY:
-            return (
+            return RequestError(
                 "no token is left to draw: structured_outputs, allowed_token_ids, bad_words and min_tokens exclude all; "
                 "allow more of them"
             )
-        return "the logits hold NaN; check the checkpoint, or bisect with --kernels"
+        return PaceError("the logits hold NaN; check the checkpoint, or bisect with --kernels")
 
 
 def derive_seed(engine_seed: int, n_requests: int) -> int:

@@ -72,6 +72,7 @@ class Sequence:
         "finish_reason",
         "has_stops",
         "index",
+        "is_request_error",
         "key",
         "last_token",
         "logprobs",
@@ -163,6 +164,7 @@ class Sequence:
         self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else NO_LOGPROBS
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
+        self.is_request_error = False
         self.n_emitted = self.n_emitted_chars = self.n_emitted_reasoning = (
             0  # of output that has been handed out as deltas
         )
@@ -281,6 +283,7 @@ class Sequence:
             stop_reason=self.stop_reason,
             reasoning=reasoning,
             tool_calls=calls or None,
+            is_request_error=self.is_request_error,
         )
 
     def _new_of(self, calls: list[ToolCall]) -> list[ToolCall]:

@@ -127,14 +127,15 @@ class _Dispatcher:
         entries = self._entries.get(path)
         where = f"{http.method} {http.scope['path'][:200]}"
         if entries is None:
-            return error_response(ApiError(404, f"{where}: there is no such path", code="not_found"))
+            return error_response(ApiError(404, f"{where}: there is no such path", code="not_found"), path)
         entry = entries.get("GET" if http.method == "HEAD" else http.method)
         if entry is None:
             allowed = ", ".join(entries)
             return error_response(
                 ApiError(
                     405, f"{where}: expected {allowed}", code="method_not_allowed", headers={"allow": allowed}
-                )
+                ),
+                path,
             )
         http.scope["pace.route"] = entry.path
         try:
@@ -142,6 +143,7 @@ class _Dispatcher:
         except Disconnected:
             return Response(status_code=CLIENT_CLOSED)  # for the log; nobody reads it
         except PaceError as error:
-            return error_response(api_error(error, frozenset(getattr(entry.body, "__struct_fields__", ()))))
+            fields = getattr(entry.body, "__struct_fields__", ())
+            return error_response(api_error(error, fields, getattr(entry.body, "engine_names", None)), path)
         except Exception as error:
-            return error_response(answer_to(error, http.scope["pace.id"]))
+            return error_response(answer_to(error, http.scope["pace.id"]), path)

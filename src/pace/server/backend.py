@@ -201,6 +201,7 @@ def _join(old: Delta, new: Delta) -> None:
     if new.logprobs is not None:
         old.logprobs = [*(old.logprobs or ()), *new.logprobs]
     old.finish_reason, old.stop_reason = new.finish_reason, new.stop_reason
+    old.is_request_error = new.is_request_error
     old.cumulative_logprob = new.cumulative_logprob
 
 

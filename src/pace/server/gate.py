@@ -76,7 +76,7 @@ class Gate:
         except Exception as error:
             answer = answer_to(error, number)
             if not status:
-                await error_response(answer)(scope, receive, send_with_id)
+                await error_response(answer, path)(scope, receive, send_with_id)
         route = scope.get("pace.route", "other")
         self._service.metrics.responses[route, status] += 1
         if self._service.tracer is not None and scope["method"] == "POST":

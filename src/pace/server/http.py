@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope
 
 from pace.server.protocol.errors import ApiError
+from pace.server.protocol.messages import AnthropicError
 
 __all__ = [
     "Disconnected",
@@ -42,9 +43,11 @@ def json_response(value: object, status: int = 200, headers: Mapping[str, str] |
     return Response(json_bytes(value), status, headers, media_type="application/json")
 
 
-def error_response(error: ApiError) -> Response:
-    """The answer that an error is."""
-    return json_response(error.body, error.status, error.headers)
+def error_response(error: ApiError, path: str = "") -> Response:
+    """The answer that an error is at a path: at Anthropic's it has Anthropic's shape."""
+    is_anthropic = path.split("/")[1:3] == ["v1", "messages"]
+    body = AnthropicError.of(error.status, str(error)) if is_anthropic else error.body
+    return json_response(body, error.status, error.headers)
 
 
 async def read_body(scope: Scope, receive: Receive, max_bytes: int, timeout_s: float) -> bytes:

@@ -180,7 +180,13 @@ def chat_params(request: ChatRequest) -> dict[str, Any]:
             param="max_completion_tokens",
         )
     values["max_tokens"] = limits.pop() if limits else None
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.max_completion_tokens is not None and request.max_completion_tokens < 1:
+        raise ApiError(
+            400,
+            f"max_completion_tokens is {request.max_completion_tokens}, expected at least 1",
+            param="max_completion_tokens",
+        )
+    if request.top_logprobs and not request.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     if request.logprobs:
         values["logprobs"] = request.top_logprobs or 0

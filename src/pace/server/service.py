@@ -130,6 +130,7 @@ class Service:
             PaceError: one was refused.
             Disconnected: the client has left already.
         """
+        _ = self.info  # or it is still being loaded
         meter = http.scope["pace.meter"] = Meter(self.metrics)
         call = Call(self.backend, n_jobs, meter)
         call.watch(until_disconnect(http.receive, call.cancel))
@@ -160,11 +161,11 @@ class Service:
 
 
 def check_failed(event: Event) -> None:
-    """Raises ApiError where a job ended for a reason that is the server's."""
+    """Raises ApiError where a job failed: 400 where its own request is to blame, or a client would ask again."""
     if isinstance(event, Delta):  # nearly always
         if event.finish_reason not in ("error", "abort"):
             return
         reason = event.stop_reason or "the request was ended by the server"
-        raise ApiError(500, str(reason), code="generation_failed")
+        raise ApiError(400 if event.is_request_error else 500, str(reason), code="generation_failed")
     if isinstance(event, Failed):
         raise ApiError(503, event.message, code="engine_failed")

@@ -321,6 +321,7 @@ class Station(Frontend):
             number, completion.index, completion.text, list(completion.token_ids), completion.reasoning
         )
         delta.finish_reason, delta.stop_reason = completion.finish_reason, completion.stop_reason
+        delta.is_request_error = completion.is_request_error
         if completion.logprobs is not None:
             delta.logprobs = [self._logprobs(entries) for entries in completion.logprobs]
             delta.cumulative_logprob = completion.cumulative_logprob

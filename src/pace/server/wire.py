@@ -194,6 +194,7 @@ class Delta(Message, tag=12):
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     cumulative_logprob: float | None = None
+    is_request_error: bool = False
 
 
 class Scores(Message, tag=13):

@@ -107,8 +107,8 @@ def check_variables(variables: object) -> dict[str, Any]:
     for name in variables:
         if not isinstance(name, str) or not name.isidentifier() or name.startswith("_") or name in _RESERVED:
             raise RequestError(
-                f"{show(name)} can't be a variable of the chat template; it is an argument of its own, reserved, or not "
-                "a name"
+                f"chat_template_kwargs has {show(name)}, which can't be a variable of the chat template: it is an argument "
+                "of its own, reserved, or not a name"
             )
     return {name: _plain(value, f"chat_template_kwargs.{name}", 0) for name, value in variables.items()}
 

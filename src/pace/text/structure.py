@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pace.errors import PaceError, RequestError, one_line
+from pace.errors import RequestError, one_line
 from pace.structured_outputs import StructuredOutputsParams
 from pace.text.tokenizer import Tokenizer
 
@@ -70,7 +70,7 @@ class Matcher:
         complete.
 
         Raises:
-            PaceError: a limit of the grammar's cost was reached.
+            RequestError: a limit of the grammar's cost was reached.
         """
         mask = np.frombuffer(self._inner.compute_bitmask(), dtype=np.uint32)
         if self._is_renewed():
@@ -82,7 +82,7 @@ class Matcher:
         """Go on behind a token.
 
         Raises:
-            PaceError: the grammar does not allow it.
+            RequestError: the grammar does not allow it.
         """
         self._inner.consume_token(token_id)
         if self._is_renewed():
@@ -124,7 +124,7 @@ class Matcher:
 
     def _check(self) -> None:
         if self._inner.is_error():
-            raise PaceError(f"the output's grammar can't go on: {one_line(self._inner.get_error(), 300)}")
+            raise RequestError(f"the output's grammar can't go on: {one_line(self._inner.get_error(), 300)}")
 
 
 class Grammars:

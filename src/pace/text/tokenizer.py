@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pace.checkpoint import ModelFiles, model_files
-from pace.errors import RequestError, TokenizerError, show
+from pace.errors import PromptTooLongError, RequestError, TokenizerError, show
 from pace.log import logger
 from pace.text.added_tokens import ANCHOR, byte_form, literal_tokens
 from pace.text.tokenizer_json import MAX_TOKENIZER_BYTES, NoThreads, decoder_kinds, guarded, load
@@ -275,7 +275,7 @@ class Tokenizer:
             except UnicodeEncodeError as error:
                 raise RequestError(f"the prompt has a lone surrogate at character {error.start}") from None
         if n_bytes > self.max_prompt_bytes:
-            raise RequestError(
+            raise PromptTooLongError(
                 f"the prompt has {n_bytes} bytes or more, expected at most {self.max_prompt_bytes}; "
                 "shorten it or raise max_model_len"
             )

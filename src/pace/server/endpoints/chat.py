@@ -63,7 +63,12 @@ class _Writer:
         self._usage_at_end = bool(options and options.include_usage)
         self._usage_always = bool(options and options.continuous_usage_stats)
         self._text_event = TextEvents()
-        self._is_plain = not (request.logprobs or request.return_token_ids or self._usage_always)
+        self._is_plain = not (
+            request.logprobs
+            or request.return_token_ids
+            or request.prompt_logprobs is not None
+            or self._usage_always
+        )
 
     # ---- in chunks ----------------------------------------------------------------------------------------
 
@@ -82,6 +87,8 @@ class _Writer:
         if not isinstance(one, Delta):
             if isinstance(one, Done):
                 self.counts.done(one)
+            elif isinstance(one, Scores):
+                self._scores = one.logprobs  # told with the first token
             return b""
         self.counts.n_output += len(one.token_ids)
         if self._is_plain and not (one.reasoning or one.tool_calls or one.finish_reason):
@@ -130,6 +137,8 @@ class _Writer:
             chunk.usage = self.counts.usage()
         elif self._usage_at_end:
             chunk.usage = None
+        if self._scores is not None:
+            chunk.prompt_logprobs, self._scores = prompt_logprobs(self._scores), None
         return chunk
 
     def _call_chunk(self, choice: _Choice, call: ToolCallDelta) -> ToolCallChunk:

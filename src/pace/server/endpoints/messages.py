@@ -10,11 +10,11 @@ import msgspec
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from pace.errors import PaceError, RequestError, show
+from pace.errors import RequestError, show
 from pace.server.backend import Call
 from pace.server.counts import Counts
 from pace.server.http import json_response
-from pace.server.protocol.errors import ApiError, api_error
+from pace.server.protocol.errors import ApiError
 from pace.server.protocol.messages import (
     AnthropicError,
     AnthropicMessage,
@@ -281,16 +281,7 @@ def _params(request: MessagesRequest) -> dict[str, Any]:
 
 
 async def messages(service: Service, http: HttpRequest) -> Response:
-    """Answer a conversation; errors have Anthropic's shape, too."""
-    try:
-        return await _messages(service, http)
-    except PaceError as error:
-        return _error(api_error(error))
-    except ApiError as error:
-        return _error(error)
-
-
-async def _messages(service: Service, http: HttpRequest) -> Response:
+    """Answer a conversation."""
     request = await service.read(http, MessagesRequest)
     model = service.check_model(request.model)
     params, chat = _params(request), _chat(request)
@@ -306,20 +297,11 @@ async def _messages(service: Service, http: HttpRequest) -> Response:
 
 async def count_tokens(service: Service, http: HttpRequest) -> Response:
     """How many tokens a conversation is."""
-    try:
-        request = await service.read(http, CountTokensRequest)
-        service.check_model(request.model)
-        question = Tokenize(service.backend.next_id(), None, _chat(request))
-        ids, _ = await service.backend.ask(question)
-        return json_response(TokenCount(len(ids)))
-    except PaceError as error:
-        return _error(api_error(error))
-    except ApiError as error:
-        return _error(error)
-
-
-def _error(error: ApiError) -> Response:
-    return json_response(AnthropicError.of(error.status, str(error)), error.status, error.headers)
+    request = await service.read(http, CountTokensRequest)
+    service.check_model(request.model)
+    question = Tokenize(service.backend.next_id(), None, _chat(request))
+    ids, _ = await service.backend.ask(question)
+    return json_response(TokenCount(len(ids)))
 
 
 def _error_event(error: ApiError) -> bytes:

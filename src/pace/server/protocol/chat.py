@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -58,6 +59,8 @@ class ChatRequest(Sampling, kw_only=True):
         add_generation_prompt, continue_final_message, include_reasoning: as `LLM.chat`; include_reasoning: false leaves
             reasoning out of the answer.
     """
+
+    engine_names: ClassVar[Mapping[str, str]] = {"logprobs": "top_logprobs"}
 
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
@@ -196,4 +199,5 @@ class ChatChunk(msgspec.Struct):
     system_fingerprint: str | None = None
     usage: Usage | UnsetType | None = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: list[dict[str, Any] | None] | UnsetType = UNSET
     speculative: dict[str, Any] | UnsetType = UNSET

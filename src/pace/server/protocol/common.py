@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -28,6 +29,9 @@ IGNORED = frozenset({
 
 class Strict(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Base of what is read: a field that is not listed is refused by name."""
+
+    engine_names: ClassVar[Mapping[str, str]] = {}
+    """Names of the engine's parameters to those that this request has for them; for messages of errors."""
 
 
 class StreamOptions(Strict, kw_only=True):

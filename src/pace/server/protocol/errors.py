@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 
 import msgspec
 
@@ -11,6 +12,7 @@ from pace.errors import (
     ChatTemplateError,
     EngineDeadError,
     PaceError,
+    PromptTooLongError,
     QueueFullError,
     RequestError,
 )
@@ -85,6 +87,7 @@ def _kind(status: int) -> str:
 
 _STATUS: Mapping[type[PaceError], tuple[int, str | None]] = {
     RequestError: (400, None),
+    PromptTooLongError: (400, "context_length_exceeded"),
     ChatTemplateError: (400, "chat_template_error"),
     CapacityError: (400, "context_length_exceeded"),
     QueueFullError: (429, "queue_full"),
@@ -92,13 +95,27 @@ _STATUS: Mapping[type[PaceError], tuple[int, str | None]] = {
 }
 
 
-def api_error(error: PaceError, params: frozenset[str] = frozenset()) -> ApiError:
+_PROMPT = re.compile(r"(?:prompt \d+: )?the (?:prompt|conversation) (?:has|is) ")
+_PROMPTS = ("prompt", "messages", "input")
+"""What requests call it."""
+
+
+def api_error(
+    error: PaceError, params: Collection[str] = (), engine_names: Mapping[str, str] | None = None
+) -> ApiError:
     """The answer to an error of pace.
 
     Args:
         params: names of the request's fields; a message that begins with one is about it.
+        engine_names: names of the engine's that the request has others for, which the message gets.
     """
     status, code = _STATUS.get(type(error), (500, None))
     message = str(error)
     first = message.split(" ", 1)[0].split("[", 1)[0].split(".", 1)[0]
-    return ApiError(status, message, param=first if first in params else None, code=code)
+    own = (engine_names or {}).get(first)
+    if own is not None:
+        message, first = own + message[len(first) :], own
+    param = first if first in params else None
+    if _PROMPT.match(message):
+        param = next((name for name in _PROMPTS if name in params), None)
+    return ApiError(status, message, param=param, code=code)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -39,6 +40,8 @@ class MessagesRequest(Strict, kw_only=True):
         tool_choice: {"type": "auto"}, "none", "any", or "tool" with a name; with disable_parallel_tool_use the first call
             alone is returned.
     """
+
+    engine_names: ClassVar[Mapping[str, str]] = {"stop": "stop_sequences"}
 
     messages: list[dict[str, Any]]
     max_tokens: int

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -38,6 +39,8 @@ class ResponsesRequest(Strict, kw_only=True):
             truncation only as "disabled".
         top_k, min_p, repetition_penalty, seed, stop, chat_template_kwargs, cache_salt, priority: as in chats.
     """
+
+    engine_names: ClassVar[Mapping[str, str]] = {"max_tokens": "max_output_tokens", "messages": "input"}
 
     input: str | list[dict[str, Any]]
     model: str | None = None

@@ -1,0 +1,116 @@
+"""Requests that are odd in ways that other tests are not: each is answered rightly, or refused in words that help."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+from server.kit import Server, scripted
+
+from pace.server.wire import Delta, Done, Event, Job, Scores, TokenLogprob
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
+TEXT = {"prompt": "x", "max_tokens": 8}
+
+
+def post(server: Server, path: str, body: dict[str, Any]) -> httpx.Response:
+    return httpx.post(f"{server.url}{path}", json=body, timeout=60)
+
+
+# ---- what only the engine can find out --------------------------------------------------------------------------
+
+PROPERTIES = {f"p{i}": {"type": "integer"} for i in range(2000)}
+
+IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
+    "min_tokens": ({"allowed_token_ids": [5], "min_tokens": 3}, "no token is left"),
+    "allowed": ({"allowed_token_ids": [500], "guided_choice": ["yes"]}, "no token is left"),
+    "bad words": ({"guided_choice": ["yes"], "bad_words": ["yes", "y"]}, "no token is left"),
+    "expression": ({"guided_regex": "a{1000}{1000}{1000}"}, "grammar can't go on"),
+    "recursion": ({"guided_grammar": 'start: "a" start'}, "grammar can't go on"),
+    "schema": ({"guided_json": {"type": "object", "properties": PROPERTIES}}, "grammar can't go on"),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_what_a_request_itself_makes_impossible_is_400(server: Server, name: str) -> None:
+    """5xx would have clients send it again and again."""
+    fields, message = IMPOSSIBLE[name]
+    answer = post(server, "/v1/completions", TEXT | fields)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error" and message in error["message"]
+    streamed = post(server, "/v1/completions", TEXT | fields | {"stream": True}).text
+    assert message in streamed and "invalid_request_error" in streamed and "[DONE]" not in streamed
+
+
+# ---- errors name what the request called it ----------------------------------------------------------------------
+
+LONG = "word " * 5000
+
+NAMED: list[tuple[str, dict[str, Any], str, str | None]] = [
+    ("/v1/completions", {"prompt": LONG}, "prompt", "context_length_exceeded"),
+    ("/v1/completions", {"prompt": "x" * 100_000}, "prompt", "context_length_exceeded"),
+    ("/v1/completions", {"prompt": ["x", LONG]}, "prompt", "context_length_exceeded"),
+    ("/v1/completions", {"prompt": [[]]}, "prompt", None),
+    ("/v1/completions", {"prompt": [1 << 20]}, "prompt", None),
+    ("/v1/completions", TEXT | {"logit_bias": {"x": 1}}, "logit_bias", None),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": LONG}]}, "messages", "context_length_exceeded"),
+    ("/v1/chat/completions", CHAT | {"logprobs": True, "top_logprobs": 21}, "top_logprobs", None),
+    ("/v1/chat/completions", CHAT | {"max_tokens": None, "max_completion_tokens": 0}, "max_completion_tokens", None),
+    ("/v1/chat/completions", CHAT | {"max_tokens": None, "min_tokens": 100_000}, "min_tokens", None),
+    ("/v1/chat/completions", CHAT | {"chat_template_kwargs": {"range": 1}}, "chat_template_kwargs", None),
+    ("/v1/embeddings", {"input": LONG}, "input", "context_length_exceeded"),
+    ("/v1/embeddings", {"input": [[1], [1 << 20]]}, "input", None),
+    ("/v1/responses", {"input": []}, "input", None),
+    ("/v1/responses", {"input": LONG}, "input", "context_length_exceeded"),
+    ("/v1/responses", {"input": "x", "max_output_tokens": 0}, "max_output_tokens", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "body", "param", "code"), NAMED)
+def test_errors_name_the_field_of_the_request(
+    server: Server, path: str, body: dict[str, Any], param: str, code: str | None
+) -> None:
+    answer = post(server, path, body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["param"], error["code"]) == (param, code), error
+    if not error["message"].startswith(("the prompt", "prompt 1")):
+        assert error["message"].startswith(param)
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens", "/v1/messages/batches"])
+def test_every_error_below_messages_has_anthropics_shape(path: str) -> None:
+    for method, body in (
+        ("POST", b"{"),
+        ("GET", b""),
+        ("POST", b'{"messages": [], "max_tokens": 1, "model": "x"}'),
+    ):
+        response, _ = scripted(ok, method, path, content=body)
+        assert response.status_code in (400, 404, 405)
+        assert response.json()["type"] == "error" and set(response.json()["error"]) == {"type", "message"}
+    response, _ = scripted(ok, "POST", "/v1/messages", json=CHAT | {"stop_sequences": [""]})
+    assert response.json()["error"]["message"].startswith("stop_sequences has ''")
+
+
+# ---- nothing is left out silently --------------------------------------------------------------------------------
+
+
+def ok(job: Job) -> list[list[Event]]:
+    token = TokenLogprob(7, -1.0, "h", b"h")
+    return [
+        [Scores(job.id, [None, [token]])],
+        [Delta(job.id, 0, "x", [1], finish_reason="stop"), Done(job.id, 3, 0, 1)],
+    ]
+
+
+def test_a_streamed_chat_has_its_prompts_log_probabilities() -> None:
+    response, _ = scripted(
+        ok, "POST", "/v1/chat/completions", json=CHAT | {"stream": True, "prompt_logprobs": 1}
+    )
+    chunks = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+    told = [chunk["prompt_logprobs"] for chunk in chunks if "prompt_logprobs" in chunk]
+    assert told == [[None, {"7": {"logprob": -1.0, "decoded_token": "h"}}]]
+    assert chunks[1]["choices"][0]["delta"]["content"] == "x"
