@@ -14,7 +14,7 @@ from pace.speculative_config import MAX_DRAFT_TOKENS
 from pace.structured_outputs import StructuredOutputsParams
 from pace.vllm_names import SAMPLING_FIELDS, takes_class
 
-__all__ = ["GREEDY_EPS", "MAX_N", "RequestOutputKind", "SamplingParams"]
+__all__ = ["GREEDY_EPS", "MAX_LISTED_IDS", "MAX_N", "RequestOutputKind", "SamplingParams"]
 
 GREEDY_EPS = 1e-5  # a temperature below this is greedy (vLLM's _SAMPLING_EPS)
 MAX_N = 128  # completions of one request; every one takes a sequence's share of the KV cache

@@ -140,7 +140,8 @@ def scripted(
         app = make_app(Service(backend, ["scripted"], limits))
         transport = httpx.ASGITransport(app)  # type: ignore[arg-type]
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.request(method, path, headers={"x-request-id": "r"}, **request), backend
+            headers = {"x-request-id": "r"} | request.pop("headers", {})
+            return await client.request(method, path, headers=headers, **request), backend
 
     return asyncio.run(main())
 

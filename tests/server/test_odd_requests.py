@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from typing import Any
 
@@ -114,3 +115,60 @@ def test_a_streamed_chat_has_its_prompts_log_probabilities() -> None:
     told = [chunk["prompt_logprobs"] for chunk in chunks if "prompt_logprobs" in chunk]
     assert told == [[None, {"7": {"logprob": -1.0, "decoded_token": "h"}}]]
     assert chunks[1]["choices"][0]["delta"]["content"] == "x"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"prompt": "x", "tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"prompt": "x", "add_generation_prompt": True}, "add_generation_prompt"),
+        ({"messages": CHAT["messages"], "add_special_tokens": True}, "add_special_tokens"),
+    ],
+)
+def test_tokenize_says_which_field_means_nothing(server: Server, body: dict[str, Any], param: str) -> None:
+    answer = post(server, "/tokenize", body)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == param
+
+
+def test_detokenize_has_a_limit(server: Server) -> None:
+    answer = post(server, "/detokenize", {"tokens": [1] * 300_000})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "tokens"
+
+
+# ---- HTTP ----------------------------------------------------------------------------------------------------
+
+
+def test_a_client_of_http_1_0_gets_its_stream_without_chunks(server: Server) -> None:
+    body = json.dumps(TEXT | {"stream": True, "temperature": 0}).encode()
+    with server.connect() as connection:
+        head = f"POST /v1/completions HTTP/1.0\r\ncontent-length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    head_got, _, rest = answer.partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head_got.lower()
+    events = rest.decode().split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""] and all(event.startswith("data: {") for event in events[:-2])
+
+
+def test_a_compressed_body_is_named() -> None:
+    response, backend = scripted(
+        ok, "POST", "/v1/completions", content=gzip.compress(b"{}"), headers={"content-encoding": "gzip"}
+    )
+    assert response.status_code == 415 and "gzip" in response.json()["error"]["message"] and not backend.jobs
+
+
+@pytest.mark.parametrize(
+    "kind", ["text/plain", "text/plain;charset=UTF-8", "application/x-www-form-urlencoded", ""]
+)
+def test_a_web_page_must_send_what_needs_a_preflight(kind: str) -> None:
+    """Any page that somebody looks at could make a server on his own machine work."""
+    page = {"origin": "https://evil.example", "content-type": kind}
+    content = json.dumps(TEXT).encode()
+    response, backend = scripted(ok, "POST", "/v1/completions", content=content, headers=page)
+    assert response.status_code == 415 and not backend.jobs
+    response, backend = scripted(
+        ok, "POST", "/v1/completions", content=content, headers={"content-type": kind}
+    )
+    assert response.status_code == 200  # curl's -d
+    own = page | {"content-type": "application/json; charset=utf-8"}
+    assert scripted(ok, "POST", "/v1/completions", content=content, headers=own)[0].status_code == 200

@@ -189,6 +189,12 @@ class SlowOutput:
         self.n_bytes = 0
         self.is_paused = False
 
+    def begin(self) -> None:
+        pass
+
+    def end(self, data: bytes) -> bytes:
+        return data
+
     def write(self, data: bytes) -> None:
         self.parts.append(data)
         self.is_paused = True

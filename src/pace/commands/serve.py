@@ -7,6 +7,7 @@ from typing import Any
 
 from pace.commands import options
 from pace.errors import ConfigError
+from pace.params import MAX_N
 from pace.text.reasoning import REASONING_PARSERS
 from pace.text.tools import PARSER_ALIASES, TOOL_PARSERS
 
@@ -52,7 +53,7 @@ def _add_chats(group: Any) -> None:
 def _add_server(group: Any) -> None:
     group.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
     group.add_argument("--port", type=_port, default=8000, metavar="N", help="default: 8000; 0: any free one")
-    group.add_argument("--uds", metavar="PATH", help="listen at a unix socket instead")
+    group.add_argument("--uds", type=_name, metavar="PATH", help="listen at a unix socket instead")
     group.add_argument("--ssl-certfile", metavar="FILE", help="serve TLS with this certificate")
     group.add_argument("--ssl-keyfile", metavar="FILE", help="its key")
     group.add_argument("--ssl-ca-certs", metavar="FILE", help="ask clients for certificates signed by these")
@@ -91,6 +92,7 @@ def _add_server(group: Any) -> None:
     group.add_argument("--root-path", default="", metavar="PATH", help="prefix that a proxy in front adds")
     group.add_argument(
         "--served-model-name",
+        type=_name,
         nargs="+",
         metavar="NAME",
         help="what clients call the model (default: as given)",
@@ -153,7 +155,11 @@ def _add_limits(group: Any) -> None:
         help="a stream whose client takes nothing for so long is ended (default: 60)",
     )
     group.add_argument(
-        "--max-n", type=options.positive, default=16, metavar="N", help="completions of a prompt"
+        "--max-n",
+        type=_max_n,
+        default=16,
+        metavar="N",
+        help=f"completions of a prompt, at most {MAX_N} (default: 16)",
     )
     group.add_argument(
         "--trust-request-chat-template", action="store_true", help="take chat templates from requests"
@@ -178,7 +184,7 @@ def run(args: argparse.Namespace) -> int:
     return serve(
         ServeOptions(
             config=options.engine_config(args),
-            names=tuple(args.served_model_name or (args.model,)),
+            names=tuple(dict.fromkeys(args.served_model_name or (args.model,))),
             host=args.host,
             port=args.port,
             uds=args.uds,
@@ -213,6 +219,18 @@ def run(args: argparse.Namespace) -> int:
 def _port(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) < 1 << 16):
         raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535")
+    return int(text)
+
+
+def _name(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is no name")
+    return text
+
+
+def _max_n(text: str) -> int:
+    if options.positive(text) > MAX_N:
+        raise argparse.ArgumentTypeError(f"{text!r} is above {MAX_N}")
     return int(text)
 
 

@@ -9,7 +9,7 @@ import asyncio
 from typing import Any
 
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from pace.server.http import json_bytes
 from pace.server.protocol.errors import ErrorBody, ErrorObject
@@ -22,23 +22,38 @@ HEAD_TIMEOUT_S = 5.0
 
 
 class Output:
-    """Writes the body of a chunked answer straight to the client, once its head has been sent.
+    """Writes the body of a stream straight to the client, once its head has been sent.
 
     Args:
         transport: the connection's.
         flow: knows whether the client keeps up.
+        cycle: the request's; uvicorn would send a client of HTTP/1.0 chunks, which it can't read.
     """
 
-    def __init__(self, transport: asyncio.Transport, flow: FlowControl) -> None:
+    def __init__(self, transport: asyncio.Transport, flow: FlowControl, cycle: RequestResponseCycle) -> None:
         self.n_bytes = 0
         self._transport = transport
         self._flow = flow
+        self._cycle = cycle
+        self._is_chunked = cycle.scope["http_version"] != "1.0"
+
+    def begin(self) -> None:
+        """Before the head: whether chunks follow, or bytes until the connection ends."""
+        if not self._is_chunked:
+            self._cycle.chunked_encoding = False
 
     def write(self, data: bytes) -> None:
         """Write a piece of the body; never waits."""
         if data and not self._transport.is_closing():
-            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
             self.n_bytes += len(data)
+
+    def end(self, data: bytes) -> bytes:
+        """Write the last piece; returns what is left of it for the server, which ends the body."""
+        if self._is_chunked:
+            return data  # in one write with the last chunk
+        self.write(data)
+        return b""
 
     @property
     def is_paused(self) -> bool:
@@ -111,7 +126,7 @@ class Guarded(HttpToolsProtocol):
         self._timer.cancel()
         super().on_headers_complete()
         scope: Any = self.scope
-        scope["pace.output"] = Output(self.transport, self.flow)
+        scope["pace.output"] = Output(self.transport, self.flow, self.cycle)
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP is answered as every other error."""

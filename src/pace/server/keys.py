@@ -41,6 +41,10 @@ class Keys:
     def __init__(self, keys: Sequence[str] = (), max_open: int | None = None) -> None:
         if any(not key for key in keys):
             raise ConfigError("an API key is empty, expected some text")
+        if any(not key.isprintable() or key != key.strip() for key in keys):
+            raise ConfigError(
+                "an API key has control characters, or white space at an end; no header can carry it"
+            )
         self._digests = [_digest(key.encode()) for key in keys]
         self._max_open = max_open
         self._open: Counter[int] = Counter()

@@ -99,6 +99,7 @@ def serve(options: ServeOptions) -> int:
     """
     endpoint = options.otlp_traces_endpoint
     tracer = None if endpoint is None else Tracer.to(endpoint, options.names[0])
+    _check_tls(options)
     listener = _listen(options)
     warn_if_open(options)
     loop = uvloop.new_event_loop()
@@ -123,13 +124,44 @@ def warn_if_open(options: ServeOptions) -> None:
         err(f"pace: warning: others can reach {options.host} and no --api-key is set: everybody may ask")
 
 
+def _check_tls(options: ServeOptions) -> None:
+    """Try certificates and keys before anything is loaded.
+
+    Raises:
+        ConfigError: one can't be used, or would not be.
+    """
+    if options.ssl_certfile is None:
+        for name in ("ssl_keyfile", "ssl_ca_certs"):
+            if getattr(options, name) is not None:
+                raise ConfigError(f"{name} is given without ssl_certfile: nothing would be encrypted")
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # A key with a password would be asked for at a terminal.
+        context.load_cert_chain(options.ssl_certfile, options.ssl_keyfile, password=lambda: "")
+    except (OSError, ValueError) as error:
+        key = options.ssl_keyfile or "its key in the same file"
+        raise ConfigError(f"{options.ssl_certfile} and {key} can't serve TLS: {error}") from None
+    if options.ssl_ca_certs is not None:
+        try:
+            context.load_verify_locations(options.ssl_ca_certs)
+        except OSError as error:
+            raise ConfigError(f"{options.ssl_ca_certs} can't check clients' certificates: {error}") from None
+
+
+def _is_served(path: Path) -> bool:
+    """Whether somebody listens at a unix socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trial:
+        return trial.connect_ex(str(path)) == 0
+
+
 def _listen(options: ServeOptions) -> socket.socket:
     """The bound socket; before anything is loaded, so that a port in use is told at once."""
     try:
         if options.uds is not None:
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             path = Path(options.uds)
-            if path.is_socket():
+            if path.is_socket() and not _is_served(path):  # its server has not ended well
                 path.unlink()
             listener.bind(options.uds)
         else:
@@ -184,8 +216,8 @@ class _Run:
         serving = asyncio.ensure_future(server.serve(sockets=[self._listener]))
         ticking = asyncio.ensure_future(_tick(service))
         loading = asyncio.ensure_future(self._load(backend))
+        stopping = asyncio.ensure_future(self._stop.wait())
         try:
-            stopping = asyncio.ensure_future(self._stop.wait())
             await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
             service.is_draining = True
             if self._error is None:
@@ -193,8 +225,11 @@ class _Run:
             backend.fail_all("the server is shutting down")
             server.should_exit = True
             server.force_exit = self._n_signals > 1
-            await asyncio.wait({serving}, timeout=ABORT_S + 1.0)
+            ended, _ = await asyncio.wait({serving}, timeout=ABORT_S + 1.0)
+            for task in ended:
+                task.result()  # or what it died of
         finally:
+            stopping.cancel()
             loading.cancel()
             ticking.cancel()
             await backend.close()

@@ -11,6 +11,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 import pace
+from pace.errors import show
 from pace.server.backend import Backend, Call
 from pace.server.http import Disconnected, decode, read_body, until_disconnect
 from pace.server.keys import Keys
@@ -20,7 +21,7 @@ from pace.server.slow import SlowClients
 from pace.server.tracing import Tracer
 from pace.server.wire import Delta, Event, Failed, Info, Job
 
-__all__ = ["FINGERPRINT", "Endpoint", "Limits", "Service", "check_failed"]
+__all__ = ["FINGERPRINT", "Endpoint", "Limits", "Service", "check_failed", "check_headers"]
 
 T = TypeVar("T")
 Endpoint = Callable[[HttpRequest], Awaitable[Response]]
@@ -93,9 +94,10 @@ class Service:
         """A request's body as `kind`.
 
         Raises:
-            ApiError: too large, too slow, or not of this type.
+            ApiError: too large, too slow, in another coding, or not of this type.
         """
         limits = self.limits
+        check_headers(http)
         body = await read_body(http.scope, http.receive, limits.max_body_bytes, limits.body_timeout_s)
         return decode(kind, body)
 
@@ -158,6 +160,26 @@ class Service:
                 raise Disconnected
         finally:
             call.close()
+
+
+def check_headers(http: HttpRequest) -> None:
+    """Raises ApiError where a body is compressed, or comes from a web page that no preflight has stopped.
+
+    Pages may send text and forms anywhere without the server's leave; JSON they may not. Other clients have no Origin and
+    may call it what they want.
+    """
+    coding = http.headers.get("content-encoding", "identity")
+    if coding.strip().lower() not in ("", "identity"):
+        raise ApiError(
+            415, f"content-encoding is {show(coding)}; send the body as it is", code="unsupported_coding"
+        )
+    kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if "origin" in http.headers and kind != "application/json":
+        raise ApiError(
+            415,
+            f"content-type is {show(kind)}; web pages must send application/json",
+            code="unsupported_type",
+        )
 
 
 def check_failed(event: Event) -> None:

@@ -106,6 +106,8 @@ class EventStream(Response):
         self._output = scope.get("pace.output")
         self._slow.streams.add(self)
         try:
+            if self._output is not None:
+                self._output.begin()
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             if self._output is None:
                 await self._through(send)
@@ -118,6 +120,8 @@ class EventStream(Response):
                 raise self._error
             elif not self._call.is_cancelled:
                 farewell = self._last()
+            if self._output is not None:
+                farewell = self._output.end(farewell)
             await send({"type": "http.response.body", "body": farewell, "more_body": False})
         finally:
             self._slow.streams.discard(self)

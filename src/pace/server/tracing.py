@@ -9,7 +9,7 @@ from typing import Any
 from starlette.types import Scope
 
 import pace
-from pace.errors import ConfigError
+from pace.errors import ConfigError, show
 from pace.server.metrics import Meter
 
 __all__ = ["Tracer"]
@@ -49,8 +49,12 @@ class Tracer:
             endpoint: OTLP over HTTP, such as http://127.0.0.1:4318/v1/traces.
 
         Raises:
-            ConfigError: the packages are not installed.
+            ConfigError: it is no address, or the packages are not installed.
         """
+        if not endpoint.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"{show(endpoint)} is no address for traces, such as http://127.0.0.1:4318/v1/traces"
+            )
         try:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
