@@ -17,6 +17,7 @@ from pace.checkpoint import read_pooling
 from pace.engine.loader import Loaded
 from pace.engine.request import Request
 from pace.errors import PaceError, RequestError, show
+from pace.log import logger
 from pace.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
 from pace.params import SamplingParams
 from pace.pooling_params import PoolingParams
@@ -100,6 +101,7 @@ class Inputs:
     def __init__(self, loaded: Loaded) -> None:
         self._loaded = loaded
         self._chat_templates: ChatTemplates | None = None
+        self._has_warned = False  # that tools don't reach the model
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -139,6 +141,11 @@ class Inputs:
         choice = ToolChoice.parse(options.tool_choice, options.tools)
         tools = options.tools if choice.offers_tools else None
         template = self._chat_templates.choose(options.chat_template, tools=tools)
+        if tools and not template.reads_tools and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "the chat template does not mention tools: the model does not hear of those that requests bring"
+            )
         forced = None
         if choice.kind == "required":
             named = options.tool_parser

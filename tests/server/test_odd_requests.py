@@ -172,3 +172,70 @@ def test_a_web_page_must_send_what_needs_a_preflight(kind: str) -> None:
     assert response.status_code == 200  # curl's -d
     own = page | {"content-type": "application/json; charset=utf-8"}
     assert scripted(ok, "POST", "/v1/completions", content=content, headers=own)[0].status_code == 200
+
+
+# ---- messages ------------------------------------------------------------------------------------------------
+
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+ASKED = {"role": "user", "content": "hi"}
+
+WRONG_MESSAGES: dict[str, tuple[dict[str, Any], str]] = {
+    "no content": ({"role": "user"}, "messages[1].content is None"),
+    "null": ({"role": "tool", "content": None}, "messages[1].content is None"),
+    "a number": ({"role": "assistant", "content": 5}, "messages[1].content is 5"),
+    "an object": ({"role": "user", "content": {"text": "x"}}, "messages[1].content is {"),
+    "a part without a type": ({"role": "user", "content": [{"text": "x"}]}, "messages[1].content[0] is {"),
+    "a number as part": ({"role": "user", "content": [5]}, "messages[1].content[0] is 5"),
+    "another type": (
+        {"role": "user", "content": [{"type": "input_text", "text": "x"}]},
+        "messages[1].content[0] has type 'input_text'",
+    ),
+    "calls as text": ({"role": "assistant", "tool_calls": "f()"}, "messages[1].tool_calls is 'f()'"),
+    "a call without a function": ({"role": "assistant", "tool_calls": [{"id": "1"}]}, "messages[1].tool_calls[0] is {"),
+    "a call without a name": (
+        {"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]},
+        "messages[1].tool_calls[0] is {",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_MESSAGES)
+def test_what_is_wrong_with_a_message_is_named(server: Server, name: str) -> None:
+    """Not by what the template stumbles over."""
+    message, said = WRONG_MESSAGES[name]
+    for path in ("/v1/chat/completions", "/tokenize"):
+        answer = post(server, path, {"messages": [ASKED, message, ASKED]})
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert error["message"].startswith(said) and error["param"] == "messages", error
+
+
+def test_a_call_alone_is_a_message_that_older_templates_take(server: Server) -> None:
+    """As OpenAI's own client sends it back: content null; the template adds it to a text."""
+    for message in ({"content": None, "tool_calls": [CALL]}, {"tool_calls": [CALL]}, {"content": None}):
+        messages = [
+            ASKED,
+            {"role": "assistant", **message},
+            {"role": "tool", "tool_call_id": "1", "content": "5"},
+        ]
+        filled = [ASKED, messages[1] | {"content": ""}, messages[2]]
+        tokens = [
+            post(server, "/tokenize", {"messages": some}).json()["tokens"] for some in (messages, filled)
+        ]
+        assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/embeddings"])
+@pytest.mark.parametrize("given", ["a\nb", "../etc", "x" * 129, "\u202e"])
+def test_ids_of_requests_in_the_body_are_as_those_in_the_header(path: str, given: str) -> None:
+    body = CHAT if "chat" in path else {"input": "x"} if "emb" in path else TEXT
+    response, backend = scripted(ok, "POST", path, json=body | {"request_id": given})
+    assert (
+        response.status_code == 400 and response.json()["error"]["param"] == "request_id" and not backend.jobs
+    )
+
+
+def test_a_function_has_a_name() -> None:
+    tools = [{"type": "function", "function": {"name": ""}}]
+    response, _ = scripted(ok, "POST", "/v1/chat/completions", json=CHAT | {"tools": tools})
+    assert response.status_code == 400 and response.json()["error"]["param"] == "tools"

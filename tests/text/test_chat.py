@@ -73,6 +73,22 @@ def test_what_is_absent_stays_absent() -> None:
     )
 
 
+def test_a_message_without_content_is_empty_for_templates_that_know_no_null() -> None:
+    call = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "f", "arguments": {}}}],
+    }
+    absent = {key: value for key, value in call.items() if key != "content"}
+    adding = "{% for m in messages %}{{ '<' + m['content'] + '>' }}{% endfor %}"
+    assert render(adding, [call, absent]) == "<><>"
+    assert render("{{ messages[0].content }}", [call]) == ""  # and not None
+    knowing = "{% if messages[0].content is none %}{{ 'a call' }}{% endif %}"  # DeepSeek's
+    assert render(knowing, [call]) == "a call"
+    with pytest.raises(ChatTemplateError):
+        render(adding, [{"role": "user", "content": None}])
+
+
 def test_parts_go_to_templates_that_read_them() -> None:
     parts = [
         {"type": "text", "text": "a"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 import uuid
 
@@ -14,6 +13,7 @@ from pace.errors import PaceError, one_line
 from pace.log import logger
 from pace.server.http import error_response
 from pace.server.protocol.errors import ApiError, api_error
+from pace.server.requests import REQUEST_ID
 from pace.server.service import Service
 
 __all__ = ["CLIENT_CLOSED", "OPEN_PATHS", "Gate", "answer_to"]
@@ -22,8 +22,6 @@ OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping"})
 """These say how the server is, to everybody and until the end; exactly these."""
 
 CLIENT_CLOSED = 499  # what nginx logs where the client has left
-
-_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
 class Gate:
@@ -127,6 +125,6 @@ def answer_to(error: Exception, number: str) -> ApiError:
 
 def _request_id(scope: Scope) -> str:
     for name, value in scope["headers"]:
-        if name == b"x-request-id" and _ID.fullmatch(value):
+        if name == b"x-request-id" and REQUEST_ID.fullmatch(value.decode("latin-1")):
             return str(value.decode())
     return uuid.uuid4().hex

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
 
-from pace.errors import show
+from pace.errors import RequestError, show
 from pace.params import SamplingParams
 from pace.server.protocol.chat import ChatRequest
 from pace.server.protocol.common import Sampling
@@ -16,10 +17,12 @@ from pace.server.wire import Chat
 
 __all__ = [
     "MAX_FAN_OUT",
+    "REQUEST_ID",
     "chat_of",
     "chat_params",
     "checked",
     "completion_params",
+    "id_of",
     "one_by_one",
     "prompts_of",
     "texts_of",
@@ -28,12 +31,30 @@ __all__ = [
 MAX_PROMPTS = 64  # of one request
 MAX_FAN_OUT = 256  # prompts x n: sequences of one request
 
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+"""Of those that clients bring."""
+
 _SAMPLING = (
     "n", "min_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "seed", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "logit_bias",
     "bad_words", "allowed_token_ids", "prompt_logprobs", "skip_special_tokens", "spaces_between_special_tokens",
     "speculative",
 )  # fmt: skip
+
+
+def id_of(request_id: str | None, number: str) -> str:
+    """The id that the answer carries: the request's own, or `number`.
+
+    Raises:
+        ApiError: it could hurt whoever reads it in a log.
+    """
+    if request_id and not REQUEST_ID.fullmatch(request_id):
+        raise ApiError(
+            400,
+            f"request_id is {show(request_id)}, expected 1 to 128 letters, digits and . _ : -",
+            param="request_id",
+        )
+    return request_id or number
 
 
 def _sampling(request: Sampling) -> dict[str, Any]:
@@ -211,6 +232,8 @@ def chat_of(request: ChatRequest, *, trust_template: bool) -> Chat:
             "(--trust-request-chat-template allows others)",
             param="chat_template",
         )
+    for i, message in enumerate(request.messages):
+        _check_message(message, f"messages[{i}]")
     variables = dict(request.chat_template_kwargs or {})
     if request.reasoning_effort is not None:
         variables.setdefault("reasoning_effort", request.reasoning_effort)
@@ -225,6 +248,33 @@ def chat_of(request: ChatRequest, *, trust_template: bool) -> Chat:
     )
 
 
+def _check_message(message: dict[str, Any], where: str) -> None:
+    """Say what is wrong with a message before a template stumbles over it; roles are the template's business."""
+    role, content, calls = (message.get(key) for key in ("role", "content", "tool_calls"))
+    if isinstance(content, list):
+        for j, part in enumerate(content):
+            if not (isinstance(part, str) or (isinstance(part, dict) and isinstance(part.get("type"), str))):
+                raise RequestError(
+                    f"{where}.content[{j}] is {show(part)}, expected a part with a type, such as text"
+                )
+    elif not isinstance(content, str) and not (content is None and role not in _WITH_CONTENT):
+        raise RequestError(f"{where}.content is {show(content)}, expected text or a list of parts")
+    if calls is None:
+        return
+    if not isinstance(calls, list):
+        raise RequestError(f"{where}.tool_calls is {show(calls)}, expected a list of calls")
+    for j, call in enumerate(calls):
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RequestError(
+                f"{where}.tool_calls[{j}] is {show(call)}, expected a function with a name and arguments"
+            )
+
+
+_WITH_CONTENT = ("user", "system", "developer", "tool")
+"""Roles whose messages say something; the assistant's may be a call alone."""
+
+
 def _tools(request: ChatRequest) -> list[dict[str, Any]] | None:
     choice = request.tool_choice
     if request.tools is None or choice == "none":
@@ -234,6 +284,8 @@ def _tools(request: ChatRequest) -> list[dict[str, Any]] | None:
     for i, tool in enumerate(request.tools):
         if tool.type != "function":
             raise ApiError(400, f"tools[{i}].type is {show(tool.type)}, expected function", param="tools")
+        if not tool.function.name:
+            raise ApiError(400, f"tools[{i}].function.name is empty", param="tools")
     return [_without_none(msgspec.to_builtins(tool)) for tool in request.tools]
 
 

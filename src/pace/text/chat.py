@@ -27,6 +27,19 @@ _END_OF_FINAL = "\ue000end of the final message\ue000"
 _NAME = re.compile(r"[\w.-]{1,64}")
 
 
+_ABSENT = object()
+
+
+def _with_contents(messages: list[dict[str, Any]], empty: set[object]) -> list[dict[str, Any]]:
+    """The messages with "" as content of the assistant's that have one of `empty`."""
+    return [
+        {**message, "content": ""}
+        if message["role"] == "assistant" and any(message.get("content", _ABSENT) is one for one in empty)
+        else message
+        for message in messages
+    ]
+
+
 class ChatTemplate:
     """One chat template; compiled at its first use."""
 
@@ -78,9 +91,6 @@ class ChatTemplate:
             RequestError: an argument is invalid, or the template refuses the messages.
             ChatTemplateError: the template is malformed, failed, or exceeded its budget.
         """
-        # Not at the top: it imports jinja2, 50 ms.
-        from pace.text.sandbox import Budget, render
-
         plain = check_messages(messages, keep_parts=self._compiled.reads_parts)
         plain_tools = None if tools is None else check_tools(tools)
         plain_variables = check_variables(variables or {})
@@ -90,26 +100,41 @@ class ChatTemplate:
             )
         if continue_final_message:
             _mark_end(plain)
-        n_nodes, n_chars = n_nodes_and_chars(plain, plain_tools, plain_variables)
+        if not self._compiled.asks_for_none:
+            plain = _with_contents(plain, {None})
+        variables = {
+            **self._special_tokens,
+            "documents": None,
+            **plain_variables,
+            "tools": plain_tools,
+            "add_generation_prompt": not continue_final_message
+            if add_generation_prompt is None
+            else bool(add_generation_prompt),
+        }
+        try:
+            text = self._render(plain, variables)
+        except ChatTemplateError:
+            # A call alone is a message without content, which older templates can't take.
+            filled = _with_contents(plain, {None, _ABSENT})
+            if filled == plain:
+                raise
+            text = self._render(filled, variables)
+        return _cut_at_end(text) if continue_final_message else text
+
+    @property
+    def reads_tools(self) -> bool:
+        """Whether the model hears of the tools that are given."""
+        return self._compiled.reads_tools
+
+    def _render(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
+        # Not at the top: it imports jinja2, 50 ms.
+        from pace.text.sandbox import Budget, render
+
+        n_nodes, n_chars = n_nodes_and_chars(messages, variables)
         # Templates look at every message a few times; a budget in proportion admits long chats and stops
         # bombs.
         budget = Budget(steps=250_000 + 100 * n_nodes, chars=16_000_000 + 16 * n_chars)
-        text = render(
-            self._compiled.template,
-            {
-                **self._special_tokens,
-                "documents": None,
-                **plain_variables,
-                "messages": plain,
-                "tools": plain_tools,
-                "add_generation_prompt": not continue_final_message
-                if add_generation_prompt is None
-                else bool(add_generation_prompt),
-            },
-            budget,
-            self._clock,
-        )
-        return _cut_at_end(text) if continue_final_message else text
+        return render(self._compiled.template, {**variables, "messages": messages}, budget, self._clock)
 
     @cached_property
     def _compiled(self) -> Compiled:

@@ -54,7 +54,8 @@ def check_messages(messages: object, *, keep_parts: bool = False) -> list[dict[s
         if not isinstance(role, str) or not role:
             raise RequestError(f"{where}.role is {show(role)}, expected a name such as 'user'")
         if isinstance(plain.get("content"), list):
-            plain["content"] = _parts(plain["content"], f"{where}.content", keep_parts)
+            is_said = role in ("user", "assistant", "system", "developer")  # tools may return any list
+            plain["content"] = _parts(plain["content"], f"{where}.content", keep_parts, is_said)
         reasoning = next((plain[key] for key in _REASONING if plain.get(key) is not None), None)
         if reasoning is not None:
             plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
@@ -146,14 +147,23 @@ def _list_of_objects(values: object, name: str) -> Sequence[Mapping[str, Any]]:
     return values
 
 
-def _parts(parts: list[Any], where: str, keep: bool) -> Any:
-    """A list of content parts as the template wants it; a list of anything else as it is."""
+def _parts(parts: list[Any], where: str, keep: bool, is_said: bool) -> Any:
+    """A list of content parts as the template wants it; a list of anything else as it is.
+
+    Args:
+        keep: the template reads lists of parts.
+        is_said: what is no text would be lost, not printed as JSON.
+    """
     for i, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and any(name in kind for name in _MEDIA):
             raise RequestError(f"{where}[{i}] has type {show(kind)}; pace reads only text")
         if kind == "text" and not isinstance(part.get("text"), str):
             raise RequestError(f"{where}[{i}].text is {show(part.get('text'))}, expected a string")
+        if isinstance(kind, str) and kind != "text" and is_said and not keep:
+            raise RequestError(
+                f"{where}[{i}] has type {show(kind)}; this model's chat template reads only text"
+            )
     if keep or not all(isinstance(part, str) or _is_text(part) for part in parts):
         return parts
     return "\n".join(part if isinstance(part, str) else part["text"] for part in parts)

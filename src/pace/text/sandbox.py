@@ -80,10 +80,14 @@ class Compiled:
     Attributes:
         template: Jinja's.
         reads_parts: it loops over a message's content, so it understands lists of parts.
+        asks_for_none: it asks whether something is null, perhaps a message's content.
+        reads_tools: it mentions them.
     """
 
     template: jinja2.Template
     reads_parts: bool
+    asks_for_none: bool
+    reads_tools: bool
 
 
 def compile_template(source: str) -> Compiled:
@@ -97,11 +101,18 @@ def compile_template(source: str) -> Compiled:
     try:
         tree = environment.parse(source)
         reads_parts = any(_is_content(loop.iter) for loop in tree.find_all(nodes.For))
+        asks_for_none = any(test.name == "none" for test in tree.find_all(nodes.Test)) or any(
+            constant.value is None for constant in tree.find_all(nodes.Const)
+        )
+        reads_tools = any(name.name == "tools" for name in tree.find_all(nodes.Name))
         tree = _Guards().visit(tree)
         tree.set_environment(environment)
         code = environment.compile(tree)
         return Compiled(
-            jinja2.Template.from_code(environment, code, environment.make_globals(None)), reads_parts
+            jinja2.Template.from_code(environment, code, environment.make_globals(None)),
+            reads_parts,
+            asks_for_none,
+            reads_tools,
         )
     except ChatTemplateError:
         raise

@@ -25,7 +25,7 @@ from pace.server.protocol.chat import (
     ToolCallChunk,
     ToolCallObject,
 )
-from pace.server.requests import chat_of, chat_params, one_by_one
+from pace.server.requests import chat_of, chat_params, id_of, one_by_one
 from pace.server.service import FINGERPRINT, Service
 from pace.server.sse import DONE, EventStream, TextEvents, event
 from pace.server.wire import Delta, Done, Event, Job, Scores, TokenLogprob, ToolCallDelta
@@ -220,7 +220,7 @@ async def chat_completions(service: Service, http: HttpRequest) -> Response:
     service.check_n(request.n)
     params = chat_params(request)
     chat = chat_of(request, trust_template=service.limits.trust_request_chat_template)
-    number = request.request_id or http.scope["pace.id"]
+    number = id_of(request.request_id, http.scope["pace.id"])
 
     def jobs(call: Call) -> list[Job]:
         return [

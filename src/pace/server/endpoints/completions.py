@@ -13,7 +13,7 @@ from pace.server.counts import Counts
 from pace.server.http import json_response
 from pace.server.logprobs import completion_logprobs, prompt_logprobs
 from pace.server.protocol.completions import Choice, Completion, CompletionRequest, Logprobs
-from pace.server.requests import completion_params, one_by_one, prompts_of
+from pace.server.requests import completion_params, id_of, one_by_one, prompts_of
 from pace.server.service import FINGERPRINT, Service
 from pace.server.sse import DONE, EventStream, TextEvents, event
 from pace.server.wire import Delta, Done, Event, Job, Scores, TokenLogprob
@@ -181,7 +181,7 @@ async def completions(service: Service, http: HttpRequest) -> Response:
     service.check_n(request.n)
     params, wants_output = completion_params(request)
     prompts = prompts_of(request)
-    number = request.request_id or http.scope["pace.id"]
+    number = id_of(request.request_id, http.scope["pace.id"])
     returns_prompt = bool(request.echo or request.return_token_ids)
 
     def jobs(call: Call) -> list[Job]:

@@ -16,7 +16,7 @@ from pace.server.backend import Call
 from pace.server.http import json_bytes, json_response
 from pace.server.protocol.embeddings import EmbeddingsRequest, EmbeddingUsage
 from pace.server.protocol.errors import ApiError
-from pace.server.requests import MAX_FAN_OUT, texts_of
+from pace.server.requests import MAX_FAN_OUT, id_of, texts_of
 from pace.server.service import Service
 from pace.server.wire import Embedded, Event, Job, Pooling
 
@@ -87,7 +87,7 @@ async def embeddings(service: Service, http: HttpRequest) -> Response:
     inputs = texts_of(request.input, "input")
     if len(inputs) > MAX_INPUTS:
         raise ApiError(400, f"input has {len(inputs)} entries, expected at most {MAX_INPUTS}", param="input")
-    number = request.request_id or http.scope["pace.id"]
+    number = id_of(request.request_id, http.scope["pace.id"])
     writer = _Writer(request.encoding_format == "base64")
     # Not all at once: they would fill the queue, and be refused where a part of them would not.
     for first in range(0, len(inputs), MAX_FAN_OUT):
