@@ -30,6 +30,7 @@ from pace.models.plan import (
     I32Array,
     Norm,
     NormKind,
+    Permute,
     Plan,
     Quantise,
     Rope,
@@ -109,6 +110,8 @@ class Reference:
                 self._attention(op, batch)
             elif isinstance(op, Quantise):
                 self._quantise(op)
+            elif isinstance(op, Permute):
+                self._permute(op)
             elif isinstance(op, Route):
                 self._route(op)
             elif isinstance(op, ExpertsIn):
@@ -166,6 +169,9 @@ class Reference:
             q, scale = quantise(groups)
             x = (q * scale).reshape(x.shape)
         self._slots[op.dst] = x
+
+    def _permute(self, op: Permute) -> None:
+        self._store(op.dst, self._slots[op.src][:, self.weights[op.order].astype(np.intp)])
 
     def _route(self, op: Route) -> None:
         logits = self._slots[op.src]  # [T, E]

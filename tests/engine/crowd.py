@@ -24,7 +24,7 @@ from pace.engine.sampler import Sampler
 from pace.engine.scheduler import Scheduler
 from pace.engine.sequence import Sequence
 from pace.kvcache import KVTables, TokenTables, join_groups, make_tables
-from pace.models.formats import Activations, formats_of, with_formats
+from pace.models.formats import Activations, formats_of, products, with_formats, with_orders
 from pace.models.plan import Plan
 from pace.outputs import CompletionOutput, Logprob, RequestOutput
 from pace.params import SamplingParams
@@ -43,12 +43,17 @@ ROUNDED: dict[str, tuple[str, Activations]] = {
     "int8": ("int8", "int8"),
     "int4": ("int4", "bf16"),
     "int4-int8": ("int4", "int8"),
+    "int4-by-group": ("int4", "bf16"),
+    "int4-int8-by-group": ("int4", "int8"),
 }
-"""What "/int4" behind a model's name means: its matrices' format, and that of the rows that they meet."""
+"""What "/int4" behind a model's name means: its matrices' format, and that of the rows that they meet; "-by-group": their
+columns stand in an order of their own."""
 QUANTISED = (
     "qwen3/int8",
     "qwen3/int4-int8",
+    "qwen3/int4-int8-by-group",
     "mistral-window/int4",
+    "mistral-window/int4-by-group",
     "experts/int8",
     "experts/int4",
     "gemma-3/int4-int8",
@@ -181,6 +186,13 @@ class Lab:
             weights = mixed.weights_of(plan)
         if rounded:
             scheme, rows = ROUNDED[rounded]
+            if rounded.endswith("-by-group"):
+                plan = with_orders(plan, products(plan))
+                weights = weights | {
+                    name: rng(name).permutation(shape.n).astype(np.float32)
+                    for name, shape in plan.weights.items()
+                    if shape.order_of is not None
+                }
             plan = with_formats(plan, formats_of(plan, scheme), rows)
         return plan, mixed.in_formats(self.teams[1], plan, weights)
 

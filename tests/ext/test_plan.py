@@ -19,6 +19,7 @@ from pace.models import plan as ir
 # ---- one description --------------------------------------------------------------------------------------
 
 NOT_THE_KERNELS = {"name", "n_positions", "mapped", "blocks", "columns", "count", "width", "format"}
+NOT_THE_KERNELS |= {"by_group", "matrix"}
 """Fields that say something to the loader of weights alone."""
 
 
@@ -106,6 +107,8 @@ NORM = ir.Norm("n", "x", "x", None)
         (ir.Embed("e", "x", None), "e names no table"),
         (ir.Embed("e", "l", "w"), "e: slot l has rows logits, expected tokens"),
         (ir.Select("s", "x", "a"), "s: slot a has dtype bf16, expected f32"),
+        (ir.Permute("p", "x", "a", "w", "w"), "p: slot x has dtype f32, expected bf16"),
+        (ir.Permute("p", "a", "q", "w", "w"), "p: slot q has width 64, expected 128"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -116,6 +119,20 @@ def test_operators_that_contradict_themselves(team: ops.Team, op: ir.Op, message
     with pytest.raises(ValueError, match=message) as info:
         ops.Plan(team, plan, weights, ops.KVPool(1, 2, 16, 4, 16), 8, 2, 8)
     assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("change", [(3, 128), (3, -1), (3, 4), (3, 3.5), (3, np.nan), (3, -np.inf)])
+def test_orders_that_lead_elsewhere(team: ops.Team, change: tuple[int, float]) -> None:
+    """A kernel reads wherever an order says, so it has every column once."""
+    slots = [ir.Slot("a", 128, "bf16", "tokens"), ir.Slot("b", 128, "bf16", "tokens")]
+    op = ir.Permute("p", "a", "b", "w.order", "w")
+    order = np.arange(128, dtype=np.float32)
+    build(team, [op], slots, {"w.order": order})
+    order[change[0]] = change[1]
+    with pytest.raises(ValueError, match="p: order does not have each of its 128 columns once"):
+        build(team, [op], slots, {"w.order": order})
+    with pytest.raises(ValueError, match=r"weight w.order is \[127\], the operator needs \[128\]"):
+        build(team, [op], slots, {"w.order": np.arange(127, dtype=np.float32)})
 
 
 @pytest.mark.parametrize(("n", "k"), [(1 << 40, 1 << 40), (1 << 62, 1), ((1 << 63) - 1, (1 << 63) - 1)])

@@ -156,6 +156,19 @@ def test_select(kernel: str, team: ops.Team, width: int, dtype: ir.Dtype) -> Non
         assert np.array_equal(take(plan, "y", len(rows)), x[rows])
 
 
+@pytest.mark.parametrize("width", [1, 17, 128, 1003])
+def test_permute(kernel: str, team: ops.Team, width: int) -> None:
+    """Bits as they are, NaN too; what fills rows up stays 0."""
+    slots = [ir.Slot("x", width, "bf16", "tokens"), ir.Slot("y", width, "bf16", "tokens")]
+    order = rng("order", width).permutation(width)
+    op = ir.Permute("p", "x", "y", "w.order", "w")
+    plan = build(team, [op], slots, {"w.order": order.astype(np.float32)}, kernels=chosen(kernel))
+    put(plan, "x", special_values(30, width))
+    plan.step(batch_of([([1] * 30, 0, [0])]))
+    assert plan.slot("y")[:30].tobytes() == plan.slot("x")[:30, order].tobytes()
+    assert not plan.slot("y")[30:].any()
+
+
 # ---- norms ------------------------------------------------------------------------------------------------
 
 

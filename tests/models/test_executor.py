@@ -182,8 +182,8 @@ def test_tiers_can_be_mixed(isa: str, team: ops.Team, packed_model: PackedModel)
         (
             {"matmul": "avx2"},
             (
-                r"operator 'matmul'; expected one of embed, norm, gemm, angles, rope, attention, select, quantise, route, "
-                r"experts_in, experts_out$"
+                r"operator 'matmul'; expected one of embed, norm, gemm, angles, rope, attention, select, quantise, "
+                r"permute, route, experts_in, experts_out$"
             ),
         ),
         ({"gemm": "sse2"}, r"gemm='sse2'; runnable here: .*avx2, and reference$"),

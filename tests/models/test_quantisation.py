@@ -35,6 +35,7 @@ def quantise(format: str, n: int, k: int, seed: int, **options: Any) -> layouts.
     make = {
         "compressed": layouts.compressed,
         "int8": layouts.int8,
+        "int8_groups": layouts.int8_groups,
         "gptq": layouts.gptq,
         "awq": layouts.awq,
         "fp8": lambda n, k, seed: layouts.fp8(n, k, seed=seed),

@@ -6,13 +6,14 @@ The readers are tested against these: nothing is shared with them.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import safe_open
 
 Array = npt.NDArray[Any]
 
@@ -64,15 +65,22 @@ def spread(of_groups: Array, group: int, k: int) -> Array:
 
 
 def parts(n: int, k: int, bits: int, group: int, seed: int = 0) -> tuple[Array, Array, Array]:
-    """Fields [n, k] over the full range, f16 scales and zero points [n, groups]; 0 and 2^bits - 1 are among those."""
+    """Fields [n, k] over the full range, f16 scales and zero points [n, groups]; 0 and 2^bits - 1 are among those. Weights
+    are of one size whatever the bits."""
     rng = np.random.default_rng(seed)
     groups = -(-k // group)
     fields = rng.integers(0, 1 << bits, (n, k))
     fields[0, :2] = 0, (1 << bits) - 1
-    scales = rng.uniform(0.002, 0.02, (n, groups)).astype(np.float16)
+    scales = (rng.uniform(0.002, 0.02, (n, groups)) * 2.0 ** (4 - bits)).astype(np.float16)
     zeros = rng.integers(0, 1 << bits, (n, groups))
     zeros[0, 0], zeros[-1, -1] = 0, (1 << bits) - 1
     return fields, scales, zeros
+
+
+def groups_of(k: int, group: int, order: int | None) -> Array:
+    """i32 [k]: the group that each column belongs to; `order` is the seed of a random one, None: side by side."""
+    columns = (np.arange(k) // group).astype(np.int32)
+    return columns if order is None else np.random.default_rng(order).permutation(columns)
 
 
 def compressed(
@@ -83,9 +91,10 @@ def compressed(
     *,
     symmetric: bool = True,
     whole: bool = False,
+    order: int | None = None,
     seed: int = 0,
 ) -> Quantised:
-    """pack-quantized of compressed-tensors."""
+    """pack-quantized of compressed-tensors; `order` as of `groups_of`."""
     size = k if group is None else group
     fields, scales, zeros = parts(n, k, bits, size, seed)
     zeros = np.full_like(zeros, 1 << bits - 1) if symmetric else zeros
@@ -97,8 +106,14 @@ def compressed(
     }
     if not symmetric:
         tensors["weight_zero_point"] = (np.ascontiguousarray(pack_bits(zeros.T, bits, whole).T), "I32")
-    weights = (fields - spread(zeros, size, k)) * spread(widen(bits16), size, k)
-    strategy = {"strategy": "channel"} if group is None else {"strategy": "group", "group_size": group}
+    columns = groups_of(k, size, order)
+    weights = (fields - zeros[:, columns]) * widen(bits16)[:, columns]
+    strategy: dict[str, Any] = {"strategy": "channel"}
+    if group is not None:
+        strategy = {"strategy": "group", "group_size": group}
+    if order is not None:
+        tensors["weight_g_idx"] = (columns, "I32")
+        strategy["actorder"] = "group"
     return Quantised(
         tensors, weights, ct_config("pack-quantized", num_bits=bits, symmetric=symmetric, **strategy)
     )
@@ -114,6 +129,17 @@ def ct_config(form: str, ignore: tuple[str, ...] = ("lm_head",), **weights: Any)
         "kv_cache_scheme": None,
         "config_groups": {"group_0": {**group, "weights": {"type": "int", "dynamic": False, **weights}}},
     }
+
+
+def int8_groups(n: int, k: int, group: int = 32, *, order: int | None = None, seed: int = 0) -> Quantised:
+    """int-quantized of compressed-tensors in groups; `order` as of `groups_of`."""
+    fields, scales, _ = parts(n, k, 8, group, seed)
+    bits16, columns = bf16(scales), groups_of(k, group, order)
+    tensors = {"weight": ((fields - 128).astype(np.int8), "I8"), "weight_scale": (bits16, "BF16")}
+    if order is not None:
+        tensors["weight_g_idx"] = (columns, "I32")
+    config = ct_config("int-quantized", num_bits=8, symmetric=True, strategy="group", group_size=group)
+    return Quantised(tensors, (fields - 128) * widen(bits16)[:, columns], config)
 
 
 def int8(n: int, k: int, *, tensor: bool = False, symmetric: bool = True, seed: int = 0) -> Quantised:
@@ -141,21 +167,21 @@ def gptq(
     symmetric: bool = False,
     version: int = 1,
     label: str | None = None,
-    desc_act: bool = False,
+    order: int | None = None,
     seed: int = 0,
 ) -> Quantised:
-    """GPTQ; `label` is the checkpoint_format that the config claims, the version's own unless given."""
+    """GPTQ; `label` is the checkpoint_format that the config claims, the version's own unless given; `order` (desc_act) as
+    of `groups_of`.
+    """
     fields, scales, zeros = parts(n, k, bits, group, seed)
     zeros = np.full_like(zeros, 1 << bits - 1) if symmetric else zeros
-    columns = np.arange(k) // group
-    if desc_act:
-        columns = np.random.default_rng(seed + 1).permutation(columns)
+    columns = groups_of(k, group, order)
     stored = (zeros - (version == 1)) & ((1 << bits) - 1)
     tensors = {
         "qweight": (np.ascontiguousarray(pack_bits(fields, bits).T), "I32"),
         "qzeros": (pack_bits(stored.T, bits), "I32"),
         "scales": (np.ascontiguousarray(scales.T), "F16"),
-        "g_idx": (columns.astype(np.int32), "I32"),
+        "g_idx": (columns, "I32"),
     }
     weights = (fields - zeros[:, columns]) * scales.astype(np.float64)[:, columns]
     config = {
@@ -163,7 +189,7 @@ def gptq(
         "bits": bits,
         "group_size": group,
         "sym": symmetric,
-        "desc_act": desc_act,
+        "desc_act": order is not None,
     }
     config["checkpoint_format"] = label or ("gptq" if version == 1 else "gptq_v2")
     return Quantised(tensors, weights, config)
@@ -237,6 +263,25 @@ def nvfp4(n: int, k: int, *, modelopt: bool = False, seed: int = 0) -> Quantised
     tensors["weight_scale"] = scales, "F8_E4M3"
     tensors["input_scale" if modelopt else "input_global_scale"] = np.ones(1, np.float32), "F32"
     return Quantised(tensors, weights, config)
+
+
+def quantise_folder(directory: Path, make: Callable[[int, int, int], Quantised]) -> dict[str, Array]:
+    """Give a checkpoint's linear layers other weights, those of `make(n, k, seed)`; returns what they mean, by name."""
+    with safe_open(directory / "model.safetensors", "np") as file:
+        plain = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors, meant = dict[str, tuple[Array, str]](), dict[str, Array]()
+    config = json.loads((directory / "config.json").read_text())
+    for seed, (name, values) in enumerate(sorted(plain.items())):
+        if not name.endswith("_proj.weight"):
+            tensors[name] = values, "F32"
+            continue
+        made = make(*values.shape, seed)
+        config["quantization_config"] = made.config
+        meant[name] = made.weights
+        tensors |= {name.removesuffix("weight") + end: tensor for end, tensor in made.tensors.items()}
+    write_safetensors(directory / "model.safetensors", tensors)
+    (directory / "config.json").write_text(json.dumps(config))
+    return meant
 
 
 class Memory:

@@ -15,7 +15,7 @@ from pace.checkpoint import Checkpoint
 from pace.errors import PaceError, WeightsError
 from pace.models.quantisation import quantisation
 from pace.quant.groups import GroupedRows
-from pace.quant.matrices import Matrix
+from pace.quant.matrices import Matrix, by_group
 
 N, K = 40, 128
 
@@ -66,8 +66,16 @@ CASES: dict[str, Callable[[], layouts.Quantised]] = {
     "gptq w8 symmetric": lambda: layouts.gptq(N, K, 8, symmetric=True),
     "gptq w3": lambda: layouts.gptq(64, 96, 3),
     "gptq w2": lambda: layouts.gptq(N + 8, K, 2),
-    "gptq desc_act": lambda: layouts.gptq(N, K, desc_act=True),
-    "gptq desc_act symmetric": lambda: layouts.gptq(N, K, desc_act=True, symmetric=True),
+    "gptq desc_act": lambda: layouts.gptq(N, K, order=1),
+    "gptq desc_act v2": lambda: layouts.gptq(N, K, order=1, version=2),
+    "gptq desc_act symmetric": lambda: layouts.gptq(N, K, order=1, symmetric=True),
+    "gptq w8 desc_act": lambda: layouts.gptq(N, K, 8, order=1),
+    "gptq w3 desc_act": lambda: layouts.gptq(64, 96, 3, order=1),
+    "compressed w4 actorder": lambda: layouts.compressed(N, K, order=1),
+    "compressed w4 actorder asymmetric": lambda: layouts.compressed(N, K, symmetric=False, order=1),
+    "compressed w8 actorder": lambda: layouts.compressed(N, K, 8, order=1),
+    "compressed int8 in groups": lambda: layouts.int8_groups(N, K),
+    "compressed int8 in groups, actorder": lambda: layouts.int8_groups(N, K, order=1),
     "awq": lambda: layouts.awq(N, K),
     "fp8 blocks": lambda: layouts.fp8(300, 200),
     "fp8 tensor": lambda: layouts.fp8(N, K, "tensor"),
@@ -86,6 +94,41 @@ def test_reads_what_the_layout_means(name: str) -> None:
     np.testing.assert_array_equal(values(matrix), quantised.weights.astype(np.float32))
     if not name.startswith(("fp8", "nvfp4")):
         np.testing.assert_array_equal(values(matrix), quantised.weights)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "desc_act" in name or "actorder" in name])
+def test_columns_in_any_order_keep_their_bits_by_group(name: str) -> None:
+    """Codes as the file has them, each once, and the weights bit for bit."""
+    quantised = CASES[name]()
+    found = by_group(opened(quantised))
+    assert found is not None
+    assert sorted(found.order) == list(range(quantised.weights.shape[1]))
+    (groups,) = (array for end, (array, _) in quantised.tensors.items() if end.endswith("g_idx"))
+    assert (np.diff(groups[found.order]) >= 0).all()
+    for part in (slice(0, len(quantised.weights), 1), slice(1, 40, 2)):
+        rows = found.matrix.rows(part)
+        assert rows.bits == (8 if "8" in name else 4)
+        np.testing.assert_array_equal(rows.dequantised(), quantised.weights[part][:, found.order])
+
+
+def test_groups_of_several_sizes_are_read_but_not_by_group() -> None:
+    quantised = layouts.compressed(N, K, order=1)
+    groups = quantised.tensors["weight_g_idx"][0]
+    groups[np.flatnonzero(groups == 0)[0]] = 1
+    matrix = opened(quantised)
+    assert by_group(matrix) is None
+    fields, scales, _ = layouts.parts(N, K, 4, 32)
+    meant = (fields - 8) * layouts.widen(layouts.bf16(scales))[:, groups]
+    np.testing.assert_array_equal(values(matrix), meant)
+
+
+def test_columns_that_nobody_ordered() -> None:
+    """The order that compressed-tensors begins with is -1 everywhere: columns stand in the order of their groups."""
+    quantised = layouts.compressed(N, K)
+    quantised.tensors["weight_g_idx"] = np.full(K, -1, np.int32), "I32"
+    matrix = opened(quantised)
+    assert matrix.kind == "grouped"
+    np.testing.assert_array_equal(values(matrix), quantised.weights)
 
 
 @pytest.mark.parametrize(
@@ -297,6 +340,26 @@ BROKEN: dict[str, tuple[str, Breaks, str]] = {
         _set("g_idx", "I32", lambda a: a[:9]),
         "g_idx is [9], expected [128]",
     ),
+    "gptq with groups that are no integers": (
+        "gptq desc_act",
+        _set("g_idx", "F32", lambda a: a.astype(np.float32)),
+        "g_idx has dtype F32, expected I32 or I64",
+    ),
+    "compressed with groups that do not exist": (
+        "compressed w4 actorder",
+        _set("weight_g_idx", "I32", lambda a: a - 1),
+        "weight_g_idx holds -1 to 2, expected groups from 0 to 3",
+    ),
+    "compressed with groups of too many columns": (
+        "compressed w4 actorder",
+        _set("weight_g_idx", "I32", lambda a: np.tile(a, 2)),
+        "weight_g_idx is [256], expected [128]",
+    ),
+    "int8 with groups of other columns": (
+        "compressed int8 in groups, actorder",
+        _set("weight_g_idx", "I32", lambda a: a[:, None]),
+        "weight_g_idx is [128, 1], expected [128]",
+    ),
     "awq with zeros of fewer groups": ("awq", _set("qzeros", "I32", lambda a: a[:1]), "expected [4, 5]"),
     "fp8 without scales": ("fp8 blocks", _drop("weight_scale_inv"), "weight_scale is missing"),
     "fp8 in other blocks": (
@@ -336,6 +399,11 @@ BROKEN: dict[str, tuple[str, Breaks, str]] = {
         _set("weight_packed", "U8", lambda a: a[:, :-3]),
         "expected a multiple of 16",
     ),
+    "fp8 with groups of columns": (
+        "fp8 rows",
+        lambda tensors: tensors.update(weight_g_idx=(np.zeros(K, np.int32), "I32")),
+        "weight_g_idx orders columns of FP8",
+    ),
     "fp8 as e5m2": ("fp8 rows", _set("weight", "F8_E5M2", lambda a: a), "has dtype F8_E5M2"),
 }
 
@@ -350,20 +418,12 @@ def test_bad_tensors_are_refused_in_one_line(name: str) -> None:
     assert message in str(caught.value)
 
 
-def _int8_in_groups() -> layouts.Quantised:
-    made = layouts.int8(N, K)
-    scales = np.repeat(made.tensors["weight_scale"][0], 3, axis=1), "BF16"
-    config = layouts.ct_config("int-quantized", num_bits=8, symmetric=True, strategy="group", group_size=48)
-    weights = np.asarray(made.weights)
-    return layouts.Quantised(made.tensors | {"weight_scale": scales}, weights, config)
-
-
 RAGGED: dict[str, tuple[Callable[[], layouts.Quantised], str, int]] = {
     "packed": (lambda: layouts.compressed(N, K, group=48), "weight_scale", 1),
     "packed w8": (lambda: layouts.compressed(N, K, 8, 48, symmetric=False), "weight_scale", 1),
-    "int8": (_int8_in_groups, "weight_scale", 1),
+    "int8": (lambda: layouts.int8_groups(N, K, 48), "weight_scale", 1),
     "gptq": (lambda: layouts.gptq(N, K, group=48), "scales", 0),
-    "gptq desc_act": (lambda: layouts.gptq(N, K, group=48, desc_act=True), "scales", 0),
+    "gptq desc_act": (lambda: layouts.gptq(N, K, group=48, order=1), "scales", 0),
     "awq": (lambda: layouts.awq(N, K, 48), "scales", 0),
 }
 

@@ -230,6 +230,13 @@ typedef struct {
 } pace_quantise;
 #define PACE_FIELDS_quantise(F) F(quantise, slot, src) F(quantise, slot, dst) F(quantise, integer, times)
 
+// dst[r][i] = src[r][order[i]].
+typedef struct {
+    pace_slot src, dst;    // bf16 of one width
+    const int32_t *order;  // [width]: every column once
+} pace_permute;
+#define PACE_FIELDS_permute(F) F(permute, slot, src) F(permute, slot, dst) F(permute, columns, order)
+
 // The top_k experts of every row and what they weigh; l are its logits. softmax: the best of softmax(l), which weigh
 // that. chosen: the best of l, which weigh the softmax over them alone. sigmoid: the best of sigmoid(l) + choice, which
 // weigh sigmoid(l). Of equal ones the lower number is better. Experts stand in n_groups groups; only the top_groups
@@ -475,6 +482,7 @@ typedef struct {
     X(attention, tiles)    \
     X(select, rows)        \
     X(quantise, rows)      \
+    X(permute, rows)       \
     X(route, rows)         \
     X(experts_in, choices) \
     X(experts_out, choices)
@@ -493,6 +501,7 @@ typedef struct {
     void (*angles)(const pace_angles *g, const pace_batch *b, long m0, long m1);
     void (*select)(const pace_select *g, const pace_batch *b, long m0, long m1);
     void (*quantise)(const pace_quantise *g, const pace_batch *b, long m0, long m1);
+    void (*permute)(const pace_permute *g, const pace_batch *b, long m0, long m1);
     void (*gemm)(const pace_gemm *g, long p0, long p1, long m0, long m1, void *scratch);  // gemm_scratch bytes
     void (*route)(const pace_route *g, const pace_batch *b, long m0, long m1);
     // Active expert a; scratch: gemm_scratch bytes, and PACE_GATHER_ROWS rows of src before them.

@@ -10,20 +10,21 @@ enum pace_op_kind { PACE_OPERATORS(PACE_OP_KIND) PACE_N_OP_KINDS };
 
 // Types of fields and the C type of each; the last five are choices by name.
 typedef float pace_triple[3];
-#define PACE_FIELD_TYPES(X)    \
-    X(slot, pace_slot)         \
-    X(matrix, pace_matrix)     \
-    X(vector, const float *)   \
-    X(real, float)             \
-    X(integer, long)           \
-    X(flag, int)               \
-    X(triple, pace_triple)     \
-    X(kv, pace_kv)             \
-    X(rotation, pace_rotation) \
-    X(act, int)                \
-    X(epilogue, int)           \
-    X(norm_kind, int)          \
-    X(scope, int)              \
+#define PACE_FIELD_TYPES(X)     \
+    X(slot, pace_slot)          \
+    X(matrix, pace_matrix)      \
+    X(vector, const float *)    \
+    X(columns, const int32_t *) \
+    X(real, float)              \
+    X(integer, long)            \
+    X(flag, int)                \
+    X(triple, pace_triple)      \
+    X(kv, pace_kv)              \
+    X(rotation, pace_rotation)  \
+    X(act, int)                 \
+    X(epilogue, int)            \
+    X(norm_kind, int)           \
+    X(scope, int)               \
     X(order, int)
 #define PACE_FIELD_TYPE(type, c_type) PACE_FIELD_##type,
 enum pace_field_type { PACE_FIELD_TYPES(PACE_FIELD_TYPE) };

@@ -2,8 +2,8 @@
 
 cdef extern from "operators.h" nogil:
     int PACE_N_OP_KINDS, PACE_OP_gemm
-    int PACE_FIELD_slot, PACE_FIELD_matrix, PACE_FIELD_vector, PACE_FIELD_real, PACE_FIELD_integer, PACE_FIELD_flag
-    int PACE_FIELD_triple, PACE_FIELD_kv, PACE_FIELD_rotation
+    int PACE_FIELD_slot, PACE_FIELD_matrix, PACE_FIELD_vector, PACE_FIELD_columns, PACE_FIELD_real, PACE_FIELD_integer
+    int PACE_FIELD_flag, PACE_FIELD_triple, PACE_FIELD_kv, PACE_FIELD_rotation
     ctypedef struct pace_field:
         const char *name
         int op, type
@@ -127,6 +127,7 @@ cdef class Plan:
     cdef int fill(self, const pace_field *f, char *to, value) except -1:
         """Write one field; its memory is zero. What it points to is kept."""
         cdef float[::1] numbers
+        cdef int32_t[::1] order
         cdef pace_rotation turn
         cdef pace_kv kv
         cdef int i
@@ -149,6 +150,13 @@ cdef class Plan:
             numbers = padded.reshape(-1)
             self.keep.append(padded)
             (<const float **>to)[0] = &numbers[0]
+        elif f.type == PACE_FIELD_columns:
+            # A kernel follows these wherever they lead.
+            if not np.array_equal(np.sort(value), np.arange(len(value))):
+                raise ValueError(f"{f.name.decode()} does not have each of its {len(value)} columns once")
+            order = columns = np.array(value, np.int32)
+            self.keep.append(columns)
+            (<const int32_t **>to)[0] = &order[0]
         elif f.type == PACE_FIELD_real:
             (<float *>to)[0] = value
         elif f.type == PACE_FIELD_integer:

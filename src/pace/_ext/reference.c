@@ -321,6 +321,12 @@ static void kernel_quantise(const pace_quantise *g, const pace_batch *b, long m0
         }
 }
 
+static void kernel_permute(const pace_permute *g, const pace_batch *b, long m0, long m1) {
+    (void)b;
+    for (long r = m0; r < m1; r++)
+        for (long i = 0; i < g->dst.width; i++) store(&g->dst, r, i, load(&g->src, r, g->order[i]));
+}
+
 static double gain(const float *w, long i, int kind) {
     return w ? (double)w[i] + (kind == PACE_NORM_rms1 ? 1.0 : 0.0) : 1.0;
 }

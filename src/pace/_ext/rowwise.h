@@ -179,6 +179,16 @@ static void kernel_select(const pace_select *g, const pace_batch *b, long m0, lo
                (const char *)g->src.data + (size_t)(b->logit_rows[r] * g->src.ld) * size, (size_t)g->dst.width * size);
 }
 
+// A load for each column, from a row that lies in L1: 2 us for 4096 (Zen 3), about a hundredth of the product behind.
+static void kernel_permute(const pace_permute *g, const pace_batch *b, long m0, long m1) {
+    (void)b;
+    for (long r = m0; r < m1; r++) {
+        const bf16 *src = (const bf16 *)g->src.data + r * g->src.ld;
+        bf16 *dst = (bf16 *)g->dst.data + r * g->dst.ld;
+        for (long i = 0; i < g->dst.width; i++) dst[i] = src[g->order[i]];
+    }
+}
+
 // ---- norms ------------------------------------------------------------------------------------------------
 
 INLINE float sum_squares(const float *x, long n, float mean) {

@@ -14,6 +14,7 @@ from pace.models.plan import (
     KVLayer,
     Norm,
     Op,
+    Permute,
     Plan,
     RopeKV,
     Select,
@@ -132,12 +133,12 @@ def _product(n_bytes: float, n_flops: float, src: Slot) -> Cost:
 
 
 def rowwise_bytes(plan: Plan, op: Op, n_tokens: int, n_logit_rows: int, kv_cache_dtype: str = "bf16") -> int:
-    """Bytes that a row-wise operator (norm, rotation, selection) reads and writes; 0 for all others.
+    """Bytes that a row-wise operator (norm, rotation, selection, another order) reads and writes; 0 for all others.
 
     They come from the caches, so that a rate made of them says how well a kernel does, not what it costs the
     memory bus.
     """
-    if not isinstance(op, (Norm, RopeKV, Select)):
+    if not isinstance(op, (Norm, RopeKV, Select, Permute)):
         return 0
     src, dst = plan.slots[op.src], plan.slots[op.dst]
     rows = n_tokens if dst.rows == "tokens" else n_logit_rows

@@ -22,7 +22,6 @@ from pace.engine.weight_source import WeightSource, open_weights
 from pace.errors import CheckpointError, ConfigError
 from pace.log import logger
 from pace.models import rope
-from pace.models.decoder import lower
 from pace.models.formats import with_formats
 from pace.models.plan import Plan
 from pace.models.quantisation import with_own_file
@@ -102,9 +101,7 @@ def load(
         random_weights=random_weights,
     ) as source:
         spec = source.spec
-        plan = with_formats(
-            lower(spec, 1, () if speculation is None else speculation.taps(spec)), source.formats
-        )
+        plan = source.lower(1, () if speculation is None else speculation.taps(spec))
         memory = _plan_memory(config, spec, plan, speculation)
         if on_plan is not None:
             on_plan(memory)

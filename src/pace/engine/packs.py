@@ -13,10 +13,11 @@ from pace.config import VERSION
 from pace.engine.guard import Measured
 from pace.engine.packing import Weight
 from pace.errors import WeightsError, show
+from pace.models.formats import ORDER
 from pace.models.plan import Plan, WeightFormat
 from pace.models.weight_formats import FORMATS
 
-__all__ = ["about", "arrays_of", "formats_in", "measured_in", "weights_in"]
+__all__ = ["about", "arrays_of", "formats_in", "measured_in", "orders_in", "weights_in"]
 
 _NUMPY: Final[Mapping[str, Any]] = {"bf16": np.uint16, "f16": np.float16, "f32": np.float32}
 
@@ -82,6 +83,11 @@ def formats_in(pack: PackFile) -> dict[str, WeightFormat]:
     return formats
 
 
+def orders_in(pack: PackFile) -> frozenset[str]:
+    """The matrices of a pack whose columns stand by group."""
+    return frozenset(name.removesuffix(ORDER) for name in pack.names() if name.endswith(ORDER))
+
+
 def measured_in(pack: PackFile) -> Measured | None:
     """What the guard measured when the pack was written."""
     return Measured.from_json(pack.about.get("measured"))
@@ -113,7 +119,13 @@ def weights_in(pack: PackFile, plan: Plan) -> dict[str, Weight]:
                 f"{pack.path}: {show(name)} is a {found.kind} {list(found.shape)} of {show(found.form)}, config.json needs "
                 f"a {kind} {list(want)}; run pace pack again"
             )
-        weights[name] = _weight_of(pack, name, found)
+        weight = weights[name] = _weight_of(pack, name, found)
+        if shape.order_of is None:
+            continue
+        if not isinstance(weight, np.ndarray) or not np.array_equal(np.sort(weight), np.arange(shape.n)):
+            raise WeightsError(
+                f"{pack.path}: {show(name)} does not have each of {shape.n} columns once; run pace pack again"
+            )
     return weights
 
 

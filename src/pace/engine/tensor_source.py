@@ -15,8 +15,8 @@ from pace.engine.weight_source import WeightSource
 from pace.errors import ConfigError
 from pace.models.decoder import lower
 from pace.models.formats import formats_of
-from pace.models.held import held_formats
-from pace.models.plan import Plan, WeightFormat
+from pace.models.held import Held, held_formats
+from pace.models.plan import Plan
 from pace.models.quantisation import quantised_in
 from pace.models.spec import DecoderSpec
 from pace.models.weight_map import WeightMap
@@ -45,7 +45,7 @@ def open_tensors(
     with closing(files.tensors()) as checkpoint:
         tensors = Tensors(checkpoint, weight_map, len(spec.layers), quantised_in(checkpoint, values))
         spec = settle_head(spec, tensors)
-        yield _Tensors(spec, _formats(quantization, spec, tensors), tensors, cache)
+        yield _Tensors(spec, _held(quantization, spec, tensors), tensors, cache)
 
 
 class _Tensors(WeightSource):
@@ -54,11 +54,11 @@ class _Tensors(WeightSource):
     def __init__(
         self,
         spec: DecoderSpec,
-        formats: dict[str, WeightFormat],
+        held: Held,
         tensors: Tensors,
         cache: PackCache | None,
     ) -> None:
-        super().__init__(spec, formats)
+        super().__init__(spec, held.formats, held.by_group)
         self._tensors = tensors
         self._cache = cache
 
@@ -75,7 +75,7 @@ class _Tensors(WeightSource):
             self._cache.store(weights, measured)
 
 
-def _formats(quantization: str | None, spec: DecoderSpec, tensors: Tensors) -> dict[str, WeightFormat]:
+def _held(quantization: str | None, spec: DecoderSpec, tensors: Tensors) -> Held:
     """The formats that the option asks for, or that the checkpoint has."""
     plan = lower(spec, 1)
     if quantization is None:
@@ -84,7 +84,7 @@ def _formats(quantization: str | None, spec: DecoderSpec, tensors: Tensors) -> d
         raise ConfigError(
             f"quantization is {quantization}, but the checkpoint is quantised already; leave the option out"
         )
-    return formats_of(plan, quantization)
+    return Held(formats_of(plan, quantization))
 
 
 @contextmanager

@@ -13,11 +13,11 @@ from pace.config import EngineConfig
 from pace.engine.guard import Measured
 from pace.engine.pack_cache import PackCache
 from pace.engine.packing import PackedSink, invent_weights
-from pace.engine.packs import formats_in, measured_in, weights_in
+from pace.engine.packs import formats_in, measured_in, orders_in, weights_in
 from pace.errors import ConfigError, WeightsError, show
 from pace.log import logger
 from pace.models.decoder import lower
-from pace.models.formats import formats_of, with_formats
+from pace.models.formats import formats_of, with_formats, with_orders
 from pace.models.plan import Plan, WeightFormat
 from pace.models.spec import DecoderSpec
 from pace.models.weight_map import WeightMap
@@ -31,6 +31,7 @@ class WeightSource:
     Args:
         spec: of the config.
         formats: of matrices, by weight name.
+        by_group: those whose columns stand by group.
 
     Attributes:
         measured: what the guard has measured of these weights before, None: nothing.
@@ -38,12 +39,22 @@ class WeightSource:
 
     measured: Measured | None = None
 
-    def __init__(self, spec: DecoderSpec, formats: dict[str, WeightFormat]) -> None:
+    def __init__(
+        self, spec: DecoderSpec, formats: dict[str, WeightFormat], by_group: frozenset[str] = frozenset()
+    ) -> None:
         self.spec = spec
         self.formats = formats
+        self.by_group = by_group
+
+    def lower(self, max_model_len: int, taps: tuple[int, ...] = ()) -> Plan:
+        """The plan of these weights, on bf16 rows; arguments as those of `decoder.lower`."""
+        return self._held(lower(self.spec, max_model_len, taps))
+
+    def _held(self, plan: Plan) -> Plan:
+        return with_formats(with_orders(plan, self.by_group), self.formats)
 
     def fill(self, plan: Plan, sink: PackedSink, show_progress: bool | None) -> None:
-        """Give a sink the plan's weights; the plan is of this spec and these formats."""
+        """Give a sink the plan's weights; the plan is one that `lower` made."""
         invent_weights(plan, sink)
 
     @property
@@ -60,13 +71,14 @@ class _Packed(WeightSource):
 
     def __init__(self, spec: DecoderSpec, pack: PackFile) -> None:
         # As `settle_head` would: a head of its own is used.
-        super().__init__(replace(spec, tied=False) if "lm_head" in pack else spec, formats_in(pack))
-        self.measured = measured_in(pack)
-        plan = lower(self.spec, 1)
+        spec = replace(spec, tied=False) if "lm_head" in pack else spec
+        plan = lower(spec, 1)
         known = {name for name, shape in plan.weights.items() if shape.k is not None and not shape.mapped}
-        self._weights = weights_in(
-            pack, with_formats(plan, {n: f for n, f in self.formats.items() if n in known})
-        )
+        # `weights_in` refuses others by name.
+        formats = {name: form for name, form in formats_in(pack).items() if name in known}
+        super().__init__(spec, formats, orders_in(pack))
+        self.measured = measured_in(pack)
+        self._weights = weights_in(pack, self._held(plan))
 
     def fill(self, plan: Plan, sink: PackedSink, show_progress: bool | None) -> None:
         for name, weight in self._weights.items():

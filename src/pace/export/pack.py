@@ -17,8 +17,6 @@ from pace.engine.packs import about, arrays_of
 from pace.engine.weight_source import open_weights
 from pace.errors import ConfigError
 from pace.export.folder import check_room, copy_rest, new_folder
-from pace.models.decoder import lower
-from pace.models.formats import with_formats
 from pace.models.registry import parse_config
 from pace.text.tokenizer import Tokenizer
 from pace.text.tokenizer_json import MAX_TOKENIZER_BYTES
@@ -51,7 +49,7 @@ def pack_checkpoint(config: EngineConfig, out: Path) -> int:
         new_folder(out, 0) as folder,
     ):
         tokenizer = _tokenizer(config, files, source.spec.vocab_size, source.spec.max_len)
-        plan = with_formats(lower(source.spec, 1), source.formats)
+        plan = source.lower(1)
         team = make_team(config)
         try:
             sink = PackedSink(team)

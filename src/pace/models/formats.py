@@ -4,19 +4,32 @@ operator; families and `decoder.py` know nothing of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from pace.models.operators import Embed, ExpertsIn, ExpertsOut, Gemm, Op, Quantise, Route
+from pace.models.operators import Embed, ExpertsIn, ExpertsOut, Gemm, Op, Permute, Quantise, Route
 from pace.models.plan import Plan
-from pace.models.shapes import Slot
+from pace.models.shapes import Blocks, Slot
 from pace.models.weight_formats import WeightFormat, int8_group
 
-__all__ = ["SCHEMES", "Activations", "formats_of", "int8_candidates", "int8_rows", "with_formats"]
+__all__ = [
+    "ORDER",
+    "SCHEMES",
+    "Activations",
+    "formats_of",
+    "int8_candidates",
+    "int8_rows",
+    "products",
+    "with_formats",
+    "with_orders",
+]
 
 Activations = Literal["bf16", "int8"]
 Product = Gemm | ExpertsIn | ExpertsOut
+
+ORDER: Final = ".order"
+"""What the order of a matrix' columns is called behind the matrix' name."""
 
 _INT8_K: Final = 32
 """Columns of int8 rows come in whole groups of so many."""
@@ -63,6 +76,35 @@ def formats_of(plan: Plan, scheme: str) -> dict[str, WeightFormat]:
         elif isinstance(op, ExpertsIn | ExpertsOut) and op.format == "bf16":
             formats[op.weight] = chosen.matrices
     return formats
+
+
+def products(plan: Plan) -> set[str]:
+    """Matrices that rows are multiplied by and nothing else is done with; experts' not among them."""
+    found = {op.weight for op in plan.ops if isinstance(op, Gemm)}
+    return found - {op.weight for op in plan.ops if isinstance(op, Embed | ExpertsIn | ExpertsOut)}
+
+
+def with_orders(plan: Plan, by_group: Collection[str]) -> Plan:
+    """The plan with `Permute` before each product with one of these, whose columns stand by group.
+
+    Args:
+        by_group: names, of `products`.
+    """
+    if not by_group:
+        return plan
+    slots, ops = dict(plan.slots), list[Op]()
+    for op in plan.ops:
+        if isinstance(op, Gemm) and op.weight in by_group:
+            src = slots[op.src]
+            dst = replace(src, name=f"{src.name}.by_group")
+            slots[dst.name] = dst
+            order = f"{op.weight}{ORDER}"
+            ops.append(Permute(f"{op.name}{ORDER}", src.name, dst.name, order, op.weight, op.columns))
+            # What fills up stands behind all groups.
+            k = src.width if op.columns is None else op.columns.count * op.columns.width
+            op = replace(op, src=dst.name, columns=Blocks("all", 1, k, src.width), by_group=True)
+        ops.append(op)
+    return replace(plan, slots=slots, ops=tuple(ops))
 
 
 def with_formats(

@@ -147,6 +147,7 @@ class Gemm:
         blocks: of the weight's rows, where they are fused or padded; () where they are as the checkpoint has them.
         columns: the same of its columns.
         format: of the weight in memory.
+        by_group: the weight's columns stand in another order, in which `Permute` has put those of src.
     """
 
     operator: ClassVar[str] = "gemm"
@@ -165,6 +166,7 @@ class Gemm:
     blocks: tuple[Blocks, ...] = ()
     columns: Blocks | None = None
     format: WeightFormat = "bf16"
+    by_group: bool = False
 
     def needs(self, plan: Plan) -> Needs:
         """See `Needs`."""
@@ -192,7 +194,10 @@ class Gemm:
         yield "src", SlotShape(dtype="int8" if src.dtype == "int8" else "bf16")
         yield "dst", SlotShape(dtype="f32" if self.epilogue == "add" else None, rows=src.rows)
         yield "other", SlotShape(dtype="f32", rows=src.rows)
-        yield "weight", WeightShape(n, src.width, blocks, self.columns, format=self.format)
+        yield (
+            "weight",
+            WeightShape(n, src.width, blocks, self.columns, format=self.format, by_group=self.by_group),
+        )
         yield "bias", WeightShape(n, blocks=blocks)
 
 
@@ -351,6 +356,35 @@ class Quantise:
 
 
 @dataclass(frozen=True, slots=True)
+class Permute:
+    """dst[r, i] = src[r, order[i]]: columns as a matrix has them whose groups are no neighbours in the checkpoint.
+
+    Args:
+        src: bf16 slot.
+        dst: bf16 slot of the same width and rows.
+        order: vector [width]: every column once.
+        matrix: the weight that has this order.
+        columns: of the matrix in the order of the checkpoint, as of `Gemm`.
+    """
+
+    operator: ClassVar[str] = "permute"
+
+    name: str
+    src: str
+    dst: str
+    order: str
+    matrix: str
+    columns: Blocks | None = None
+
+    def needs(self, plan: Plan) -> Needs:
+        """See `Needs`."""
+        src = plan.slots[self.src]
+        yield "src", SlotShape(dtype="bf16")
+        yield "dst", SlotShape(src.width, "bf16", src.rows)
+        yield "order", WeightShape(src.width, columns=self.columns, order_of=self.matrix)
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
     """Choose `top_k` of the experts for every row, and what each of them weighs; l are the row's logits.
 
@@ -502,7 +536,7 @@ class ExpertsOut:
         yield "bias", WeightShape(dst.width, count=self.count)
 
 
-Op = Embed | Norm | Gemm | RopeKV | Attention | Select | Quantise | Route | ExpertsIn | ExpertsOut
+Op = Embed | Norm | Gemm | RopeKV | Attention | Select | Quantise | Permute | Route | ExpertsIn | ExpertsOut
 
 
 def _kv_of(op: RopeKV | Attention, plan: Plan) -> KVLayer:

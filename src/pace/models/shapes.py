@@ -92,6 +92,8 @@ class WeightShape:
         mapped: a table whose rows are read where the checkpoint file has them.
         count: of such matrices or vectors, those of a layer's experts.
         format: of the matrix in memory.
+        by_group: the matrix' columns stand in the order of the groups that share a scale in the checkpoint.
+        order_of: the vector is the order of that matrix' columns.
     """
 
     n: int
@@ -101,3 +103,5 @@ class WeightShape:
     mapped: bool = False
     count: int = 1
     format: WeightFormat = "bf16"
+    by_group: bool = False
+    order_of: str | None = None

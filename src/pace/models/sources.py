@@ -14,7 +14,7 @@ from pace.models.plan import Blocks, PartMode, Plan, WeightShape
 from pace.models.tensors import DTYPES, MXFP4_BLOCK, NUMPY, SourceArray, SourceDtype, Tensors
 from pace.models.weight_map import Part, Parts, WeightMap, expand
 from pace.quant.groups import Fp8Rows, GroupedRows
-from pace.quant.matrices import Matrix, QuantisedRows
+from pace.quant.matrices import Matrix, QuantisedRows, by_group
 
 Shape = tuple[int, ...]
 
@@ -62,6 +62,7 @@ class Source:
         at, mode, matrix: as of `SourcePart`.
         last: the tensor is not needed any more.
         quantised: it is a quantised matrix.
+        by_group: its columns come by the groups that share a scale.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Source:
     matrix: int
     last: bool
     quantised: bool = False
+    by_group: bool = False
 
     @property
     def n_bytes(self) -> int:
@@ -109,6 +111,9 @@ class Source:
 
     def _read_quantised(self, checkpoint: Readable) -> SourceArray | QuantisedRows:
         matrix = checkpoint.matrix(self.name)
+        if self.by_group:
+            found = by_group(matrix)
+            matrix = None if found is None else found.matrix
         if matrix is None:
             raise WeightsError(f"{self.name} is no quantised matrix, as it was before")
         end = self.first + self.block.count * self.block.width * self.step
@@ -173,7 +178,8 @@ def _pad(array: SourceArray, blocks: Blocks, axis: int) -> SourceArray:
 
 
 def check(needed: Mapping[str, WeightShape], checkpoint: Tensors) -> dict[str, list[Source]]:
-    """Match plan weights and checkpoint tensors one to one, or raise."""
+    """Match plan weights and checkpoint tensors one to one, or raise; orders of columns belong to their matrices."""
+    needed = {name: shape for name, shape in needed.items() if shape.order_of is None}
     table = dict(checkpoint.table)
     present = set(checkpoint.names())
     # A tied model's LM head is the embedding: files store it under either name, or twice.
@@ -306,7 +312,7 @@ def _header(part: _OwnPart, shape: WeightShape, checkpoint: Tensors) -> tuple[bo
             wrong.append(f"{name} is quantised as {list(info.shape)}, expected {list(expected)}")
         if shape.mapped or shape.k is None or scales is not None:
             wrong.append(f"{name} is quantised, where only a plain tensor can be used")
-        return transposed, matrix.kind, wrong
+        return transposed, "grouped" if shape.by_group else matrix.kind, wrong
     if tuple(info.shape) != expected:
         if part.part.stacked and shape.k is not None and scales is None:
             transposed = not transposed  # as tools save them that know one layout only
@@ -353,6 +359,7 @@ def _sources(part: _OwnPart, shape: WeightShape, transposed: bool, dtype: Source
                 mode,
                 matrix,
                 last=matrix == part.matrices[-1] and block is part.own[-1],
+                by_group=shape.by_group,
             )
             first += block.count * block.width
             at += block.n if mode == "rows" else 0

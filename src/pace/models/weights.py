@@ -15,12 +15,14 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from pace.errors import WeightsError
 from pace.log import logger
-from pace.models.plan import Plan, WeightShape, gated_rows
+from pace.models.plan import Blocks, Plan, WeightShape, gated_rows
 from pace.models.sources import Source, TensorShape, check, tensor_shapes
 from pace.models.spec import DecoderSpec
 from pace.models.tensors import F32Array, SourceArray, SourceDtype, SourcePart, Tensors, to_f32
 from pace.models.weight_map import Part, WeightMap
+from pace.quant.matrices import by_group
 
 __all__ = [
     "DenseSink",
@@ -108,6 +110,9 @@ def load_weights(
                 progress(done, total)
 
     for name, shape in needed.items():
+        if shape.order_of is not None:
+            sink.vector(name, _order(shape, sources[shape.order_of][0].name, checkpoint))
+            continue
         parts = stream(sources[name])
         if shape.mapped:
             part = next(parts)
@@ -118,6 +123,16 @@ def load_weights(
             sink.vector(name, _vectors(shape, parts))
         for _ in parts:  # a sink that stops early must not lose the last tensor's drop and progress
             pass
+
+
+def _order(shape: WeightShape, tensor: str, checkpoint: Tensors) -> F32Array:
+    """The plan's columns by group, f32 [n], those that fill up behind them. (f32 has every integer up to 2^24.)"""
+    found = by_group(checkpoint.matrix(tensor))
+    if found is None:
+        raise WeightsError(f"{tensor} has its columns in no order of their own, as it had before")
+    blocks = shape.columns or Blocks("all", 1, shape.n, shape.n)
+    at = found.order // blocks.width * blocks.filled + found.order % blocks.width
+    return np.concatenate([at, np.setdiff1d(np.arange(shape.n), at)]).astype(np.float32)
 
 
 def _vectors(shape: WeightShape, parts: Iterator[SourcePart]) -> F32Array:

@@ -26,8 +26,7 @@ from pace.quant.scheme import Scheme
 def open_gptq(module: str, tensors: Tensors, scheme: Scheme) -> Matrix:
     """A matrix [n, k] of `qweight` [k * bits / 32, n], `qzeros` [groups, n * bits / 32] and `scales` [groups, n].
 
-    `g_idx` [k], where there is one, says which group a column belongs to. Where those are not k / groups columns side by
-    side (desc_act), no packed form holds the matrix, and its rows come as f32.
+    `g_idx` [k], where there is one, says which group a column belongs to (desc_act).
     """
     weight, zeros, scales = require(module, tensors, "qweight", "qzeros", "scales")
     bits = scheme.bits
@@ -64,7 +63,7 @@ def open_gptq(module: str, tensors: Tensors, scheme: Scheme) -> Matrix:
         return None if found is None else found[part]
 
     matrix = IntegerMatrix(weight.name, (n, k), bits, group, codes, scale, zero)
-    return matrix if "g_idx" not in tensors else ordered(matrix, tensors["g_idx"])
+    return ordered(matrix, tensors.get("g_idx"))
 
 
 def _zero_points(tensor: Tensor, scheme: Scheme, n: int) -> npt.NDArray[np.uint8] | None:

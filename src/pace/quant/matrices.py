@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final, Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from pace.quant.groups import F32Array, Fp8Rows, GroupedRows, U8Array
 
 __all__ = [
     "Block",
+    "ByGroup",
     "DenseMatrix",
     "Fp8Matrix",
     "IntegerMatrix",
@@ -24,6 +25,7 @@ __all__ = [
     "Tensor",
     "TensorSource",
     "Tensors",
+    "by_group",
     "floats",
     "matrix_shape",
     "ordered",
@@ -176,19 +178,33 @@ class Fp8Matrix:
         return Fp8Rows(codes, self.group, _finite(self.name, part, self.scales(part)))
 
 
+class ByGroup(NamedTuple):
+    """A matrix whose columns stand by the groups that share a scale, not as the checkpoint has them.
+
+    Args:
+        matrix: with those columns.
+        order: intp [k]: which of the checkpoint's each of them is.
+    """
+
+    matrix: IntegerMatrix
+    order: npt.NDArray[np.intp]
+
+
 @dataclass(frozen=True, slots=True)
 class DenseMatrix:
-    """A matrix that no packed form has: its weights as f32.
+    """A matrix that no packed form has, as its columns stand: its weights as f32.
 
     Args:
         name: for errors.
         shape: [n, k].
         values: of rows, f32 [rows, k].
+        by_group: the same in few bits, where another order of columns makes that possible.
     """
 
     name: str
     shape: tuple[int, int]
     values: Callable[[Rows], F32Array]
+    by_group: ByGroup | None = None
     kind: Literal["f32"] = "f32"
 
     def rows(self, part: Rows) -> F32Array:
@@ -280,22 +296,29 @@ def spread_scales(
     return min(columns, shape[1]), read
 
 
-def ordered(matrix: IntegerMatrix, order: Tensor) -> IntegerMatrix | DenseMatrix:
-    """The matrix, whose columns belong to the groups that `order` [k] names.
+def by_group(matrix: Matrix | None) -> ByGroup | None:
+    """The matrix with its columns by group; None: it stands so in the checkpoint, or can't."""
+    return matrix.by_group if isinstance(matrix, DenseMatrix) else None
 
-    Where they do not lie side by side, no packed form holds it.
+
+def ordered(matrix: IntegerMatrix, groups: Tensor | None) -> IntegerMatrix | DenseMatrix:
+    """The matrix, whose columns belong to the groups that `groups` [k] names, where there is such a tensor; -1 everywhere
+    is what compressed-tensors begins with, and names none.
 
     Raises:
         WeightsError: not one of the groups for each column.
     """
-    k = matrix.shape[1]
-    columns = order.check(("I32", "I64"), (k,)).read().astype(np.intp)
-    if columns.min() < 0 or columns.max() > (k - 1) // matrix.group:
-        raise WeightsError(
-            f"{order.name} holds {columns.min()} to {columns.max()}, expected groups from 0 to {(k - 1) // matrix.group}"
-        )
-    if (columns == np.arange(k) // matrix.group).all():
+    if groups is None:
         return matrix
+    k = matrix.shape[1]
+    columns = groups.check(("I32", "I64"), (k,)).read().astype(np.intp)
+    side_by_side = np.arange(k) // matrix.group
+    if (columns == side_by_side).all() or (columns == -1).all():
+        return matrix
+    if columns.min() < 0 or columns.max() > side_by_side[-1]:
+        raise WeightsError(
+            f"{groups.name} holds {columns.min()} to {columns.max()}, expected groups from 0 to {side_by_side[-1]}"
+        )
 
     def values(part: Rows) -> F32Array:
         zeros = None if matrix.zeros is None else matrix.zeros(part)
@@ -303,4 +326,7 @@ def ordered(matrix: IntegerMatrix, order: Tensor) -> IntegerMatrix | DenseMatrix
         zero = middle if zeros is None else zeros.astype(np.float32)[:, columns]
         return (matrix.codes(part) - zero) * matrix.scales(part)[:, columns]
 
-    return DenseMatrix(matrix.name, matrix.shape, values)
+    order = np.argsort(columns, kind="stable")
+    sorted_ = replace(matrix, codes=lambda part: np.take(matrix.codes(part), order, axis=1))
+    of_one_size = (columns[order] == side_by_side).all()
+    return DenseMatrix(matrix.name, matrix.shape, values, ByGroup(sorted_, order) if of_one_size else None)

@@ -23,7 +23,8 @@ from pace.quant.scheme import Scheme
 def open_packed(module: str, tensors: Tensors, scheme: Scheme) -> Matrix:
     """A matrix of `weight_packed`, rows of fields q + 2^(bits - 1), `weight_scale` and `weight_shape`.
 
-    The zero points of asymmetric ones are packed in the same way, but down the rows.
+    The zero points of asymmetric ones are packed in the same way, but down the rows. `weight_g_idx` says which group a
+    column belongs to (actorder).
     """
     packed, scales, sizes = require(module, tensors, "weight_packed", "weight_scale", "weight_shape")
     n, k = sizes.check(("I64", "I32"), (2,)).read().tolist()
@@ -45,7 +46,7 @@ def open_packed(module: str, tensors: Tensors, scheme: Scheme) -> Matrix:
         spread,
         zeros,
     )
-    return matrix if "weight_g_idx" not in tensors else ordered(matrix, tensors["weight_g_idx"])
+    return ordered(matrix, tensors.get("weight_g_idx"))
 
 
 def _words(count: int, bits: int, stream: bool) -> int:

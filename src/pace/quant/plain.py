@@ -20,6 +20,7 @@ from pace.quant.matrices import (
     Rows,
     Tensors,
     matrix_shape,
+    ordered,
     require,
     spread_scales,
 )
@@ -30,7 +31,8 @@ SCALES = ("weight_scale", "weight_scale_inv")
 
 
 def open_plain(module: str, tensors: Tensors, scheme: Scheme) -> Matrix:
-    """A matrix [n, k] of `weight`, F8_E4M3 or I8, and `weight_scale`; asymmetric integers have `weight_zero_point`.
+    """A matrix [n, k] of `weight`, F8_E4M3 or I8, and `weight_scale`; asymmetric integers have `weight_zero_point`, and
+    `weight_g_idx` says which group a column belongs to (actorder).
 
     Scales of activations (`input_scale`) are left: pace's activations are bf16, or have scales of their own.
     """
@@ -42,12 +44,18 @@ def open_plain(module: str, tensors: Tensors, scheme: Scheme) -> Matrix:
     (scales,) = require(module, tensors, *(named or SCALES[:1]))
     shape = matrix_shape(weight)
     group, spread = spread_scales(scales, shape, scheme.block)
+    groups = tensors.get("weight_g_idx")
     if scheme.kind == "float":
+        if groups is not None:
+            raise WeightsError(
+                f"{groups.name} orders columns of FP8, which is not read; quantise the model again without actorder"
+            )
         return Fp8Matrix(weight.name, shape, group, lambda part: weight.read()[part], spread)
     zeros = None if scheme.symmetric else _zeros(module, tensors, shape[0])
-    return IntegerMatrix(
+    matrix = IntegerMatrix(
         weight.name, shape, 8, group, lambda part: shifted(weight.read()[part]), spread, zeros
     )
+    return ordered(matrix, groups)
 
 
 def shifted(codes: npt.NDArray[np.int8]) -> U8Array:

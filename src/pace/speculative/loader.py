@@ -21,7 +21,6 @@ from pace.engine.speculation import Speculation, Target
 from pace.engine.weight_source import WeightSource, open_weights
 from pace.errors import CheckpointError, ConfigError, show
 from pace.log import logger
-from pace.models.decoder import lower
 from pace.models.formats import with_formats
 from pace.models.plan import I32Array, Plan
 from pace.models.registry import parse_config
@@ -156,7 +155,7 @@ class DraftMaker(Maker):
         self._quantization = self._chosen_quantization()
         with self._open(self._quantization) as source:
             self.spec = source.spec
-            plan = with_formats(lower(self.spec, 1), source.formats)
+            plan = source.lower(1)
         if config.activation_dtype != "bf16":
             plan = with_formats(plan, {}, "int8")
         self.n_bytes = packed_bytes(plan) + slot_bytes(plan, config.max_num_batched_tokens, self.n_logit_rows)
@@ -265,7 +264,7 @@ class DraftMaker(Maker):
     def _load(self, target: Target, max_len: int, ids: I32Array | None) -> tuple[Plan, PackedSink]:
         """The draft's plan, with logits for `ids` only where they are given, and its weights."""
         with self._open(self._quantization) as source:
-            plan = with_formats(lower(source.spec, max_len), source.formats)
+            plan = source.lower(max_len)
             sink = PackedSink(target.team)
             source.fill(plan, sink, target.show_progress)
             plan = with_activations(self.config, plan, sink, target.tokenizer, source)
