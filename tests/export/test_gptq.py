@@ -47,6 +47,16 @@ def as_f64(rows: Any) -> Any:
     return (rows.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
+@pytest.mark.parametrize(("m", "k", "n"), [(128, 200, 70), (32, 64, 129), (300, 1, 3), (1, 65, 1), (8, 0, 4)])
+def test_a_product_in_parts_is_the_product(m: int, k: int, n: int) -> None:
+    left, right = (rng("parts", *size).standard_normal(size, np.float32) for size in ((m, k), (k, n)))
+    got = gptq._product(left, right)
+    assert got.dtype == np.float32
+    # Each of k products and sums rounds to within 2^-24 of what is added up so far.
+    bound = (k + 1) * 2.0**-24 * (np.abs(left).astype(np.float64) @ np.abs(right))
+    assert (np.abs(got - left.astype(np.float64) @ right) <= bound).all()
+
+
 def plainly(w: Any, h: Any, bits: int, scales: Any, group: int) -> Any:
     """The same by the papers' formulas, in float64 and with given scales: the inverse's factor, errors pushed forward."""
     u = np.linalg.cholesky(np.linalg.inv(h)).T
