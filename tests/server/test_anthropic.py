@@ -8,6 +8,7 @@ from typing import Any
 
 import anthropic
 import pytest
+from pydantic import TypeAdapter
 from server.kit import Server, scripted
 
 from pace.server.wire import Delta, Done, Event, Failed, Job, ToolCallDelta
@@ -193,6 +194,9 @@ def test_one_tool_use_where_parallel_ones_are_disabled() -> None:
         {"messages": [{"role": "user", "content": "x"}], "tools": TOOLS, "tool_choice": {"type": "all"}},
         {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
         {"messages": [{"role": "user", "content": 5}]},
+        {"messages": [{"role": "user", "content": "x"}], "thinking": {}},
+        {"messages": [{"role": "user", "content": "x"}], "thinking": {"type": "on"}},
+        {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "name": "f", "input": "x"}]}]},
         {"messages": [{"role": "user", "content": "x"}], "container": "c"},
         {"messages": [{"role": "user", "content": "x"}], "tools": [{"name": "b", "type": "bash_20250124"}]},
     ],
@@ -201,3 +205,34 @@ def test_what_it_has_and_we_lack_is_refused(body: dict[str, Any]) -> None:
     response, backend = scripted(a_call, "POST", "/v1/messages", json={"max_tokens": 5} | body)
     assert response.status_code == 400 and not backend.jobs
     assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("content", ["The answer is", [{"type": "text", "text": "The answer is"}]])
+def test_an_answer_goes_on_where_its_beginning_ends(content: Any) -> None:
+    begun = {"role": "assistant", "content": content}
+    asked = {"role": "user", "content": "x"}
+    used = {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "f", "input": {}}]}
+    for messages, is_begun in (
+        ([asked, begun], True),
+        ([asked, begun, asked], False),
+        ([asked, used], False),
+    ):
+        _, backend = scripted(a_call, "POST", "/v1/messages", json={"messages": messages, "max_tokens": 5})
+        chat = backend.jobs[0].chat
+        assert chat is not None and chat.continue_final_message == is_begun
+    streamed, _ = scripted(a_call, "POST", "/v1/messages", json=QUESTION | {"stream": True})
+    types: TypeAdapter[Any] = TypeAdapter(anthropic.types.RawMessageStreamEvent)
+    for line in streamed.text.splitlines():
+        if line.startswith("data: "):
+            types.validate_python(json.loads(line[6:]))
+
+
+def test_thinking_is_the_templates_where_it_is_adaptive() -> None:
+    for kind, told in (
+        ("adaptive", None),
+        ("enabled", {"enable_thinking": True}),
+        ("disabled", {"enable_thinking": False}),
+    ):
+        _, backend = scripted(a_call, "POST", "/v1/messages", json=QUESTION | {"thinking": {"type": kind}})
+        chat = backend.jobs[0].chat
+        assert chat is not None and chat.chat_template_kwargs == told

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import openai
 import pytest
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
 from server.kit import scripted
 
 from pace.server.wire import Delta, Done, Event, Job, ToolCallDelta
@@ -90,9 +93,62 @@ def test_inputs_reach_the_template_as_messages() -> None:
         {"input": "x", "tools": [{"type": "web_search"}]},
         {"input": "x", "truncation": "auto"},
         {"input": "x", "background": True},
+        {"input": "x", "previous_response_id": "resp_1"},
+        {"input": "x", "conversation": "conv_1"},
+        {"input": "x", "prompt": {"id": "pmpt_1"}},
+        {"input": "x", "top_logprobs": 3},
+        {"input": "x", "include": ["message.output_text.logprobs"]},
+        {"input": "x", "text": {"verbosity": "low"}},
+        {"input": "x", "text": {"fromat": {"type": "text"}}},
+        {"input": "x", "text": {"format": {"type": "json_schema", "name": "n"}}},
+        {"input": "x", "text": {"format": {"type": "xml"}}},
+        {"input": "x", "reasoning": {"efort": "low"}},
+        {"input": "x", "tools": [{"type": "function", "name": "f", "parameters": 5}]},
+        {"input": [{"type": "function_call", "call_id": "1", "arguments": "{}"}]},
+        {"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]},
+        {"input": [{"type": "function_call", "call_id": "1", "name": "f", "arguments": {}}]},
+        {"input": [{"type": "function_call_output", "output": "5"}]},
+        {"input": [{"type": "function_call_output", "call_id": "1", "output": None}]},
         {"input": 5},
     ],
 )
 def test_what_a_stateless_server_lacks_is_refused(body: dict[str, Any]) -> None:
     response, backend = scripted(a_call, "POST", "/v1/responses", json=body)
     assert response.status_code == 400 and not backend.jobs
+    error = response.json()["error"]
+    (field,) = set(body) - {"input"} or {"input"}
+    assert (
+        error["param"].startswith(field)
+        and field.split("[")[0] in error["message"]
+        and "response_format" not in str(error)
+    )
+
+
+def test_what_asks_for_nothing_is_taken() -> None:
+    nothing = {
+        "previous_response_id": None, "conversation": None, "prompt": None, "background": False, "top_logprobs": 0,
+        "max_tool_calls": 3, "include": ["reasoning.encrypted_content"], "text": {"verbosity": "medium"},
+        "reasoning": {"summary": "auto"}, "prompt_cache_retention": "24h",
+    }  # fmt: skip
+    response, backend = scripted(a_call, "POST", "/v1/responses", json={"input": "x"} | nothing)
+    assert response.status_code == 200 and backend.jobs, response.text
+
+
+def test_what_the_limit_cuts_off_is_incomplete() -> None:
+    def cut(job: Job) -> list[list[Event]]:
+        thoughts = Delta(job.id, 0, "", [1], "hm")
+        return [[thoughts, Delta(job.id, 0, "Let", [2], finish_reason="length"), Done(job.id, 3, 0, 2)]]
+
+    response, _ = scripted(cut, "POST", "/v1/responses", json={"input": "x", "max_output_tokens": 2})
+    assert [item["status"] for item in response.json()["output"]] == ["completed", "incomplete"]
+    streamed, _ = scripted(
+        cut, "POST", "/v1/responses", json={"input": "x", "max_output_tokens": 2, "stream": True}
+    )
+    events = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: ")]
+    done = [event["item"]["status"] for event in events if event["type"] == "response.output_item.done"]
+    assert done == ["completed", "incomplete"] and events[-1]["type"] == "response.incomplete"
+    assert events[-1]["response"]["output"] == response.json()["output"]
+    types: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+    for event in events:
+        types.validate_python(event)  # the client itself checks nothing
+    Response.model_validate(response.json())

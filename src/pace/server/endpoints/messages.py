@@ -47,10 +47,27 @@ def _chat(request: MessagesRequest | CountTokensRequest) -> Chat:
     tools = None if not request.tools or choice == "none" else [_tool(tool) for tool in request.tools]
     if tools is None and choice not in ("auto", "none"):
         raise RequestError(f"tool_choice is {show(request.tool_choice)}, but there are no tools")
-    variables = None
-    if request.thinking is not None:
-        variables = {"enable_thinking": request.thinking.get("type") == "enabled"}
-    return Chat(turns, tools, chat_template_kwargs=variables, tool_choice=None if tools is None else choice)
+    return Chat(
+        turns,
+        tools,
+        continue_final_message=_is_begun(turns),
+        chat_template_kwargs=_thinking(request.thinking),
+        tool_choice=None if tools is None else choice,
+    )
+
+
+def _is_begun(turns: list[dict[str, Any]]) -> bool:
+    """Whether the answer's beginning is given: a last message of the assistant with nothing but text."""
+    last = turns[-1] if turns else {}
+    return last.get("role") == "assistant" and bool(last["content"]) and "tool_calls" not in last
+
+
+def _thinking(thinking: dict[str, Any] | None) -> dict[str, Any] | None:
+    """As a variable of templates."""
+    kind = "adaptive" if thinking is None else thinking.get("type")
+    if kind not in ("enabled", "disabled", "adaptive"):
+        raise RequestError(f"thinking is {show(thinking)}, expected type enabled, disabled or adaptive")
+    return None if kind == "adaptive" else {"enable_thinking": kind == "enabled"}
 
 
 def _tool_choice(choice: dict[str, Any] | None) -> str | dict[str, Any]:
@@ -88,6 +105,10 @@ def _turns(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
         elif kind == "thinking" and isinstance(block.get("thinking"), str):
             turn["reasoning_content"] = turn.get("reasoning_content", "") + block["thinking"]
         elif kind == "tool_use" and isinstance(block.get("name"), str):
+            if not isinstance(block.get("input", {}), dict):
+                raise RequestError(
+                    f"{where}.content[{j}].input is {show(block['input'])}, expected an object"
+                )
             function = {"name": block["name"], "arguments": block.get("input") or {}}
             call = {"id": block.get("id"), "type": "function", "function": function}
             turn.setdefault("tool_calls", []).append(call)

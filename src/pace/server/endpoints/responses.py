@@ -30,10 +30,40 @@ _SHARED = (
 )  # fmt: skip
 
 
+_REFUSED = {
+    "previous_response_id": "this server keeps no responses: send the whole conversation as input",
+    "conversation": "this server keeps no conversations: send all of it as input",
+    "prompt": "this server keeps no prompts: send instructions and input",
+    "background": "this server keeps no responses: ask for a stream",
+    "top_logprobs": "responses have no log probabilities here: chat completions have",
+}
+"""Fields that ask for what there is not; null, false and 0 ask for nothing."""
+
+
 # ---- the request as a chat ----------------------------------------------------------------------------------------
 
 
 def _as_chat(request: ResponsesRequest) -> ChatRequest:
+    for name, why in _REFUSED.items():
+        if getattr(request, name):
+            what = f"{name} is {show(getattr(request, name))}, but {why}"
+            raise ApiError(400, what, param=name, code="unsupported_parameter")
+    for name, known in (
+        ("text", ("format", "verbosity")),
+        ("reasoning", ("effort", "summary", "generate_summary")),
+    ):
+        unknown = [key for key in getattr(request, name) or {} if key not in known]
+        if unknown:
+            raise ApiError(400, f"{name} has {show(unknown[0])}, expected {', '.join(known)}", param=name)
+    verbosity = (request.text or {}).get("verbosity")
+    if verbosity not in (None, "medium"):
+        raise ApiError(
+            400,
+            f"text.verbosity is {show(verbosity)}; models here have one: ask in instructions",
+            param="text",
+        )
+    if "message.output_text.logprobs" in (request.include or ()):
+        raise ApiError(400, f"include has log probabilities, but {_REFUSED['top_logprobs']}", param="include")
     if request.truncation not in (None, "disabled"):
         raise ApiError(
             400, f"truncation is {show(request.truncation)}, expected disabled", param="truncation"
@@ -67,15 +97,19 @@ def _messages(request: ResponsesRequest) -> list[dict[str, Any]]:
         if kind == "message":
             messages.append({"role": _role(item, where), "content": _text(item.get("content"), where)})
         elif kind == "function_call":
-            function = {"name": item.get("name"), "arguments": item.get("arguments") or "{}"}
-            call = {"id": item.get("call_id"), "type": "function", "function": function}
+            function = {
+                "name": _string(item, "name", where),
+                "arguments": _string(item, "arguments", where) or "{}",
+            }
+            call = {"id": _string(item, "call_id", where), "type": "function", "function": function}
             if messages and messages[-1].get("tool_calls"):
                 messages[-1]["tool_calls"].append(call)
             else:
                 messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
         elif kind == "function_call_output":
-            text = _text(item.get("output"), where)
-            messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": text})
+            text = _text(item.get("output"), where, "output")
+            number = _string(item, "call_id", where)
+            messages.append({"role": "tool", "tool_call_id": number, "content": text})
         elif kind != "reasoning":  # of an earlier answer: templates leave it out
             raise RequestError(
                 f"{where}.type is {show(kind)}, expected message, function_call, function_call_output or reasoning"
@@ -90,7 +124,14 @@ def _role(item: dict[str, Any], where: str) -> str:
     return "system" if role == "developer" else str(role)
 
 
-def _text(content: object, where: str) -> str:
+def _string(item: dict[str, Any], name: str, where: str) -> str:
+    value = item.get(name)
+    if not isinstance(value, str):
+        raise RequestError(f"{where}.{name} is {show(value)}, expected text")
+    return value
+
+
+def _text(content: object, where: str, name: str = "content") -> str:
     if isinstance(content, str):
         return content
     texts = []
@@ -98,7 +139,7 @@ def _text(content: object, where: str) -> str:
         known = isinstance(part, dict) and part.get("type") in ("input_text", "output_text", "text")
         text = part.get("text") if isinstance(part, dict) and known else None
         if not isinstance(text, str):
-            raise RequestError(f"{where}.content has {show(part)}, expected text or parts of type input_text")
+            raise RequestError(f"{where}.{name} has {show(part)}, expected text or parts of type input_text")
         texts.append(text)
     return "\n".join(texts)
 
@@ -110,21 +151,24 @@ def _tool(tool: dict[str, Any], i: int) -> Tool:
             f"tools[{i}] is {show(tool)}, expected a function with a name: no tools run here",
             param="tools",
         )
-    return Tool(
-        type="function",
-        function=FunctionSpec(
-            name=tool["name"], description=tool.get("description"), parameters=tool.get("parameters")
-        ),
-    )
+    try:
+        return Tool(type="function", function=msgspec.convert(tool, FunctionSpec))
+    except msgspec.ValidationError as error:
+        raise ApiError(400, f"tools[{i}]: {error}"[:500], param="tools") from None
 
 
 def _format(form: Any) -> ResponseFormat:
     kind = form.get("type") if isinstance(form, dict) else None
-    if kind == "json_schema":
-        return ResponseFormat(
-            type=kind, json_schema=JsonSchemaFormat(name=str(form.get("name")), schema=form.get("schema"))
+    if kind in ("text", "json_object"):
+        return ResponseFormat(type=kind)
+    schema = form.get("schema") if kind == "json_schema" else None
+    if not isinstance(schema, (dict, bool)):
+        raise ApiError(
+            400,
+            f"text.format is {show(form)}, expected type text, json_object, or json_schema with a schema",
+            param="text",
         )
-    return ResponseFormat(type=str(kind))
+    return ResponseFormat(type="json_schema", json_schema=JsonSchemaFormat(name="schema", schema=schema))
 
 
 # ---- the answer -------------------------------------------------------------------------------------------------
@@ -200,8 +244,8 @@ class _Writer:
 
     def end(self) -> bytes:
         """The last events."""
-        parts = self._close_last()
         status = self._status()
+        parts = self._close_last(status)
         parts.append(self._event(f"response.{status}", response=msgspec.to_builtins(self._response(status))))
         return b"".join(parts)
 
@@ -283,7 +327,7 @@ class _Writer:
             return self._event("response.reasoning_text.delta", **where, content_index=0, delta=text)
         return self._event("response.output_text.delta", **where, content_index=0, delta=text, logprobs=[])
 
-    def _close_last(self) -> list[bytes]:
+    def _close_last(self, status: str = "completed") -> list[bytes]:
         if not self._items:
             return []
         item = self._items[-1]
@@ -303,11 +347,18 @@ class _Writer:
             events.append(
                 self._event("response.content_part.done", **where, content_index=0, part=item.part())
             )
-        events.append(self._event("response.output_item.done", **self._at(), item=item.whole("completed")))
+        events.append(self._event("response.output_item.done", **self._at(), item=item.whole(status)))
         return events
 
     def _status(self) -> str:
         return "incomplete" if self._finish_reason == "length" else "completed"
+
+    def _output(self, status: str) -> list[dict[str, Any]]:
+        """The items; what the limit or a fault has cut off is the last one."""
+        last = "completed" if status == "completed" else "incomplete"
+        return [item.whole("completed") for item in self._items[:-1]] + [
+            item.whole(last) for item in self._items[-1:]
+        ]
 
     def _response(self, status: str) -> ResponseObject:
         request, counts = self._request, self.counts
@@ -316,7 +367,7 @@ class _Writer:
             self._created,
             self._model,
             status,
-            [] if status == "in_progress" else [item.whole("completed") for item in self._items],
+            [] if status == "in_progress" else self._output(status),
             instructions=request.instructions,
             metadata=request.metadata or {},
             parallel_tool_calls=request.parallel_tool_calls is not False,
@@ -335,7 +386,7 @@ class _Writer:
                 counts.n_prompt,
                 counts.n_output,
                 counts.n_prompt + counts.n_output,
-                {"cached_tokens": counts.n_cached},
+                {"cached_tokens": counts.n_cached, "cache_write_tokens": 0},
                 {"reasoning_tokens": 0},
             )
         return response

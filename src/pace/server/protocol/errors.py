@@ -96,7 +96,7 @@ _STATUS: Mapping[type[PaceError], tuple[int, str | None]] = {
 
 
 _PROMPT = re.compile(r"(?:prompt \d+: )?the (?:prompt|conversation) (?:has|is) ")
-_PROMPTS = ("prompt", "messages", "input")
+_PROMPTS = ("input", "prompt", "messages")
 """What requests call it."""
 
 

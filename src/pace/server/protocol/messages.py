@@ -32,11 +32,13 @@ class MessagesRequest(Strict, kw_only=True):
     """Answer a conversation.
 
     Attributes:
-        messages: of user and assistant, their content text or a list of blocks: text, tool_use, tool_result, thinking.
+        messages: of user and assistant, their content text or a list of blocks: text, tool_use, tool_result, thinking. The
+            answer goes on where a last one of the assistant ends.
         max_tokens: of the answer.
         system: instructions, as text or text blocks.
         metadata, service_tier: taken, and without effect.
-        thinking: type "enabled" or "disabled" reaches the chat template as enable_thinking; a budget is not kept.
+        thinking: type "enabled" or "disabled" reaches the chat template as enable_thinking, "adaptive" leaves it to the
+            template; a budget is not kept.
         tool_choice: {"type": "auto"}, "none", "any", or "tool" with a name; with disable_parallel_tool_use the first call
             alone is returned.
     """

@@ -33,10 +33,12 @@ class ResponsesRequest(Strict, kw_only=True):
         instructions: a message of the system before it.
         store: only false or absent means what it says: nothing is kept, whatever it is.
         text: {"format": {"type": "text" | "json_object" | "json_schema", ...}}.
-        reasoning: {"effort": ...} reaches the chat template as reasoning_effort.
+        reasoning: {"effort": ...} reaches the chat template as reasoning_effort; a summary is not made.
         tools: of type function.
-        metadata, user, service_tier, safety_identifier, prompt_cache_key, truncation, include: taken, and without effect;
-            truncation only as "disabled".
+        metadata, user, service_tier, safety_identifier, prompt_cache_key, prompt_cache_retention, max_tool_calls (of
+            tools that a server runs), truncation, include: taken, and without effect; truncation only as "disabled",
+            include without log probabilities.
+        previous_response_id, conversation, prompt, background, top_logprobs: refused where they ask for something.
         top_k, min_p, repetition_penalty, seed, stop, chat_template_kwargs, cache_salt, priority: as in chats.
     """
 
@@ -63,6 +65,13 @@ class ResponsesRequest(Strict, kw_only=True):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    max_tool_calls: int | None = None
+    previous_response_id: str | None = None
+    conversation: str | dict[str, Any] | None = None
+    prompt: dict[str, Any] | None = None
+    background: bool | None = None
+    top_logprobs: int | None = None
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
