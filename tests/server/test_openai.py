@@ -125,7 +125,7 @@ def test_n_and_prompt_lists_stream_together(client: openai.OpenAI) -> None:
     ("body", "kind", "param"),
     [
         ({"temperature": 999}, openai.BadRequestError, "temperature"),
-        ({"prompt": [1, 999999]}, openai.BadRequestError, None),
+        ({"prompt": [1, 999999]}, openai.BadRequestError, "prompt"),
         ({"prompt": ["fine", "x" * 300_000]}, openai.BadRequestError, "prompt"),
         ({"model": "other"}, openai.NotFoundError, "model"),
         ({"extra_body": {"foo": 1}}, openai.BadRequestError, "foo"),
