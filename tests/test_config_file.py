@@ -67,6 +67,15 @@ def test_what_is_given_beside_the_file_wins(tmp_path: Path, served: list[ServeOp
     assert options.config.enable_prefix_caching and options.config.max_model_len == 100
 
 
+def test_flags_of_vllm(served: list[ServeOptions]) -> None:
+    argv = ["--dtype", "bfloat16", "--chat-template-content-format", "string", "--chat_template", "own.jinja"]
+    assert main(["serve", "demo", *argv, "--seed", "3", "--disable-log-requests"]) == 0
+    assert main(["serve", "demo"]) == 0
+    said, usual = served
+    assert (said.config.chat_template, said.config.seed, said.access_log) == ("own.jinja", 3, False)
+    assert (usual.config.chat_template, usual.config.seed, usual.access_log) == (None, 0, True)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -111,6 +111,18 @@ def test_chat(llm: LLM) -> None:
     assert last.outputs == output.outputs
 
 
+def test_a_template_of_ones_own_takes_the_place_of_the_checkpoints(model: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.jinja"
+    own.write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}", encoding="utf-8")
+    messages = [{"role": "user", "content": "hi"}]
+    with LLM(model, threads=1, chat_template=own) as other:
+        assert other.chat(messages, GREEDY)[0].prompt == "[hi]"
+    own.write_bytes(b"\xff")
+    for path, message in ((own, "not UTF-8"), (tmp_path / "none.jinja", "none.jinja")):
+        with pytest.raises(PaceError, match=message):
+            LLM(model, threads=1, chat_template=path)
+
+
 def test_chat_options_reach_the_template(llm: LLM) -> None:
     """Qwen3's `enable_thinking` was out of reach."""
     template = (

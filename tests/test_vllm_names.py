@@ -154,6 +154,14 @@ def test_the_page_names_all_of_them() -> None:
     text = page.read_text(encoding="utf-8")
     for table in (SAMPLING_FIELDS, REQUEST_OPTIONS, ENGINE_OPTIONS, METHODS, OUTPUT_FIELDS, TOKENIZER_NAMES):
         assert [name for name in table if f"`{name}" not in text] == []
+    for known in (SAMPLING_FIELDS, REQUEST_OPTIONS, ENGINE_OPTIONS):
+        rows = [line for line in text.splitlines() if line.startswith("| `")]
+        stale = {
+            name
+            for name, foreign in known.items()
+            if not any(f"`{name}`" in row.split("|")[1] and foreign.instead in row for row in rows)
+        }
+        assert stale == set()
 
 
 # ---- prompts

@@ -212,6 +212,7 @@ class EngineConfig:
         tokenizer: folder or hub id to take the tokenizer from; None: the model's own.
         trust_tokenizer: skip the probe of a tokenizer with unusual patterns or components (a hostile one can hang the
             encoder, or end the process while it is read).
+        chat_template: file of a Jinja template that takes the place of the checkpoint's; None: the checkpoint's own.
         max_model_len: longest sequence, prompt and output together, in tokens; None: what the checkpoint
             states.
         max_num_seqs: sequences that run in one step; None: see `n_places`.
@@ -251,6 +252,7 @@ class EngineConfig:
     revision: str | None = None
     tokenizer: str | None = None
     trust_tokenizer: bool = False
+    chat_template: str | None = None
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int = 2048
@@ -278,7 +280,7 @@ class EngineConfig:
         _check_int("max_logprobs", self.max_logprobs, -1, MAX_LOGPROBS)
         if self.kv_cache_dtype in BF16_NAMES:
             object.__setattr__(self, "kv_cache_dtype", "bf16")
-        for name in ("revision", "tokenizer", "pack_cache"):
+        for name in ("revision", "tokenizer", "chat_template", "pack_cache"):
             if getattr(self, name) is not None:
                 _check_text(name, getattr(self, name))
         for name in ("trust_tokenizer", "enable_prefix_caching"):

@@ -38,6 +38,7 @@ class Frontend(metaclass=AnswersByName):
         revision: str | None = None,
         tokenizer: str | os.PathLike[str] | None = None,
         trust_tokenizer: bool = False,
+        chat_template: str | os.PathLike[str] | None = None,
         skip_tokenizer_init: bool = False,
         max_model_len: int | None = None,
         max_num_seqs: int | None = None,
@@ -68,6 +69,7 @@ class Frontend(metaclass=AnswersByName):
             revision: branch, tag or commit of a hub id.
             tokenizer: folder or hub id to take the tokenizer from; None: the model's own.
             trust_tokenizer: skip the probe of a tokenizer with unusual patterns or components.
+            chat_template: file of a Jinja template that takes the place of the checkpoint's.
             skip_tokenizer_init: load no tokenizer: prompts are token ids, outputs have no text.
             max_model_len: longest prompt and output together, in tokens; None: what the checkpoint supports, or
                 less where the memory does not hold one such sequence.
@@ -111,6 +113,7 @@ class Frontend(metaclass=AnswersByName):
             revision=revision,
             tokenizer=None if tokenizer is None else os.fspath(tokenizer),
             trust_tokenizer=trust_tokenizer,
+            chat_template=None if chat_template is None else os.fspath(chat_template),
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,

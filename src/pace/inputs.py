@@ -137,7 +137,9 @@ class Inputs:
             RequestError: a conversation or an option has a wrong form, the template refuses it, or it can't be encoded.
         """
         if self._chat_templates is None:
-            self._chat_templates = ChatTemplates.load(self._loaded.tokenizer_directory, self.tokenizer)
+            self._chat_templates = ChatTemplates.load(
+                self._loaded.tokenizer_directory, self.tokenizer, self._loaded.chat_template
+            )
         choice = ToolChoice.parse(options.tool_choice, options.tools)
         tools = options.tools if choice.offers_tools else None
         template = self._chat_templates.choose(options.chat_template, tools=tools)

@@ -129,14 +129,15 @@ ENGINE_OPTIONS: dict[str, Foreign] = {
     "override_generation_config": Foreign(
         "write a generation_config.json and name its folder as generation_config", (None, {})
     ),
-    "chat_template": Foreign("give chat_template to chat()"),
     "served_model_name": Foreign("it is an option of pace serve", _ANY),
     "speculative_config": Foreign(
         "give the same mapping as speculative, which takes the methods pard, draft_model, suffix and hybrid"
     ),
     "enable_lora": Foreign("merge the adapter into the weights", _NO),
     "logits_processors": Foreign("use logit_bias, bad_words or allowed_token_ids", (None, [], ())),
-    "structured_outputs_config": Foreign("pace does not constrain outputs to a grammar"),
+    "structured_outputs_config": Foreign(
+        "llguidance is the only backend, and there is nothing to set", (None, {})
+    ),
     "limit_mm_per_prompt": Foreign("pace reads text only", (None, {})),
     "runner": Foreign("every model generates, and embed() pools", (None, "auto", "generate", "pooling")),
     "task": Foreign("every model generates, and embed() pools", (None, "auto", "generate", "embed")),

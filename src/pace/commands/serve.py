@@ -48,6 +48,12 @@ def _add_chats(group: Any) -> None:
         action="store_true",
         help="changes nothing, for callers of vLLM: models may always call tools",
     )
+    group.add_argument(
+        "--chat-template-content-format",
+        choices=("auto", "string"),
+        help="changes nothing, for callers of vLLM: templates that loop over a message's content get lists of parts, "
+        "others one text",
+    )
 
 
 def _add_server(group: Any) -> None:
@@ -79,6 +85,12 @@ def _add_server(group: Any) -> None:
         help="write a line of JSON for each request to stderr, without its text (default: on)",
     )
     group.add_argument(
+        "--disable-log-requests",
+        dest="access_log",
+        action="store_false",
+        help="vLLM's name of --no-access-log",
+    )
+    group.add_argument(
         "--page",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -108,6 +120,14 @@ def _add_server(group: Any) -> None:
 
 def _add_engines(group: Any) -> None:
     options.add_data_parallel(group)
+    group.add_argument(
+        "--seed", type=_count, default=0, metavar="N", help="of requests that give none (default: 0)"
+    )
+    group.add_argument(
+        "--dtype",
+        choices=("auto", "bfloat16"),
+        help="changes nothing, for callers of vLLM: everything is computed in bfloat16 with float32 sums",
+    )
     group.add_argument(
         "--on-engine-death",
         choices=("restart", "exit"),
@@ -183,7 +203,7 @@ def run(args: argparse.Namespace) -> int:
     keys = [*args.api_key, *([] if args.api_key_file is None else read_keys(args.api_key_file))]
     return serve(
         ServeOptions(
-            config=options.engine_config(args),
+            config=options.engine_config(args, seed=args.seed),
             names=tuple(dict.fromkeys(args.served_model_name or (args.model,))),
             host=args.host,
             port=args.port,

@@ -28,6 +28,7 @@ from pace.models.quantisation import with_own_file
 from pace.models.registry import parse_config
 from pace.models.spec import DecoderSpec
 from pace.text.harmony import end_ids
+from pace.text.template_files import read_template
 from pace.text.tokenizer import Tokenizer
 
 __all__ = ["Loaded", "load", "read_config", "with_activations"]
@@ -40,6 +41,7 @@ class Loaded:
     Attributes:
         directory: the checkpoint's folder, or its GGUF file.
         tokenizer_directory: the same of the tokenizer and the chat template.
+        chat_template: the one that takes the place of those found there, if any.
         memory: what was allocated.
         weights_bytes: packed weights.
         load_s: wall time of loading.
@@ -48,6 +50,7 @@ class Loaded:
     engine: Engine
     directory: Path
     tokenizer_directory: Path
+    chat_template: str | None
     spec: DecoderSpec
     plan: ops.Plan
     team: ops.Team
@@ -127,6 +130,7 @@ def load(
         engine,
         directory,
         text.directory,
+        text.chat_template,
         spec,
         executor,
         team,
@@ -225,9 +229,11 @@ def _plan_memory(
 
 
 class _Text(NamedTuple):
-    """What stands between text and ids: the place of the tokenizer, the tokenizer if wanted, and defaults."""
+    """What stands between text and ids: the place of the tokenizer, a template of one's own, the tokenizer if wanted, and
+    defaults."""
 
     directory: Path
+    chat_template: str | None
     tokenizer: Tokenizer | None
     defaults: GenerationDefaults
 
@@ -241,6 +247,7 @@ def _load_text(
     *,
     skip_tokenizer: bool,
 ) -> _Text:
+    chat_template = None if config.chat_template is None else read_template(Path(config.chat_template))
     directory, tokenizer = files.path, None
     if not skip_tokenizer:
         directory, tokenizer = _load_tokenizer(config, files, spec, memory)
@@ -255,7 +262,7 @@ def _load_text(
         defaults = replace(defaults, eos_token_ids=end_ids(tokenizer, defaults.eos_token_ids))
     if defaults.sampling:
         logger.info("sampling defaults from generation_config.json: %s", dict(defaults.sampling))
-    return _Text(directory, tokenizer, defaults)
+    return _Text(directory, chat_template, tokenizer, defaults)
 
 
 def _load_tokenizer(

@@ -169,18 +169,19 @@ class ChatTemplates:
         )
 
     @classmethod
-    def load(cls, directory: Path, tokenizer: Tokenizer) -> ChatTemplates:
+    def load(cls, directory: Path, tokenizer: Tokenizer, own: str | None = None) -> ChatTemplates:
         """Take the templates from a checkpoint's folder; see `find_templates` for their forms.
 
         Args:
             directory: the folder to look in; usually `tokenizer.directory`.
             tokenizer: gives tokenizer_config.json and the special tokens.
+            own: a template that takes the place of all in the folder.
 
         Raises:
             ChatTemplateError: a template has a wrong type or encoding.
             CheckpointError: a file can't be read.
         """
-        named = find_templates(directory, tokenizer.config)
+        named = find_templates(directory, tokenizer.config) if own is None else {DEFAULT: own}
         return cls(named, special_tokens=tokenizer.special_tokens, where=str(directory))
 
     def choose(self, chat_template: object = None, *, tools: object = None) -> ChatTemplate:

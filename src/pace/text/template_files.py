@@ -8,7 +8,7 @@ from typing import Any
 from pace.checkpoint.config_json import checkpoint_file, read_file, read_json
 from pace.errors import ChatTemplateError, show
 
-__all__ = ["MAX_TEMPLATE_BYTES", "find_templates"]
+__all__ = ["MAX_TEMPLATE_BYTES", "find_templates", "read_template"]
 
 MAX_TEMPLATE_BYTES = 1 << 20  # the longest published ones are below 30 kB
 MAX_TEMPLATES = 64
@@ -45,7 +45,7 @@ def _files(directory: Path) -> dict[str, str]:
     named = {}
     path = checkpoint_file(directory, "chat_template.jinja")
     if path is not None:
-        named[DEFAULT] = _read(path)
+        named[DEFAULT] = read_template(path)
     folder = directory / "additional_chat_templates"
     if folder.is_dir():
         names = sorted(path.name for path in folder.glob("*.jinja"))
@@ -56,11 +56,17 @@ def _files(directory: Path) -> dict[str, str]:
         for name in names:
             path = checkpoint_file(folder, name)
             if path is not None:
-                named[name.removesuffix(".jinja")] = _read(path)
+                named[name.removesuffix(".jinja")] = read_template(path)
     return named
 
 
-def _read(path: Path) -> str:
+def read_template(path: Path) -> str:
+    """A file's template.
+
+    Raises:
+        ChatTemplateError: not UTF-8.
+        CheckpointError: the file can't be read.
+    """
     try:
         return read_file(path, MAX_TEMPLATE_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
