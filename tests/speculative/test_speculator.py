@@ -184,13 +184,15 @@ def nan_model(directory: Path) -> Path:
 def test_a_rejected_row_of_nan_reaches_nobody(tmp_path: Path) -> None:
     """Values of 0 * NaN: a query that does not see a key multiplies its value by 0, in groups of 32."""
     config = EngineConfig(str(nan_model(tmp_path)), max_model_len=128, max_num_seqs=2, n_threads=1)
-    asked = SamplingParams(
+    params = SamplingParams(
         max_tokens=24, temperature=0.0, logprobs=1, logit_bias={9: -100.0}, ignore_eos=True
     )
     outputs = []
     for drafter in (None, Guesser(lambda seq, history: 9 if len(history) % 7 == 0 else 1, 3)):
         maker = None if drafter is None else TestMaker(config, drafter)
         with LLM.from_loaded(config, loader.load(config, speculation=maker)) as llm:
+            # Every guess is verified, also where "auto" would find that none pays.
+            asked = params.clone(speculative="off" if drafter is None else 3)
             results = llm.generate([[1, 2, 3], [4] * 20], asked)
             outputs.append([(list(o.outputs[0].token_ids), o.outputs[0].logprobs) for o in results])
             if drafter is not None:
