@@ -113,9 +113,6 @@ def add_engine_options(
         group.add_argument(
             "--trust-tokenizer", action="store_true", help="skip the probe of an unusual tokenizer"
         )
-        group.add_argument(
-            "--chat-template", metavar="FILE", help="a Jinja template in place of the checkpoint's"
-        )
     group = parser.add_argument_group("engine")
     group.add_argument(
         "--max-model-len", type=positive, metavar="N", help="longest prompt and output, in tokens"
@@ -281,7 +278,6 @@ def engine_config(args: argparse.Namespace, **defaults: Any) -> EngineConfig:
         revision=args.revision,
         tokenizer=getattr(args, "tokenizer", None),
         trust_tokenizer=getattr(args, "trust_tokenizer", False),
-        chat_template=getattr(args, "chat_template", None),
         n_threads=args.threads,
         cpus=None if args.cpus is None else parse_cpus(args.cpus),
         kernels={} if args.kernels is None else parse_kernels(args.kernels),

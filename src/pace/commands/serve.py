@@ -49,6 +49,9 @@ def _add_chats(group: Any) -> None:
         help="changes nothing, for callers of vLLM: models may always call tools",
     )
     group.add_argument(
+        "--chat-template", metavar="FILE", help="a Jinja template in place of the checkpoint's"
+    )
+    group.add_argument(
         "--chat-template-content-format",
         choices=("auto", "string"),
         help="changes nothing, for callers of vLLM: templates that loop over a message's content get lists of parts, "
@@ -203,7 +206,7 @@ def run(args: argparse.Namespace) -> int:
     keys = [*args.api_key, *([] if args.api_key_file is None else read_keys(args.api_key_file))]
     return serve(
         ServeOptions(
-            config=options.engine_config(args, seed=args.seed),
+            config=options.engine_config(args, seed=args.seed, chat_template=args.chat_template),
             names=tuple(dict.fromkeys(args.served_model_name or (args.model,))),
             host=args.host,
             port=args.port,
