@@ -135,7 +135,7 @@ async def soak(url: str, pid: int, args: argparse.Namespace) -> None:
     hours, counts = (np.array([row[at] for row in late]) for at in (0, 1))
     for name, at in (("front-end", 2), ("engine", 3)):
         for what in ("anon_mb", "fds", "threads"):
-            values = np.array([row[at][what] for row in late])  # type: ignore[index]
+            values = np.array([row[at][what] for row in late])  # type: ignore[index]  # a row of JSON
             per_hour, per_request = (np.polyfit(x, values, 1)[0] for x in (hours, counts))
             span = f"{values[0]:.1f} to {values[-1]:.1f}, at most {values.max():.1f}"
             print(

@@ -159,7 +159,7 @@ def test_a_stalled_event_loop_is_not_flooded(llm: AsyncLLM) -> None:
             calls.append(args)
             return call_soon_threadsafe(*args, **kwargs)
 
-        loop.call_soon_threadsafe = counting  # type: ignore[method-assign]
+        loop.call_soon_threadsafe = counting  # type: ignore[method-assign]  # a test's in its place
         tasks = [asyncio.create_task(collect(llm, "x", LONG)) for _ in range(4)]
         await asyncio.sleep(0)
         before = llm.stats()["n_steps"]

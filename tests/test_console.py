@@ -109,7 +109,7 @@ def test_no_encoding_loses_text(encoding: str, shown: str, monkeypatch: pytest.M
         stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
         monkeypatch.setattr(sys, name, stream)
         write("größe 你 🎉")
-        assert stream.buffer.getvalue().decode(encoding) == shown + "\n"  # type: ignore[attr-defined]
+        assert stream.buffer.getvalue().decode(encoding) == shown + "\n"
 
 
 def test_stdout_may_be_any_object_that_writes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +119,7 @@ def test_stdout_may_be_any_object_that_writes(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(sys, "stdout", Ascii())
     console.out("größe")
-    assert sys.stdout.text == "gr\\xf6\\xdfe\n"  # type: ignore[attr-defined]
+    assert sys.stdout.text == "gr\\xf6\\xdfe\n"
 
 
 def test_what_can_not_be_printed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

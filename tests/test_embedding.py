@@ -388,7 +388,7 @@ def test_ctrl_c_stops_within_a_step(model: Path) -> None:
             time.sleep(0.1)
             return step()
 
-        llm.engine.step = slow_step  # type: ignore[method-assign]
+        llm.engine.step = slow_step  # type: ignore[method-assign]  # a test's in its place
         sent_s = []
 
         def interrupt() -> None:
@@ -436,7 +436,7 @@ def test_an_engine_says_that_it_can_not_be_pickled(model: Path, kind: Any) -> No
             with pytest.raises(
                 TypeError, match=f"this {kind.__name__} can't be pickled or copied: its threads"
             ):
-                copied(llm)  # type: ignore[operator]
+                copied(llm)
     finally:
         llm.close()
 
@@ -506,7 +506,7 @@ def test_threads_are_served_in_the_order_in_which_they_came(model: Path) -> None
             n_submitted += 1
             begun[(n_submitted + 10) // 20].set()  # the caller has submitted half of its own
 
-        llm.engine.submit = counted  # type: ignore[method-assign]
+        llm.engine.submit = counted  # type: ignore[method-assign]  # a test's in its place
 
         def work(i: int) -> None:
             assert begun[i].wait(TIMEOUT_S)

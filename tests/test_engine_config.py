@@ -34,7 +34,7 @@ def test_defaults() -> None:
     )
     assert config.kernels == {} and config.cpus is None
     with pytest.raises(AttributeError):
-        config.seed = 1  # type: ignore[misc]
+        config.seed = 1  # type: ignore[misc]  # wrong on purpose
 
 
 def test_places() -> None:

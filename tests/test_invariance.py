@@ -230,20 +230,20 @@ QUICK = settings(
 )
 @QUICK
 def test_best_tier(lab: Lab, case: dict[str, object]) -> None:
-    lab.check(**case)  # type: ignore[arg-type]
+    lab.check(**case)  # type: ignore[arg-type]  # values of a mapping, one type to mypy
 
 
 @given(case=EXAMPLES)
 @settings(QUICK, max_examples=15)
 def test_every_tier(lab: Lab, isa: str, case: dict[str, object]) -> None:
-    lab.check(**case)  # type: ignore[arg-type]
+    lab.check(**case)  # type: ignore[arg-type]  # values of a mapping, one type to mypy
 
 
 @pytest.mark.slow
 @given(case=EXAMPLES)
 @settings(QUICK, max_examples=2000, derandomize=False)
 def test_every_tier_long(lab: Lab, isa: str, case: dict[str, object]) -> None:
-    lab.check(**case)  # type: ignore[arg-type]
+    lab.check(**case)  # type: ignore[arg-type]  # values of a mapping, one type to mypy
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

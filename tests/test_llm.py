@@ -89,7 +89,7 @@ def test_a_dropped_stream_frees_its_blocks(llm: LLM) -> None:
     stream = llm.stream("x", SamplingParams(max_tokens=400, ignore_eos=True))
     next(stream)
     assert llm.stats()["n_running"] == 1
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     llm.generate("y", GREEDY)
     stats = llm.stats()
     assert stats["n_running"] == 0 and stats["n_free_blocks"] == stats["n_blocks"]
@@ -144,7 +144,7 @@ def test_chat_options_reach_the_template(llm: LLM) -> None:
     assert [*llm.stream_chat(messages, GREEDY, **options)][-1].prompt == "<ipython>a</><assistant>b"
     for wrong in ({"tools": "f"}, {"chat_template_kwargs": [1]}, {"chat_template_kwargs": {"messages": []}}):
         with pytest.raises(RequestError, match=r"tools|chat_template_kwargs|can't be a variable"):
-            llm.chat(messages, GREEDY, **wrong)  # type: ignore[arg-type]
+            llm.chat(messages, GREEDY, **wrong)
 
 
 def test_reasoning_is_no_part_of_the_answer(llm: LLM) -> None:
@@ -251,7 +251,7 @@ def test_bad_requests_are_refused_before_anything_runs(
 def test_bad_conversations(llm: LLM) -> None:
     for messages in ("hi", [1], [[1]], {"role": "user"}):
         with pytest.raises((RequestError,)):
-            llm.chat(messages, GREEDY)  # type: ignore[arg-type]
+            llm.chat(messages, GREEDY)  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_no_prompts(llm: LLM) -> None:
@@ -404,7 +404,7 @@ def test_priorities(model: Path) -> None:
         assert ends == sorted(ends, reverse=True)
         for priority, message in (([1], "1 entries for 2"), ("high", "priority is 'high'"), (True, "True")):
             with pytest.raises(RequestError, match=message):
-                llm.generate(["a", "b"], GREEDY, priority=priority)  # type: ignore[arg-type]
+                llm.generate(["a", "b"], GREEDY, priority=priority)  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_a_timeout_keeps_what_there_is(llm: LLM) -> None:
@@ -414,7 +414,7 @@ def test_a_timeout_keeps_what_there_is(llm: LLM) -> None:
     assert ("abort", "deadline") in reasons and reasons <= {("abort", "deadline"), ("length", None)}
     for wrong in (0, -1, float("nan"), float("inf"), "1"):
         with pytest.raises(RequestError, match="timeout_s"):
-            llm.generate("a", timeout_s=wrong)  # type: ignore[arg-type]
+            llm.generate("a", timeout_s=wrong)  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_a_cache_salt_does_not_change_the_answer(llm: LLM) -> None:

@@ -114,7 +114,7 @@ def test_refused(name: str, value: Any) -> None:
 
 
 def test_logit_bias_as_json_has_it() -> None:
-    params = SamplingParams(logit_bias={"7": 250, 8: -1e9, "0009": INF, 3: -INF, 4: 1})  # type: ignore[dict-item]
+    params = SamplingParams(logit_bias={"7": 250, 8: -1e9, "0009": INF, 3: -INF, 4: 1})  # type: ignore[dict-item]  # as JSON has it
     assert params.logit_bias == {7: 100.0, 8: -100.0, 9: 100.0, 3: -100.0, 4: 1.0}
     assert json.loads(json.dumps(dict(params.logit_bias or {}))) == {
         "7": 100.0,
@@ -160,7 +160,7 @@ def test_messages_name_value_and_range() -> None:
         ({"output_kind": 1}, "output_kind is 1, expected RequestOutputKind.CUMULATIVE, DELTA or FINAL_ONLY"),
     ):
         with pytest.raises(RequestError) as error:
-            SamplingParams(**values)  # type: ignore[arg-type]  # that is the point
+            SamplingParams(**values)
         assert str(error.value) == message
 
 
@@ -173,15 +173,15 @@ def test_the_wrong_element_is_named() -> None:
         ({"temperature": [0.5]}, "temperature is [0.5], expected"),
     ):
         with pytest.raises(RequestError) as error:
-            SamplingParams(**values)  # type: ignore[arg-type]  # that is the point
+            SamplingParams(**values)
         assert message in str(error.value)
 
 
 def test_unknown_fields_and_positions_are_refused() -> None:
     with pytest.raises(TypeError):
-        SamplingParams(temprature=1)  # type: ignore[call-arg]
+        SamplingParams(temprature=1)  # type: ignore[call-arg]  # wrong on purpose
     with pytest.raises(TypeError):
-        SamplingParams(0.5)  # type: ignore[call-arg]
+        SamplingParams(0.5)  # type: ignore[call-arg]  # wrong on purpose
 
 
 def test_explicit_wins_over_defaults() -> None:
@@ -275,7 +275,7 @@ def test_nothing_inside_can_be_changed() -> None:
     bias[5], words[0] = 1.0, "y"
     assert params.logit_bias == {4: -1.0} and params.bad_words == ("x",)
     with pytest.raises(TypeError):
-        params.logit_bias[4] = 2.0  # type: ignore[index]
+        params.logit_bias[4] = 2.0  # type: ignore[index]  # wrong on purpose
 
 
 @pytest.mark.parametrize(
@@ -299,4 +299,4 @@ def test_parameters_travel_as_a_dictionary() -> None:
 
 def test_frozen() -> None:
     with pytest.raises(AttributeError):
-        SamplingParams().temperature = 2.0  # type: ignore[misc]
+        SamplingParams().temperature = 2.0  # type: ignore[misc]  # wrong on purpose

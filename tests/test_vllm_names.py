@@ -88,10 +88,10 @@ def test_values_that_mean_the_same_are_taken(model: Path) -> None:
     with LLM(model, threads=1, dtype=TorchDtype(), kv_cache_dtype="auto", tensor_parallel_size=1) as llm:
         assert llm.config.kv_cache_dtype == "bf16"
         (plain,) = llm.generate("a", GREEDY, priority=0)
-        assert llm.generate("a", GREEDY, priority=None)[0].outputs == plain.outputs  # type: ignore[arg-type]
+        assert llm.generate("a", GREEDY, priority=None)[0].outputs == plain.outputs  # type: ignore[arg-type]  # as vLLM takes it
     for options in ({"dtype": "float16"}, {"trust_remote_code": True}, {"tensor_parallel_size": True}):
         with pytest.raises(ConfigError, match=next(iter(options))):
-            LLM(model, **options)  # type: ignore[arg-type]
+            LLM(model, **options)
 
 
 class TorchDtype:
@@ -118,7 +118,7 @@ def test_methods_are_answered_by_name(llm: LLM) -> None:
                 getattr(owner, name)
             assert instead in str(error.value)
     with pytest.raises(AttributeError, match=r"'LLM' object has no attribute 'nothing'$"):
-        llm.nothing  # type: ignore[attr-defined]  # noqa: B018
+        llm.nothing  # type: ignore[attr-defined]  # noqa: B018  # there is no such thing
 
 
 def test_what_transformers_tokenizer_has_is_answered_by_name(llm: LLM) -> None:
@@ -263,7 +263,7 @@ def test_more_logprobs_where_the_engine_allows_them(model: Path, llm: LLM) -> No
         )
     for wrong in (-2, True, 1.5):
         with pytest.raises(ConfigError, match="max_logprobs"):
-            LLM(model, max_logprobs=wrong)  # type: ignore[arg-type]
+            LLM(model, max_logprobs=wrong)  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_spaces_between_special_tokens(llm: LLM) -> None:

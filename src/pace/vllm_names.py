@@ -299,7 +299,7 @@ def takes_class(known: Mapping[str, Foreign], error: type[PaceError] = ConfigErr
     """`takes_names` for a class's constructor."""
 
     def decorate(cls: C) -> C:
-        cls.__init__ = takes_names(known, error)(cls.__init__)  # type: ignore[misc]
+        cls.__init__ = takes_names(known, error)(cls.__init__)  # type: ignore[misc]  # of a class that is known
         return cls
 
     return decorate

@@ -55,7 +55,7 @@ def test_prefill_runs_the_end_of_the_last_layer_on_one_row(plan: Plan) -> None:
 def test_products_with_int8_rows_are_held_against_their_own_roof(plan: Plan) -> None:
     """The head on bf16 rows, the layers on int8 rows, whose roof is twice as high; attention is always bf16."""
     layers = {name: "int8g32" for name in plan.weights if name.startswith("layers.") and "norm" not in name}
-    mixed = with_formats(plan, layers, "int8")  # type: ignore[arg-type]
+    mixed = with_formats(plan, layers, "int8")  # type: ignore[arg-type]  # values are names of formats
     whole, cost = step_cost(plan, [512], [512], 1), step_cost(mixed, [512], [512], 1)
     assert cost.n_flops == whole.n_flops and whole.n_int8 == 0
     assert cost.n_int8 == 2 * (512 * (16 * QKV + 15 * REST) + REST)

@@ -186,7 +186,7 @@ def test_arrivals_keep_their_rate_and_shape() -> None:
     assert arrivals(3, float("inf")).tolist() == [0, 0, 0]
     for bad in ({"rate": 0.0}, {"rate": float("nan")}, {"rate": 1.0, "burstiness": 0.0}):
         with pytest.raises(RequestError):
-            arrivals(3, **bad)  # type: ignore[arg-type]
+            arrivals(3, **bad)  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_traces_have_the_lengths_that_they_document() -> None:

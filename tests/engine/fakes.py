@@ -264,7 +264,7 @@ def make_engine(
         max_logprobs=max_logprobs,
         eos_token_ids=frozenset(eos),
         eos_token_id=eos[0] if eos else None,
-        tokenizer=LetterTokenizer(),  # type: ignore[arg-type]
+        tokenizer=LetterTokenizer(),  # type: ignore[arg-type]  # as much of one as is asked for
         seed=seed,
         speculation=speculation,
     )

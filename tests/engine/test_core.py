@@ -40,7 +40,7 @@ def greedy(prompt: Sequence[int], n: int) -> list[int]:
 
 
 def params(**values: object) -> SamplingParams:
-    return SamplingParams(**{"temperature": 0.0, "detokenize": False, **values})  # type: ignore[arg-type]
+    return SamplingParams(**{"temperature": 0.0, "detokenize": False, **values})  # type: ignore[arg-type]  # values of a mapping, one type to mypy
 
 
 def spelt(tokens: Sequence[int]) -> str:

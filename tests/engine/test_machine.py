@@ -415,7 +415,7 @@ TestEngine.settings = QUICK
 
 
 @pytest.mark.slow
-class TestEngineLong(EngineMachine.TestCase):  # type: ignore[name-defined,misc]
+class TestEngineLong(EngineMachine.TestCase):  # type: ignore[misc]  # hypothesis makes it
     """The same for 100 000 rules and more."""
 
     settings = LONG

@@ -102,9 +102,9 @@ def test_rounded_weights_are_packed_as_they_are(
 def test_every_family_has_the_same_bytes_in_a_pack(name: str, write: Any, tmp_path: Path) -> None:
     settings = config(write(name), pack_cache=str(tmp_path))
     with closing(load(settings, skip_tokenizer=True, show_progress=False)) as first:
-        packed = packs.arrays_of(first.plan._weights)  # type: ignore[arg-type]
+        packed = packs.arrays_of(first.plan._weights)
         with closing(load(settings, skip_tokenizer=True, show_progress=False)) as second:
-            mapped = packs.arrays_of(second.plan._weights)  # type: ignore[arg-type]
+            mapped = packs.arrays_of(second.plan._weights)
             assert packed.keys() == mapped.keys()
             for key, weight in packed.items():
                 found = mapped[key]

@@ -169,7 +169,7 @@ def make_rows(shape: Shape, n: int, *key: object) -> F64:
 def split(shape: Shape, qkv: F64) -> tuple[F64, F64, F64]:
     """[n, H, D], [n, G, D], [n, G, D]."""
     heads = qkv.reshape(len(qkv), -1, shape.head_dim)
-    return tuple(np.split(heads, [shape.n_heads, shape.n_heads + shape.n_kv_heads], axis=1))  # type: ignore[return-value]
+    return tuple(np.split(heads, [shape.n_heads, shape.n_heads + shape.n_kv_heads], axis=1))  # type: ignore[return-value]  # three of them
 
 
 def attend(

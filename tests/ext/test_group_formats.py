@@ -55,7 +55,7 @@ def e4m3() -> Any:
 def random_rows(format: str, n: int, k: int, kind: str = "symmetric", scales: str = "f16") -> Rows:
     """Codes [n, k] over the whole range, the largest and the least in the first rows."""
     r = rng(format, n, k, kind, scales)
-    group = group_of(format) or k  # type: ignore[arg-type]
+    group = group_of(format) or k
     shape = n, -(-k // group)
     s = (r.uniform(0.5, 1, shape) * 2.0 ** r.integers(-9, -5, shape)).astype(np.float32)
     s = (

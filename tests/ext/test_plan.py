@@ -192,7 +192,7 @@ def test_a_plan_needs_an_open_team_and_pools() -> None:
     plan = ir.Plan({"x": slots[0]}, (), (), (KV,), 40, 64, "x")
     for pools in (None, [None]):
         with pytest.raises((TypeError, AttributeError)):
-            ops.Plan(team, plan, {}, pools, 8, 2, 8)  # type: ignore[arg-type]
+            ops.Plan(team, plan, {}, pools, 8, 2, 8)  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(ConfigError, match="0 KV pools for 1 groups of layers"):
         ops.Plan(team, plan, {}, [], 8, 2, 8)
     team.close()

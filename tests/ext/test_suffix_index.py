@@ -241,4 +241,4 @@ def test_bad_arguments_are_refused() -> None:
         with pytest.raises(ValueError, match="min_match is"):
             index.propose(**arguments)  # type: ignore[arg-type]  # mypy takes all values for one type
     with pytest.raises(ValueError, match="dtype"):
-        index.add(np.array([1, 2], np.int64))  # type: ignore[arg-type]  # the trap
+        index.add(np.array([1, 2], np.int64))

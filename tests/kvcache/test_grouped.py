@@ -85,7 +85,7 @@ def test_a_hit_needs_of_every_group_what_is_seen() -> None:
     tables.close(row)
     # Where the full group has lost its end, nobody can begin there.
     for _ in range(4):
-        tables.full.index.drop(int(tables.full.array[0, 3]))  # type: ignore[attr-defined]
+        tables.full.index.drop(int(tables.full.array[0, 3]))  # type: ignore[attr-defined]  # it is there, or the test fails
     assert tables.found(512) == 0
 
 
@@ -93,7 +93,7 @@ def test_the_groups_agree_on_a_length_that_all_have() -> None:
     """The full group has 473 tokens; the windowed one's tail of 9 was too short to be indexed."""
     tables = Tables()
     tables.close(tables.run(473), TOKENS[:473])
-    assert tables.full.match(TOKENS, None, 500).n_tokens == 473  # type: ignore[union-attr]
+    assert tables.full.match(TOKENS, None, 500).n_tokens == 473  # type: ignore[union-attr]  # it is there, or the test fails
     assert tables.found(500) == 464
     assert tables.stats()["queries"] == 1
     assert tables.open(0, tables.match(TOKENS, None, 500)) is not None

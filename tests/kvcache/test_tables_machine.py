@@ -527,7 +527,7 @@ class TablesMachine(RuleBasedStateMachine):
 
 
 def explore(name: str, max_examples: int, n_steps: int) -> None:
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         lambda: TablesMachine(CONFIGS[name]),
         settings=settings(
             max_examples=max_examples,

@@ -79,7 +79,7 @@ def test_slots_are_consistent(name: str) -> None:
 
 def test_tied_head_shares_the_embedding() -> None:
     tied, untied = plan_of("qwen2-tied"), plan_of("qwen3")
-    assert tied.ops[-1].weight == tied.ops[0].weight == "embed"  # type: ignore[union-attr]
+    assert tied.ops[-1].weight == tied.ops[0].weight == "embed"  # type: ignore[union-attr]  # it is there, or the test fails
     assert "lm_head" not in tied.weights
     assert {"embed", "lm_head"} <= set(untied.weights)
 
@@ -88,7 +88,7 @@ def test_weights_are_found_once() -> None:
     plan = plan_of("qwen3")
     assert plan.weights is plan.weights
     with pytest.raises(TypeError, match="does not support item assignment"):
-        plan.weights["embed"] = plan.weights["lm_head"]  # type: ignore[index]
+        plan.weights["embed"] = plan.weights["lm_head"]  # type: ignore[index]  # wrong on purpose
 
 
 def test_last_layer_selects_before_its_output_projection() -> None:

@@ -160,7 +160,7 @@ def test_interleaved_rows_of_gpt_oss_land_where_the_plan_says() -> None:
     source = to_f32(arrays[f"{at}.gate_up_proj"], "bf16")  # [E, d, 2 f]
     bias = to_f32(arrays[f"{at}.gate_up_proj_bias"], "bf16")  # [E, 2 f]
     for turn, part in enumerate(("gate", "up")):
-        rows = gated_rows(72, part)  # type: ignore[arg-type]
+        rows = gated_rows(72, part)  # type: ignore[arg-type]  # a part of the two
         np.testing.assert_array_equal(
             weights["layers.1.experts.gate_up"][:, rows], source[:, :, turn::2].transpose(0, 2, 1)
         )

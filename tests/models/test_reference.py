@@ -196,7 +196,7 @@ def test_gemm_scales_after_its_bias() -> None:
         ops: tuple[Op, ...] = (
             Embed("embed", "x", "embed"),
             Gemm("first", "x", "y", "w"),
-            Gemm("second", "x", "y", "w", "b", epilogue=epilogue, act=act, scale=0.25),  # type: ignore[arg-type]
+            Gemm("second", "x", "y", "w", "b", epilogue=epilogue, act=act, scale=0.25),  # type: ignore[arg-type]  # names, as parametrised
         )
         slots = [Slot("x", 96, "bf16", "tokens"), Slot("y", 32, "f32", "tokens")]
         got = Reference(plan_of(ops, slots), weights, 1, BLOCK_SIZE).step(batch_of([([4, 5], 0, [0])]))
@@ -271,7 +271,7 @@ def test_norm_in_groups_without_weight_and_scaled() -> None:
 def test_gemm_cap_and_product() -> None:
     rng = np.random.default_rng(2)
     weights = {"w": rng.standard_normal((4, 6)), "b": rng.standard_normal(4)}
-    y = lambda got: got["x"] @ weights["w"].T + weights["b"]  # noqa: E731
+    y = lambda got: got["x"] @ weights["w"].T + weights["b"]  # noqa: E731  # a line, and used once
     got = run([Gemm("g", "x", "y", "w", "b", scale=3.0, cap=2.0)], {"x": 6, "y": 4}, weights)
     np.testing.assert_allclose(got["y"], 2 * np.tanh(3 * y(got) / 2))
     op = Gemm("g", "x", "y", "w", "b", "mul", "relu2", 0.5, other="z", at=3)
@@ -376,11 +376,11 @@ def test_weights_of_every_operator() -> None:
     """Each with its shape, fused ones with their parts, in order of first use."""
     f32, wide = ("f32", "tokens"), Q_DIM + KV_DIM
     slots = {
-        name: Slot(name, width, *f32)  # type: ignore[arg-type]
+        name: Slot(name, width, *f32)  # type: ignore[arg-type]  # width and dtype
         for name, width in (("x", 24), ("qkv", QKV_DIM), ("qk", wide), ("q", Q_DIM), ("h", 20))
     }
     qkv = tuple(
-        Blocks(part, n, HEAD_DIM - 2, HEAD_DIM)  # type: ignore[arg-type]
+        Blocks(part, n, HEAD_DIM - 2, HEAD_DIM)  # type: ignore[arg-type]  # a name of parts
         for part, n in (("q", N_HEADS), ("k", N_KV_HEADS), ("v", N_KV_HEADS))
     )
     gated, columns = (Blocks("gate", 1, 20, 32), Blocks("up", 1, 20, 32)), Blocks("all", 3, 5, 8)

@@ -268,7 +268,7 @@ def nvfp4(n: int, k: int, *, modelopt: bool = False, seed: int = 0) -> Quantised
 def quantise_folder(directory: Path, make: Callable[[int, int, int], Quantised]) -> dict[str, Array]:
     """Give a checkpoint's linear layers other weights, those of `make(n, k, seed)`; returns what they mean, by name."""
     with safe_open(directory / "model.safetensors", "np") as file:
-        plain = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        plain = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
     tensors, meant = dict[str, tuple[Array, str]](), dict[str, Array]()
     config = json.loads((directory / "config.json").read_text())
     for seed, (name, values) in enumerate(sorted(plain.items())):

@@ -138,7 +138,7 @@ def scripted(
     async def main() -> tuple[httpx.Response, ScriptedBackend]:
         backend = ScriptedBackend(script)
         app = make_app(Service(backend, ["scripted"], limits))
-        transport = httpx.ASGITransport(app)  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             headers = {"x-request-id": "r"} | request.pop("headers", {})
             return await client.request(method, path, headers=headers, **request), backend

@@ -40,8 +40,8 @@ def test_the_client_reads_answers_and_streams(claude: anthropic.Anthropic) -> No
 def test_errors_have_its_shape(claude: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.BadRequestError) as raised:
         claude.messages.create(model="demo", messages=[{"role": "user", "content": "x"}], max_tokens=0)
-    assert raised.value.body["type"] == "error"  # type: ignore[index]
-    assert raised.value.body["error"]["type"] == "invalid_request_error"  # type: ignore[index]
+    assert raised.value.body["type"] == "error"  # type: ignore[index]  # it is there, or the test fails
+    assert raised.value.body["error"]["type"] == "invalid_request_error"  # type: ignore[index]  # it is there, or the test fails
     with pytest.raises(anthropic.NotFoundError):
         claude.messages.create(model="other", messages=[{"role": "user", "content": "x"}], max_tokens=1)
 

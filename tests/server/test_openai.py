@@ -64,7 +64,7 @@ def test_stop_strings_never_show(client: openai.OpenAI, llm: LLM) -> None:
     chunks = [chunk.choices[0] for chunk in stream]
     text = "".join(chunk.text for chunk in chunks)
     assert text == free.outputs[0].text.partition(stop)[0]
-    assert chunks[-1].finish_reason == "stop" and chunks[-1].stop_reason == stop  # type: ignore[attr-defined]
+    assert chunks[-1].finish_reason == "stop" and chunks[-1].stop_reason == stop
 
 
 def test_logprobs(client: openai.OpenAI, llm: LLM) -> None:
@@ -141,7 +141,7 @@ def test_errors_before_the_first_byte(
     stream: bool,
 ) -> None:
     with pytest.raises(kind) as raised:
-        client.completions.create(**({"model": "demo", "prompt": "x", "stream": stream} | body))  # type: ignore[call-overload]
+        client.completions.create(**({"model": "demo", "prompt": "x", "stream": stream} | body))  # type: ignore[call-overload]  # a body of any kind
     assert raised.value.body is not None and raised.value.param == param
 
 

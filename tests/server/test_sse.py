@@ -280,7 +280,7 @@ def test_a_request_goes_without_the_garbage_collector(path: str, stream: bool) -
             super().submit(job, call)
 
     async def main() -> None:
-        transport = httpx.ASGITransport(make_app(Service(Watched(two_words), ["scripted"])))  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(make_app(Service(Watched(two_words), ["scripted"])))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             response = await client.post(path, json=body)
         assert response.status_code == 200, response.text

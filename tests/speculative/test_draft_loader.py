@@ -89,7 +89,7 @@ def test_what_cannot_be_is_refused_by_name(
 
 def test_no_mapping_and_no_method_are_refused(target: str) -> None:
     with pytest.raises(ConfigError, match="speculative is 'pard', expected a mapping such as"):
-        LLM(target, speculative="pard")  # type: ignore[arg-type]
+        LLM(target, speculative="pard")  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(ConfigError, match="speculative names no method"):
         LLM(target, speculative={"model": "demo-draft"})
 

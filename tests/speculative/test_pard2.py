@@ -59,7 +59,7 @@ def load(target: str, model: str, **options: Any) -> LLM:
 
 def guesses(llm: LLM, prompt: list[int], n: int, **asked: Any) -> dict[tuple[int, ...], list[int]]:
     """What was guessed behind every history of a request."""
-    drafter = llm.engine.speculation._drafter  # type: ignore[union-attr]
+    drafter = llm.engine.speculation._drafter  # type: ignore[union-attr]  # it is there, or the test fails
     assert isinstance(drafter, PardDrafter)
     found: dict[tuple[int, ...], list[int]] = {}
     propose = PardDrafter.propose.__get__(drafter)
@@ -70,7 +70,7 @@ def guesses(llm: LLM, prompt: list[int], n: int, **asked: Any) -> dict[tuple[int
             found[tuple(seq.tokens[: seq.n_tokens].tolist())] = list(proposal.token_ids)
         return proposals
 
-    drafter.propose = recorded  # type: ignore[method-assign]
+    drafter.propose = recorded  # type: ignore[method-assign]  # a test's in its place
     llm.generate(prompt, SamplingParams(max_tokens=n, temperature=0.0, ignore_eos=True, **asked))
     return found
 

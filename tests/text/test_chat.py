@@ -137,7 +137,7 @@ def test_variables_are_json() -> None:
 
 
 def test_the_clock_can_be_set() -> None:
-    clock = lambda: datetime(2024, 7, 26, 12)  # noqa: E731
+    clock = lambda: datetime(2024, 7, 26, 12)  # noqa: E731  # a line, and used once
     assert ChatTemplate("{{ strftime_now('%d %b %Y') }}", clock=clock).render(USER) == "26 Jul 2024"
     macro = "{% macro today() %}{{ strftime_now('%H') }}{% endmacro %}{{ today() }}"
     assert ChatTemplates({"default": macro}, clock=clock).choose().render(USER) == "12"
@@ -160,7 +160,7 @@ def test_the_last_message_is_left_open() -> None:
     assert render(TEMPLATES["chatml"], parts, continue_final_message=True).endswith("assistant\na\nb ")
     reading = "{% for m in messages %}{% for p in m.content %}<{{ p.text }}>{% endfor %}{% endfor %}"
     assert render(reading, parts, continue_final_message=True) == "<a><b "
-    assert parts[0]["content"][1] == {"type": "text", "text": "b "}  # type: ignore[index]
+    assert parts[0]["content"][1] == {"type": "text", "text": "b "}
 
 
 def test_what_cannot_be_continued_is_refused() -> None:

@@ -25,7 +25,7 @@ def read(
     for at in range(0, len(text), size):
         pieces += reader.push(text[at : at + size])
     pieces += reader.finish()
-    return tuple("".join(p.text for p in pieces if p.channel == name) for name in (FINAL, REASONING))  # type: ignore[return-value]
+    return tuple("".join(p.text for p in pieces if p.channel == name) for name in (FINAL, REASONING))  # type: ignore[return-value]  # two of them
 
 
 CASES = {

@@ -86,4 +86,4 @@ def test_a_call_without_tools_and_an_unknown_form_are_refused() -> None:
 
 
 def test_functions_in_any_shape() -> None:
-    assert functions_of([*TOOLS, {"name": "bare"}, {"type": "web_search"}, 5]).keys() == {"weather", "bare"}  # type: ignore[list-item]
+    assert functions_of([*TOOLS, {"name": "bare"}, {"type": "web_search"}, 5]).keys() == {"weather", "bare"}  # type: ignore[list-item]  # what is none is left out

@@ -23,10 +23,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.live
 
-from pace.train import trainer as trainer_module  # noqa: E402
-from pace.train.loss import Counts, Teacher, gold_of, guess_loss, row_weights  # noqa: E402
-from pace.train.model import batch_of, hidden_states, load_model, tokens_of  # noqa: E402
-from pace.train.trainer import Trainer, arithmetic_of, learning_rate, train  # noqa: E402
+from pace.train import trainer as trainer_module  # noqa: E402  # needs torch
+from pace.train.loss import Counts, Teacher, gold_of, guess_loss, row_weights  # noqa: E402  # needs torch
+from pace.train.model import batch_of, hidden_states, load_model, tokens_of  # noqa: E402  # needs torch
+from pace.train.trainer import Trainer, arithmetic_of, learning_rate, train  # noqa: E402  # needs torch
 
 MASK = 263  # behind the toy tokenizer's tokens, inside its embedding
 LENGTHS = ((11, 4), (7, 3), (5, 1))

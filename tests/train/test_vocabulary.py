@@ -21,9 +21,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.live
 
-from pace.train.loss import Counts, Teacher, guess_loss, row_weights  # noqa: E402
-from pace.train.model import batch_of, load_model  # noqa: E402
-from pace.train.trainer import train  # noqa: E402
+from pace.train.loss import Counts, Teacher, guess_loss, row_weights  # noqa: E402  # needs torch
+from pace.train.model import batch_of, load_model  # noqa: E402  # needs torch
+from pace.train.trainer import train  # noqa: E402  # needs torch
 
 MASK = 263
 
@@ -53,7 +53,7 @@ def changed(recipe: Recipe, *, vocab_size: int | None = None, **training: object
     return dataclasses.replace(
         recipe,
         models=dataclasses.replace(recipe.models, vocab_size=vocab_size),
-        training=dataclasses.replace(recipe.training, **training),  # type: ignore[arg-type]
+        training=dataclasses.replace(recipe.training, **training),  # type: ignore[arg-type]  # values of a mapping, one type to mypy
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 from pace.commands import options
@@ -10,6 +11,7 @@ from pace.errors import ConfigError
 from pace.params import MAX_N
 from pace.text.reasoning import REASONING_PARSERS
 from pace.text.tools import PARSER_ALIASES, TOOL_PARSERS
+from pace.vllm_names import ENGINE_OPTIONS, REQUEST_OPTIONS, Foreign
 
 
 def add(commands: Any) -> None:
@@ -53,7 +55,8 @@ def _add_chats(group: Any) -> None:
     )
     group.add_argument(
         "--chat-template-content-format",
-        choices=("auto", "string"),
+        type=_asks_for_nothing(REQUEST_OPTIONS["chat_template_content_format"]),
+        metavar="auto|string",
         help="changes nothing, for callers of vLLM: templates that loop over a message's content get lists of parts, "
         "others one text",
     )
@@ -124,11 +127,12 @@ def _add_server(group: Any) -> None:
 def _add_engines(group: Any) -> None:
     options.add_data_parallel(group)
     group.add_argument(
-        "--seed", type=_count, default=0, metavar="N", help="of requests that give none (default: 0)"
+        "--seed", type=int, default=0, metavar="S", help="of requests that give none (default: 0)"
     )
     group.add_argument(
         "--dtype",
-        choices=("auto", "bfloat16"),
+        type=_asks_for_nothing(ENGINE_OPTIONS["dtype"]),
+        metavar="auto|bfloat16",
         help="changes nothing, for callers of vLLM: everything is computed in bfloat16 with float32 sums",
     )
     group.add_argument(
@@ -249,6 +253,17 @@ def _name(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError(f"{text!r} is no name")
     return text
+
+
+def _asks_for_nothing(option: Foreign) -> Callable[[str], str]:
+    """Takes the values of an option of vLLM that pace can do without."""
+
+    def take(text: str) -> str:
+        if text not in (option.neutral or ()):
+            raise argparse.ArgumentTypeError(f"{text!r} is what pace does not have: {option.instead}")
+        return text
+
+    return take
 
 
 def _max_n(text: str) -> int:

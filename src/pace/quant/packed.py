@@ -36,7 +36,7 @@ def open_packed(module: str, tensors: Tensors, scheme: Scheme) -> Matrix:
     if not scheme.symmetric:
         (zero,) = require(module, tensors, "weight_zero_point")
         zero.check(("I32",), (_words(n, bits, stream), -(-k // group)))
-        zeros = lambda part: _fields(zero.read().T, bits, n, stream).T[part]  # noqa: E731
+        zeros = lambda part: _fields(zero.read().T, bits, n, stream).T[part]  # noqa: E731  # a function of one line, as those below
     matrix = IntegerMatrix(
         packed.name,
         (n, k),

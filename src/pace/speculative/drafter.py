@@ -90,7 +90,7 @@ class Drafter(ABC):
             Proposals of those that it has a guess for; without one, or with an empty one, a sequence decodes plainly.
         """
 
-    def observe(self, seq: Sequence, n_verified: int, n_accepted: int) -> None:  # noqa: B027
+    def observe(self, seq: Sequence, n_verified: int, n_accepted: int) -> None:  # noqa: B027  # most drafters learn nothing
         """Of its last proposal the first `n_verified` tokens were verified, and of these the first `n_accepted` were right;
         they and the target's own next one are in `seq.tokens` now. Called after each step in which a proposal was verified,
         before the next `propose`.

@@ -152,7 +152,7 @@ class DraftReader:
     def close(self) -> None:
         """Give back the plan's memory."""
         self._readings.clear()
-        self._executor = self._sample = self._feature_rows = None  # type: ignore[assignment]
+        self._executor = self._sample = self._feature_rows = None  # type: ignore[assignment]  # closed: nobody calls it
 
     def room(self, reading: Reading) -> int:
         """Rows that one pass may run of a sequence: its tokens and what is guessed behind them."""
