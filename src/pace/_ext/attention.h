@@ -133,28 +133,39 @@ INLINE const bf16 *values_at(attention_buf *t, const pace_kv *kv, const pace_bat
 // Columns [first, last) of one piece's score row become probabilities; columns [c0, c1) outside that are zero.
 // Returns the row maximum and sum over visible columns (-inf and 0 when there are none).
 // int8 (k_scale not NULL): the scores still lack their key's scale, and p takes its value's.
+//
+// The maximum is taken before the scale: rounding is monotonic. 2^x takes 11 instructions where e^x takes 16: 64 rows x
+// 256 columns on a Zen 5 core 3.7 us as a maximum of scaled scores, e^x and p read back, 2.7 us like this. (Two vectors
+// converted at once and summed by a dot product with ones would be 2.0 us, on avx512bf16 alone.)
 INLINE void softmax_piece(float *s, bf16 *p, long c0, long c1, long first, long last, float scale, float cap,
                           const float *k_scale, const float *v_scale, float *max, float *sum) {
+    if (k_scale || cap > 0.0f || !(scale > 0.0f)) {
+        const vf vs = v_set(scale), vcap = v_set(cap);
+        for (long j = c0; j < c1; j += VL) {
+            vf x = v_mul(v_load(s + j), vs);
+            if (k_scale) x = v_mul(x, v_load(k_scale + j));
+            if (cap > 0.0f) x = v_mul(v_tanh(v_div(x, vcap)), vcap);
+            v_store(s + j, x);
+        }
+        scale = 1.0f;
+    }
     vf top = v_set(-__builtin_inff()), total = v_zero();
-    const vf vs = v_set(scale), vcap = v_set(cap);
     for (long j = c0; j < c1; j += VL) {
-        vf x = v_mul(v_load(s + j), vs);
-        if (k_scale) x = v_mul(x, v_load(k_scale + j));
-        if (cap > 0.0f) x = v_mul(v_tanh(v_div(x, vcap)), vcap);
+        vf x = v_load(s + j);
         if (first > j || last < j + VL) x = v_keep(x, first - j, last - j, -__builtin_inff());
-        v_store(s + j, x);
         top = v_max(top, x);
     }
-    *max = v_hmax(top);
-    const vf m = v_set(*max);
+    const float highest = v_hmax(top), to_base_2 = scale * 1.44269504f;
+    const vf factor = v_set(to_base_2), m = v_set(-highest * to_base_2);
     for (long j = c0; j < c1; j += VL) {
-        vf e = v_exp(v_sub(v_load(s + j), m));
+        vf e = v_exp2(v_fma(v_load(s + j), factor, m));
         if (first > j || last < j + VL) e = v_keep(e, first - j, last - j, 0.0f);
         v_store_bf16(p + j, e);
-        e = v_load_bf16(p + j);
+        e = v_as_bf16(e);
         total = v_add(total, e);
         if (v_scale) v_store_bf16(p + j, v_mul(e, v_load(v_scale + j)));
     }
+    *max = highest * scale;
     *sum = v_sum(total);
 }
 

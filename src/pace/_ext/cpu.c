@@ -44,6 +44,7 @@ static uint64_t os_saved_state(void) {
 
 static pthread_once_t detect_once = PTHREAD_ONCE_INIT;
 static uint32_t detected;
+static bool pairs_dots;
 
 static void detect(void) {
     uint64_t state = os_saved_state();
@@ -51,6 +52,9 @@ static void detect(void) {
     if ((cpuid(leaf, sub).reg >> bit & 1) && (state & (need)) == (need)) detected |= 1u << PACE_FEATURE_##name;
     PACE_CPU_FEATURES(X)
 #undef X
+    struct pace_cpu_info info;
+    pace_cpu_identify(&info);
+    pairs_dots = strcmp(info.vendor, "AuthenticAMD") == 0 && info.family >= 0x1a;
 }
 
 uint32_t pace_cpu_features(void) {
@@ -59,6 +63,11 @@ uint32_t pace_cpu_features(void) {
 }
 
 bool pace_cpu_has(enum pace_feature feature) { return pace_cpu_features() >> feature & 1; }
+
+bool pace_cpu_pairs_dots(void) {
+    pthread_once(&detect_once, detect);
+    return pairs_dots;
+}
 
 const char *pace_cpu_feature_name(int i) {
     static const char *const names[] = {

@@ -67,6 +67,8 @@ const char *pace_cpu_feature_name(int i);
 // True if every instruction of the tier can execute here. PACE_TIER_amx also needs
 // pace_cpu_enable_amx() to have returned 0 before its first tile instruction.
 bool pace_cpu_runs(enum pace_tier tier);
+// Two 512-bit dot products a cycle instead of one or a half: AMD from Zen 5 on. Blocking is chosen by it.
+bool pace_cpu_pairs_dots(void);
 const char *pace_tier_name(int i);                   // NULL past the end, as above
 const char *pace_tier_missing(enum pace_tier tier);  // first missing feature, NULL if it runs
 

@@ -13,6 +13,7 @@
 #ifndef PACE_GEMM_H
 #define PACE_GEMM_H
 
+#include "cpu.h"
 #include "mm.h"
 #include "mm_groups.h"
 #include "mm_int8_groups.h"
@@ -65,7 +66,12 @@
 // stay in 1 MB of L2. 512 rows of Phi-4-mini's matrices on Zen 4, GFLOP/s (2 threads, roof 467), groups of 8 and chunks
 // of 2048 without fetching / this: gate-up 434 / 441, down 411 / 425, qkv 427 / 430, o 420 / 423; 8 panels of 1024
 // with fetching 432 / 427 / 429 / 422, without (8, 1024) 2 to 4 % less; 2 panels of 2048 431 / 404 / 427 / 425.
-#define GEMM_KC 1024
+// On Zen 5 a tile takes half the time and its sums, stored and loaded for each chunk, count twice: chunks of 2048,
+// means of four runs on two threads, share of the dot roof, 1024 x 4 panels / 2048 x 2 / x 3 / x 4: K = 2048, 512 rows
+// 0.946 / 0.967 / 0.960 / 0.963; K = 8192, 512 rows 0.950 / 0.957 / 0.960 / 0.953; 1920 rows, which lie in L3 and are
+// read for each group, 0.912 / 0.885 / 0.916 / 0.921. Three or four tiles that fetch, blocks of 128 or 512 rows: no
+// difference.
+#define GEMM_KC (pace_cpu_pairs_dots() ? 2048 : 1024)
 #define GEMM_GROUP 4
 #define GEMM_FETCHERS(tiles) 2  // the last row tiles of a chunk fetch the next one
 #define GEMM_MC 256
@@ -371,8 +377,14 @@ INLINE long gemm_share(long fetchers) {
 #endif
 }
 
+// The chunks of at most so many k that divide K evenly: 2560 is twice 1280, not 2048 and 512.
+INLINE long gemm_even(long k, long most) {
+    const long n = (k + most - 1) / most;
+    return ((k + n - 1) / n + 31) / 32 * 32;
+}
+
 static void gemm_blocked(const gemm_job *j, long p0, long p1, mm_args a) {
-    const long k = j->w->k_pad, most = j->w->layout == PACE_PANELS ? GEMM_KC : MX_CHUNK;
+    const long k = j->w->k_pad, most = j->w->layout == PACE_PANELS ? gemm_even(k, GEMM_KC) : MX_CHUNK;
     const bf16 *b[GEMM_GROUP];
     gemm_state state;
     gemm_begin(&state);

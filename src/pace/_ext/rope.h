@@ -110,6 +110,30 @@ static moments moments_of_all(const pace_rope *g, const float *x, long n_heads, 
     return (moments){mean, 1.0f / __builtin_sqrtf(squares / (float)(n_heads * width) + g->norm_eps)};
 }
 
+// Pieces of rows and lines of K, a kilobyte or more apart, are what no prefetcher follows: the next row and the item's
+// places in the cache are fetched. 512 rows of the 1B shape on two Zen 5 cores, 16 layers: 11.9 ms without, 8.1 with
+// (2.4 from a warm cache, where it costs a twentieth).
+INLINE void rope_fetch(const void *p, long bytes) {
+    for (long i = 0; i < bytes; i += 64) FETCH((uintptr_t)p + (uintptr_t)i, _MM_HINT_T0);
+}
+
+// What row r of the source holds of one kv head.
+INLINE void rope_fetch_row(const pace_rope *g, long r, long kv_head) {
+    const long d = g->kv.head_dim, group = g->n_heads / g->kv.n_kv_heads;
+    const float *x = (const float *)g->src.data + r * g->src.ld, *xk = x + (g->n_heads + kv_head) * d;
+    rope_fetch(x + kv_head * group * d, group * d * 4);
+    if (!g->append) return;
+    rope_fetch(xk, d * 4);
+    if (!g->k_is_v) rope_fetch(xk + g->kv.n_kv_heads * d, d * 4);
+}
+
+// The places of n tokens from position pos on, inside one block.
+INLINE void rope_fetch_places(const pace_kv *kv, char *head, long in, long n) {
+    const long d = kv->head_dim, size = kv->int8 ? 1 : 2;
+    for (long e = 0; e < d / 2; e++) rope_fetch(head + (e * kv->block + in) * 2 * size, n * 2 * size);
+    rope_fetch(head + (kv->block + in) * d * size, n * d * size);
+}
+
 // Query heads of one kv head go to dst; its k and v go to the cache at their absolute positions.
 static void kernel_rope(const pace_rope *g, const pace_batch *b, const pace_rows *rows, long kv_head) {
     const pace_kv *kv = &g->kv;
@@ -118,7 +142,12 @@ static void kernel_rope(const pace_rope *g, const pace_batch *b, const pace_rows
     const int full = g->qk_norm != PACE_NORM_none && g->norm_scope == PACE_SCOPE_full;
     _Alignas(64) float h[PACE_MAX_HEAD_DIM], v[PACE_MAX_HEAD_DIM];
     moments m = {0.0f, 1.0f};
+    const long pos0 = pace_position_of(b, rows, rows->row0);
+    rope_fetch_row(g, rows->row0, kv_head);
+    if (g->append)
+        rope_fetch_places(kv, pace_kv_at(kv, b, rows->seq, pos0, kv_head), pos0 % kv->block, rows->row1 - rows->row0);
     for (long r = rows->row0; r < rows->row1; r++) {
+        if (r + 1 < rows->row1) rope_fetch_row(g, r + 1, kv_head);
         const long pos = pace_position_of(b, rows, r), token = rows->token + r - rows->row0;
         const float *x = (const float *)g->src.data + r * g->src.ld, *xk = x + g->n_heads * d;
         if (full) m = moments_of_all(g, x, g->n_heads, token);

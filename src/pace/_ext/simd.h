@@ -74,10 +74,8 @@ INLINE float v_sum(vf x) {
 INLINE float v_hmax(vf x) { return _mm512_reduce_max_ps(x); }
 INLINE vf v_pow2(vf x, vf n) { return _mm512_scalef_ps(x, n); }  // x * 2^n, n integral
 
-INLINE vf v_load_bf16(const bf16 *p) {
-    __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
-}
+INLINE vf v_from_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+INLINE vf v_load_bf16(const bf16 *p) { return v_from_bf16(_mm256_loadu_si256((const __m256i *)p)); }
 INLINE vf v_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 INLINE __m256i v_to_bf16(vf x) {
 #ifdef __AVX512BF16__
@@ -163,9 +161,8 @@ INLINE vf v_pow2(vf x, vf n) {  // n in [-126, 127]
     __m256i e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return _mm256_mul_ps(x, _mm256_castsi256_ps(e));
 }
-INLINE vf v_load_bf16(const bf16 *p) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
-}
+INLINE vf v_from_bf16(__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
+INLINE vf v_load_bf16(const bf16 *p) { return v_from_bf16(_mm_loadu_si128((const __m128i *)p)); }
 INLINE vf v_load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 INLINE __m128i v_to_bf16(vf x) {
     __m256i u = _mm256_castps_si256(x);
@@ -248,6 +245,22 @@ INLINE vf v_exp(vf x) {
     p = v_fma(p, r, v_set(1.0f));
     return v_pow2(p, n);
 }
+
+// 2^x of x <= 0, at least 2^-126; Taylor's polynomial on [-1/2, 1/2], relative error 2e-7.
+INLINE vf v_exp2(vf x) {
+    x = v_max(v_set(-126.0f), x);
+    const vf n = v_round(x), r = v_sub(x, n);
+    vf p = v_set(1.54035304e-4f);
+    p = v_fma(p, r, v_set(1.33335581e-3f));
+    p = v_fma(p, r, v_set(9.61812911e-3f));
+    p = v_fma(p, r, v_set(5.55041087e-2f));
+    p = v_fma(p, r, v_set(2.40226507e-1f));
+    p = v_fma(p, r, v_set(6.93147181e-1f));
+    p = v_fma(p, r, v_set(1.0f));
+    return v_pow2(p, n);
+}
+
+INLINE vf v_as_bf16(vf x) { return v_from_bf16(v_to_bf16(x)); }  // rounded
 
 INLINE vf v_sigmoid(vf x) { return v_div(v_set(1.0f), v_add(v_set(1.0f), v_exp(v_sub(v_zero(), x)))); }
 INLINE vf v_tanh(vf x) {  // 2 sigmoid(2x) - 1: absolute error 1e-7, what a soft cap needs
