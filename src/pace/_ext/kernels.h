@@ -512,6 +512,7 @@ typedef struct {
     // bf16 and int8 rows begin an odd multiple of so many bytes apart (a multiple of 64), which spreads those of a
     // register tile over the sets of a cache.
     int row_step;
+    int gemm_group;  // panels that many rows are multiplied with together: a claim of work
     // Pack up to 16 source rows [rows][ld] (dtype 0 bf16, 1 f16, 2 f32) into half a panel: dst[k_pad/2][32][2],
     // 16 columns of it. Missing rows and k..k_pad become zero.
     void (*pack_half)(bf16 *dst, const void *src, int dtype, long ld, long rows, long k, long k_pad);

@@ -132,7 +132,7 @@ typedef struct {
 
 #define GEMM_FEW_ROWS 64  // up to here the weights' stream decides and rows are never split
 
-static cut cut_gemm(const pace_plan *p, long n_panels, long m, long least) {
+static cut cut_gemm(const pace_plan *p, long group, long n_panels, long m, long least) {
     cut c = {.row_blocks = 1, .rows_per_block = m};
     const long t = p->n_threads;
     if (m <= GEMM_FEW_ROWS) {
@@ -142,9 +142,9 @@ static cut cut_gemm(const pace_plan *p, long n_panels, long m, long least) {
         c.grain = n_panels / (t * 16) / 4 * 4;
         c.grain = c.grain < 4 ? 4 : c.grain > 32 ? 32 : c.grain;
     } else {
-        // A group of panels. (8 left o of the 1B shape, 64 panels, four claims a worker: 512 rows on Zen 5 0.91 of the
-        // dot roof, with claims of 4 0.94, of 2 0.89; down 0.942, 0.950, 0.935.)
-        c.grain = 4;
+        // Claims of two groups (8 panels) left o of the 1B shape, 64 panels, four a worker: 512 rows on Zen 5 0.91 of
+        // the dot roof, of one 0.94, of half a group 0.89; down 0.942, 0.950, 0.935.
+        c.grain = group;
         // Too few panel groups for the team: cut rows as well (a multiple of 32 keeps register tiles full).
         while ((n_panels + c.grain - 1) / c.grain * c.row_blocks < 3 * t && m / c.row_blocks > 256) c.row_blocks++;
         if ((n_panels + c.grain - 1) / c.grain * c.row_blocks < 3 * t) c.grain = least;
@@ -204,7 +204,8 @@ static cut cut_op(const pace_plan *p, const pace_op *op) {
             return cut_experts_out(p, op);
         case PACE_OP_gemm:
             // Block maxima are noted by the item that has the whole block.
-            return cut_gemm(p, op->u.gemm.weight.n_panels, m, op->block_max ? PACE_LOGIT_BLOCK / PACE_NR : 2);
+            return cut_gemm(p, op->kernels->gemm_group, op->u.gemm.weight.n_panels, m,
+                            op->block_max ? PACE_LOGIT_BLOCK / PACE_NR : 2);
         case PACE_OP_rope:
             return (cut){.n = list_of(p, op)->n * op->u.rope.kv.n_kv_heads};
         case PACE_OP_attention: {

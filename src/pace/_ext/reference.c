@@ -529,6 +529,7 @@ const pace_kernels pace_kernels_reference = {
 #undef ENTRY
         .gemm_rows = 1,
     .row_step = 64,
+    .gemm_group = 4,
     .unpack_row = unpack_row,
     .softmax = softmax,
     .argmax = argmax,

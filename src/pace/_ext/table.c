@@ -32,6 +32,7 @@ const pace_kernels PASTE(pace_kernels_, PACE_ISA) = {
         .gemm_scratch = GEMM_SCRATCH,
     .gemm_rows = GEMM_TILE_ROWS,
     .row_step = GEMM_ROW_STEP,
+    .gemm_group = GEMM_GROUP,
     .pack_half = pack_half,
     .pack_mxfp4 = pack_mxfp4,
     .pack_groups = pack_groups,
