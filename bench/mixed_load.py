@@ -109,7 +109,7 @@ def line(n_streams: int, rounds: list[Round], alone_s: float) -> str:
     longest = [max(r.busy) / median(r.plain) for r in rounds]
     first = median(r.first_token_s for r in rounds)
     gaps = f"{typical:12.2f}{median(longest):10.2f}{max(longest):8.2f}"
-    return f"{n_streams:7d}{plain * 1e3:10.2f}{gaps}{first:12.3f}{alone_s:10.3f}"
+    return f"{n_streams:7d}{plain * 1e3:10.2f}{gaps}{first * 1e3:12.2f}{alone_s * 1e3:10.2f}"
 
 
 async def measure(args: argparse.Namespace) -> str:
@@ -127,7 +127,7 @@ async def measure(args: argparse.Namespace) -> str:
         load = Load(llm, llm.loaded.spec.vocab_size)
         await load.first_token(args.context)  # warm up
         lines = [
-            f"{'streams':>7}{'plain ms':>10}{'median gap':>12}{'max gap':>10}{'worst':>8}{'prompt s':>12}{'alone s':>10}"
+            f"{'streams':>7}{'plain ms':>10}{'median gap':>12}{'max gap':>10}{'worst':>8}{'prompt ms':>12}{'alone ms':>10}"
         ]
         for n_streams in args.streams:
             rounds, alone = [], []
