@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from pace.benchmarks.cost import step_cost
+from pace.benchmarks.cost import op_costs, step_cost
 from pace.benchmarks.roofline import StepRoofs
 from pace.models.decoder import lower
 from pace.models.formats import with_formats
-from pace.models.plan import Plan
+from pace.models.plan import Attention, Plan
 from pace.models.registry import parse_config
 
 LLAMA_1B = {
@@ -85,25 +85,27 @@ def test_a_window_bounds_what_is_read() -> None:
     assert step_cost(windowed, [100], [100], 0).n_flops == sum(rows)
 
 
+GEMMA_4 = {
+    "architectures": ["Gemma4ForCausalLM"],
+    "model_type": "gemma4_text",
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "global_head_dim": 16,
+    "vocab_size": 128,
+    "vocab_size_per_layer_input": 128,
+    "hidden_size_per_layer_input": 0,
+    "layer_types": ["full_attention"] * 4,
+    "hidden_activation": "gelu_pytorch_tanh",
+}
+
+
 def test_layers_that_share_keys_attend_with_the_last_rows_only() -> None:
-    config = {
-        "architectures": ["Gemma4ForCausalLM"],
-        "model_type": "gemma4_text",
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "global_head_dim": 16,
-        "vocab_size": 128,
-        "vocab_size_per_layer_input": 128,
-        "hidden_size_per_layer_input": 0,
-        "layer_types": ["full_attention"] * 4,
-        "hidden_activation": "gelu_pytorch_tanh",
-    }
     own, shared = (
-        step_cost(lower(parse_config(config | {"num_kv_shared_layers": n})[0], 64), [50], [50], 1)
+        step_cost(lower(parse_config(GEMMA_4 | {"num_kv_shared_layers": n})[0], 64), [50], [50], 1)
         for n in (0, 2)
     )
     per_row = (
@@ -113,6 +115,20 @@ def test_layers_that_share_keys_attend_with_the_last_rows_only() -> None:
     pairs = 4 * 4 * 16 * (50 * 51 / 2 - 50)  # attention of all rows against that of one
     # The layer before the shared ones now ends behind its attention, as the last one did.
     assert own.n_flops - shared.n_flops == 2 * (49 * per_row + 50 * keys + pairs)
+
+
+def test_each_operator_is_counted_by_its_own_shape() -> None:
+    changes = {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 64,
+        "global_head_dim": 32,
+        "num_kv_shared_layers": 2,
+    }
+    plan = lower(parse_config(GEMMA_4 | changes)[0], 64)
+    flops = [cost.n_flops for op, cost in op_costs(plan, [50], [50], 1) if isinstance(op, Attention)]
+    per_pair, pairs = 4 * 4 * 16, 50 * 51 // 2
+    # Windowed, twice as wide though it sees the same pairs; then one row each, which reads the keys of those two.
+    assert flops == [per_pair * pairs, 2 * per_pair * pairs, per_pair * 50, 2 * per_pair * 50]
 
 
 QWEN_MOE = {

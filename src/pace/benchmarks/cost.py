@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pace.models.plan import (
@@ -23,7 +23,7 @@ from pace.models.plan import (
 )
 from pace.models.weight_formats import bits_of
 
-__all__ = ["Cost", "op_cost", "op_kind", "rowwise_bytes", "step_cost"]
+__all__ = ["Cost", "op_costs", "op_kind", "rowwise_bytes", "step_cost"]
 
 DTYPE_BYTES = {"bf16": 2, "f32": 4}
 
@@ -71,23 +71,39 @@ def step_cost(
         experts: how many the rows chose, by operator (`ops.Plan.op_experts`); where an operator is not named, as many as
             there are if no two rows chose the same.
     """
+    costs = op_costs(plan, q_len, kv_len, n_logit_rows, kv_cache_dtype, experts)
+    return sum((cost for _, cost in costs), Cost())
+
+
+def op_costs(
+    plan: Plan,
+    q_len: Sequence[int],
+    kv_len: Sequence[int],
+    n_logit_rows: int,
+    kv_cache_dtype: str = "bf16",
+    experts: Mapping[str, float] | None = None,
+) -> Iterator[tuple[Op, Cost]]:
+    """Count the operators of a step one by one; arguments as `step_cost`.
+
+    Attention costs the same in every layer of one shape and is counted once for all of them: a step of 32 sequences
+    has hundreds of lengths to go through.
+    """
     experts = experts or {}
-    total = Cost()
-    seen: dict[
-        tuple[int | None, int, KVLayer, str], Cost
-    ] = {}  # attention costs the same in every layer of one shape
+    seen: dict[tuple[int | None, int, KVLayer, str], Cost] = {}
     for op in plan.ops:
         if isinstance(op, Attention):
             shape = op.window, op.n_heads, plan.kv[op.kv], plan.slots[op.src].rows
             if shape not in seen:
-                seen[shape] = op_cost(plan, op, q_len, kv_len, n_logit_rows, kv_cache_dtype)
-            total += seen[shape]
+                seen[shape] = _op_cost(plan, op, q_len, kv_len, n_logit_rows, kv_cache_dtype)
+            yield op, seen[shape]
         else:
-            total += op_cost(plan, op, q_len, kv_len, n_logit_rows, kv_cache_dtype, experts.get(op.name))
-    return total
+            yield (
+                op,
+                _op_cost(plan, op, q_len, kv_len, n_logit_rows, kv_cache_dtype, experts.get(op.name)),
+            )
 
 
-def op_cost(
+def _op_cost(
     plan: Plan,
     op: Op,
     q_len: Sequence[int],

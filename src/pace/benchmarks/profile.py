@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pace.benchmarks.cost import Cost, op_cost, op_kind, rowwise_bytes
+from pace.benchmarks.cost import Cost, op_costs, op_kind, rowwise_bytes
 from pace.benchmarks.roofline import StepRoofs
 from pace.engine.loader import Loaded
-from pace.models.plan import Attention, Batch, F32Array, I32Array
+from pace.models.plan import Batch, F32Array, I32Array
 
 __all__ = ["OpProfile", "Profiler", "StepProfile", "format_profiles", "wrapped"]
 
@@ -198,16 +198,9 @@ class Profiler:
         totals: dict[str, Cost] = {}
         for step in steps:
             q_len, kv_len, n_logit_rows = step.q_len.tolist(), step.kv_len.tolist(), step.n_logit_rows
-            attention: dict[int | None, Cost] = {}  # by window: the same in every layer
-            for op in plan.ops:
-                if isinstance(op, Attention):
-                    if op.window not in attention:
-                        attention[op.window] = op_cost(plan, op, q_len, kv_len, n_logit_rows, dtype)
-                    cost = attention[op.window]
-                else:
-                    experts = step.experts.get(op.name)
-                    cost = op_cost(plan, op, q_len, kv_len, n_logit_rows, dtype, experts)
-                    cost += Cost(float(rowwise_bytes(plan, op, sum(q_len), n_logit_rows, dtype)))
+            costs = op_costs(plan, q_len, kv_len, n_logit_rows, dtype, step.experts)
+            for op, cost in costs:
+                cost += Cost(float(rowwise_bytes(plan, op, sum(q_len), n_logit_rows, dtype)))
                 kind = op_kind(op.name)
                 totals[kind] = totals.get(kind, Cost()) + cost
         n = len(steps)
