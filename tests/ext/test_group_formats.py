@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from ext.kit import U_F32, assert_close, bf16, build, chosen, memory, poison, put, rng, rows_batch, take
 from ext.test_mxfp4 import FEW_ROWS, MANY_ROWS, int8_plan, quantised
+from golden.harness import batch_of
 
 from pace import ops
 from pace.errors import CheckpointError
@@ -172,6 +173,33 @@ def test_products_of_bf16_rows(kernel: str, team: ops.Team, format: str, kind: s
                 assert_close(got, a[:m] @ w.T, tolerance[:m])
                 whole = got.tobytes()
             assert got.tobytes() == whole[: got.nbytes], f"{m} rows differ"
+
+
+@pytest.mark.parametrize("format", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("isa", ops.isas())
+def test_more_rows_and_k_than_are_expanded_at_once(isa: str, team: ops.Team, format: str) -> None:
+    """Columns with one scale, in chunks of 2048 k and blocks of 512 rows: close to float64, and the bytes of a row
+    alone.
+    """
+    n, k, m = 33, 4200, 520
+    rows = random_rows(format, n, k)
+    slots = [ir.Slot("a", k, "bf16", "tokens"), ir.Slot("c", n, "f32", "tokens")]
+    with ops.using_isa(isa):
+        plan = build(
+            team, [ir.Gemm("g", "a", "c", "w")], slots, {"w": matrix_of(team, format, rows)}, max_tokens=m
+        )
+    x = rng("rows", k).standard_normal((m, k))
+    put(plan, "a", x)
+    poison(plan, "c")
+    plan.step(batch_of([([0] * (m // 2), 0, [0])] * 2))
+    got = take(plan, "c", m)
+    a, w = bf16(x), dense(format, rows)
+    assert_close(got, a @ w.T, (k + 2 * -(-k // 256) + 4) * U_F32 * (np.abs(a) @ np.abs(w).T))
+    for r in (0, 300, m - 1):
+        put(plan, "a", x[r : r + 1])
+        poison(plan, "c")
+        plan.step(rows_batch(1))
+        assert take(plan, "c", 1).tobytes() == got[r : r + 1].tobytes()
 
 
 INT8_ROWS = [(f, kind) for f in ("int8", "int8g32", "int8g128", "int4g32", "int4g128") for kind in KINDS] + [

@@ -52,6 +52,7 @@ static void gemm_int8(const gemm_job *j, long p0, long p1) {
                 t.fetch = tiles == 1 && MQ_PASSES == 1 ? (uintptr_t)t.b + GEMM_INT8_AHEAD
                           : i < sharers && m == 0      ? next + (uintptr_t)(i * steps * MQ_PASSES * t.fetch_step)
                                                        : 0;
+                gemm_fetch_result(j, p, m + done, mr);
                 gemm_int8_tile((int)mr, w->layout, &t);
                 j->done(j->op, p, j->m0 + m + done, mr, j->c, PACE_NR);
             }

@@ -7,7 +7,12 @@
 #include "simd.h"
 
 #define GR_CHUNK 256  // k expanded at a time: 16 KB of L1. Whole groups, unless a column is one
-#define GR_LEAST 16   // the smallest group
+#if defined(__AVX512F__) && !defined(PACE_AMX)
+#define GR_WHOLE 2048  // see GEMM_MC_WHOLE
+#else
+#define GR_WHOLE GR_CHUNK
+#endif
+#define GR_LEAST 16  // the smallest group
 
 INLINE const uint8_t *gr_panel(const pace_matrix *w, long p) {
     return (const uint8_t *)w->data + p * pace_panel_bytes(w);
@@ -146,9 +151,10 @@ INLINE __m512i gr_table(const int zero) {  // five bits choose a word: the fifth
 }
 #endif
 
-// A chunk of a panel in bf16, with what its groups are multiplied by.
+// A chunk of a panel in bf16, with what its groups are multiplied by: up to GR_CHUNK k, up to GR_WHOLE of columns with
+// one scale.
 typedef struct {
-    bf16 b[GR_CHUNK * PACE_NR];
+    bf16 b[GR_WHOLE * PACE_NR];
     float scales[GR_CHUNK / GR_LEAST][PACE_NR], offsets[GR_CHUNK / GR_LEAST][PACE_NR];
 } gr_chunk;
 
@@ -173,7 +179,7 @@ INLINE void gr_expand_run(bf16 *dst, const uint8_t *codes, const int layout, lon
     }
 }
 
-// k0 .. k0 + kc of panel p; k0 is a multiple of GR_CHUNK, kc of 16.
+// k0 .. k0 + kc of panel p: whole groups or a part of one, at most as many as a chunk holds; kc is a multiple of 16.
 static void gr_expand(gr_chunk *to, const pace_matrix *w, long p, long k0, long kc) {
     const uint8_t *panel = gr_panel(w, p);
     const long head = pace_block_head(w), block_bytes = pace_block_bytes(w);
