@@ -11,7 +11,8 @@ Make the file DIRECTORY/model-bf16.gguf with the tree's converter, in an environ
 
 or, of a checkpoint whose tokenizer the converter does not know, with make_gguf.py beside this file. Any Python runs
 this script; LLAMA_CPP_BIN names the folder of the binary (BUILD/bin), LLAMA_CPP_THREADS its threads where its default
-is not wanted. Its KV cache stays f16, its default.
+is not wanted. Its KV cache stays f16, its default. LLAMA_CPP_MODEL names another file, such as what llama-quantize made
+of that one, to stand beside a checkpoint that `pace quantize` wrote.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ import common
 def bench(directory: str, n_seqs: int, n_prompts: list[int], n_new: int) -> list[dict[str, float]]:
     """One process: a row for each of the prompt lengths, with t_pp, t_tg and t in seconds."""
     binary = Path(os.environ.get("LLAMA_CPP_BIN", ".")) / "llama-batched-bench"
-    model = Path(directory) / "model-bf16.gguf"
-    command = [str(binary), "-m", str(model), "--output-format", "jsonl", "-ntg", str(n_new)]
+    model = os.environ.get("LLAMA_CPP_MODEL") or str(Path(directory) / "model-bf16.gguf")
+    command = [str(binary), "-m", model, "--output-format", "jsonl", "-ntg", str(n_new)]
     command += ["-npp", ",".join(map(str, n_prompts)), "-npl", str(n_seqs)]
     command += ["-c", str(n_seqs * -(-(max(n_prompts) + n_new) // 256) * 256)]
     if "LLAMA_CPP_THREADS" in os.environ:

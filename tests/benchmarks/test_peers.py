@@ -111,7 +111,10 @@ def test_llama_cpp(
     rates = result("--suite", "throughput", "--cells", "8x128", "1x1920")
     assert rates["8x128"] == pytest.approx(8 * 128 / (1.28 + 12.8)) and len(rates) == 2
     binary.write_text("#!/bin/sh\necho broken >&2\nexit 3\n")
-    with pytest.raises(SystemExit, match="exit 3"):
+    with pytest.raises(SystemExit, match=r"DIR/model-bf16\.gguf .* failed \(exit 3\)"):
+        result()
+    monkeypatch.setenv("LLAMA_CPP_MODEL", "elsewhere/Q8_0.gguf")
+    with pytest.raises(SystemExit, match=r"-m elsewhere/Q8_0\.gguf "):
         result()
 
 
