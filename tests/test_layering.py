@@ -77,7 +77,7 @@ def unit_of(module: str) -> str:
     inside = module.split(".")[1:]
     if not inside:
         return "__init__"
-    plan = ("plan", "operators", "shapes", "weight_formats")
+    plan = ("plan", "operators", "expert_operators", "shapes", "weight_formats")
     return "models.plan" if inside[0] == "models" and inside[1:2] and inside[1] in plan else inside[0]
 
 
@@ -197,6 +197,7 @@ SHARED = {
     "common",
     "config",
     "decoder",
+    "expert_operators",
     "experts",
     "held",
     "formats",
@@ -224,7 +225,14 @@ def test_the_decoder_names_no_architecture() -> None:
     assert {"llama", "qwen3"} <= families
     stems = sorted({re.sub(r"[\d_]+$", "", name) for name in families})
     pattern = re.compile(rf"\b(?:{'|'.join(stems)})(?:\b|[\d_-])", re.I)
-    for name in ("decoder.py", "operators.py", "plan.py", "shapes.py", "weight_formats.py"):
+    for name in (
+        "decoder.py",
+        "operators.py",
+        "expert_operators.py",
+        "plan.py",
+        "shapes.py",
+        "weight_formats.py",
+    ):
         found = pattern.search((PACE / "models" / name).read_text())
         assert not found, f"{name} names {found and found.group()}"
 

@@ -23,7 +23,8 @@ from pace.errors import ConfigError
 from pace.export import SCHEMES, Calibration, gptq, quantize_checkpoint
 from pace.export import calibrate as module
 from pace.export.gptq import Hessian, round_rows
-from pace.models.operators import ExpertsIn, ExpertsOut, Gemm
+from pace.models.expert_operators import ExpertsIn, ExpertsOut
+from pace.models.operators import Gemm
 from pace.text.tokenizer import Tokenizer
 
 TEXT = Calibration(["The ferry left at 7:45, twelve minutes late. " * 40], n_tokens=1024, length=128)

@@ -18,9 +18,10 @@ import numpy.typing as npt
 
 from pace import ops
 from pace.log import logger
+from pace.models.expert_operators import ExpertsIn, ExpertsOut
 from pace.models.formats import Activations, int8_candidates, int8_rows
-from pace.models.operators import ExpertsIn, ExpertsOut, Gemm, Op
-from pace.models.plan import Batch, F32Array, Plan
+from pace.models.operators import Gemm
+from pace.models.plan import Batch, F32Array, Op, Plan
 from pace.models.shapes import Blocks, Slot
 from pace.text.tokenizer import Tokenizer
 

@@ -28,7 +28,8 @@ from pace.errors import ConfigError
 from pace.export.gptq import Hessian, round_rows, to_bf16
 from pace.export.schemes import WrittenScheme
 from pace.models.decoder import lower
-from pace.models.operators import ExpertsIn, ExpertsOut, Gemm, RopeKV
+from pace.models.expert_operators import ExpertsIn, ExpertsOut
+from pace.models.operators import Gemm, RopeKV
 from pace.models.plan import Batch, I32Array, Plan
 from pace.models.registry import parse_config
 from pace.models.sources import Source, check

@@ -8,8 +8,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from pace.models.operators import Embed, ExpertsIn, ExpertsOut, Gemm, Op, Permute, Quantise, Route
-from pace.models.plan import Plan
+from pace.models.expert_operators import ExpertsIn, ExpertsOut, Route
+from pace.models.operators import Embed, Gemm, Permute, Quantise
+from pace.models.plan import Op, Plan
 from pace.models.shapes import Blocks, Slot
 from pace.models.weight_formats import WeightFormat, int8_group
 

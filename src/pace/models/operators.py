@@ -1,4 +1,4 @@
-"""The operators of a plan, with what each needs of its slots and weights.
+"""The operators of a plan, with what each needs of its slots and weights; those of experts are in `expert_operators.py`.
 
 A class here and a struct in `_ext/kernels.h` describe one operator to the two sides of the language border; their fields
 have the same names, and the struct is filled from them without a line for any one operator. `needs` is the one place
@@ -22,15 +22,11 @@ QKNorm = Literal["none", "rms", "rms1", "layer"]
 NormScope = Literal["head", "head_own", "full"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu", "sigmoid"]
 Epilogue = Literal["store", "add", "gated", "mul"]
-RouterOrder = Literal["softmax", "chosen", "sigmoid"]
 GATED_BLOCK = 16
 """Rows of gate that are followed by as many rows of up in the weight of a gated Gemm."""
 
 MAX_HEAD_DIM = 512
 """Columns of the widest head that the attention kernels hold."""
-
-MAX_EXPERTS = 1024
-"""Experts of a layer that a router chooses from."""
 
 MAX_QUERY_GROUP = 64
 """Query heads per kv head: the rows of an attention tile."""
@@ -39,7 +35,8 @@ Needs = Iterator[tuple[str, SlotShape | WeightShape]]
 """(field, what it must name) for every field that names a slot or a weight and is not None."""
 
 
-def _require(holds: bool, text: str) -> None:
+def require(holds: bool, text: str) -> None:
+    """ValueError of this text where an operator does not fit its slots and weights."""
     if not holds:
         raise ValueError(text)
 
@@ -75,7 +72,7 @@ class Embed:
     def needs(self, plan: Plan) -> Needs:
         """See `Needs`."""
         dim = plan.slots[self.dst].width
-        _require(self.weight is not None or self.positions is not None, f"{self.name} names no table")
+        require(self.weight is not None or self.positions is not None, f"{self.name} names no table")
         yield "dst", SlotShape(dtype="f32" if self.add else None, rows="tokens")
         yield "weight", WeightShape(plan.vocab_size, dim, mapped=self.mapped, format=self.format)
         yield "positions", WeightShape(self.n_positions, dim)
@@ -115,11 +112,11 @@ class Norm:
     def needs(self, plan: Plan) -> Needs:
         """See `Needs`."""
         src = plan.slots[self.src]
-        _require(
+        require(
             self.groups >= 1 and src.width % self.groups == 0,
             f"{self.name}: {self.groups} groups of {src.width}",
         )
-        _require(
+        require(
             self.bias is None or self.kind == "layer", f"{self.name}: a norm of kind {self.kind} with a bias"
         )
         yield "src", SlotShape(dtype="f32")
@@ -171,15 +168,15 @@ class Gemm:
     def needs(self, plan: Plan) -> Needs:
         """See `Needs`."""
         src, width = plan.slots[self.src], plan.slots[self.dst].width
-        _require(self.epilogue == "store" or self.cap is None, f"{self.name}: cap with {self.epilogue}")
-        _require(self.epilogue != "add" or self.act is None, f"{self.name}: activation with add")
-        _require(
+        require(self.epilogue == "store" or self.cap is None, f"{self.name}: cap with {self.epilogue}")
+        require(self.epilogue != "add" or self.act is None, f"{self.name}: activation with add")
+        require(
             self.epilogue == "add" or (self.other is not None) == (self.epilogue == "mul"),
             f"{self.name}: other belongs to mul and add",
         )
         if self.other is not None:
             other, read = plan.slots[self.other].width, 1 if self.epilogue == "add" else width
-            _require(
+            require(
                 0 <= self.at <= other - read,
                 f"{self.name}: columns {self.at} to {self.at + read} of {other}",
             )
@@ -188,7 +185,7 @@ class Gemm:
             filled = -(-width // GATED_BLOCK) * GATED_BLOCK
             blocks = Blocks("gate", 1, width, filled), Blocks("up", 1, width, filled)
         n = sum(block.n for block in blocks)
-        _require(
+        require(
             self.epilogue == "gated" or n == width, f"{self.name}: blocks of {n} rows for a slot of {width}"
         )
         yield "src", SlotShape(dtype="int8" if src.dtype == "int8" else "bf16")
@@ -248,17 +245,17 @@ class RopeKV:
         """See `Needs`."""
         kv = _kv_of(self, plan)
         rows = plan.slots[self.dst].rows
-        _require(not self.append or rows == "tokens", f"{self.name} appends only some rows")
+        require(not self.append or rows == "tokens", f"{self.name} appends only some rows")
         if self.rope is not None:
-            _require(0 <= self.rope < len(plan.ropes), f"{self.name}: rope {self.rope} of {len(plan.ropes)}")
+            require(0 <= self.rope < len(plan.ropes), f"{self.name}: rope {self.rope} of {len(plan.ropes)}")
             rotary_dim = plan.ropes[self.rope].rotary_dim
-            _require(
+            require(
                 0 < rotary_dim <= kv.head_dim and rotary_dim % 2 == 0,
                 f"{self.name}: {rotary_dim} columns of {kv.head_dim} rotate",
             )
         width = kv.head_dim if self.norm_width is None else self.norm_width
-        _require(1 <= width <= kv.head_dim, f"{self.name}: norm_width {width} of {kv.head_dim}")
-        _require(
+        require(1 <= width <= kv.head_dim, f"{self.name}: norm_width {width} of {kv.head_dim}")
+        require(
             self.qk_norm != "none" or (self.q_norm is None and self.k_norm is None),
             f"{self.name}: weights of a norm that it doesn't have",
         )
@@ -303,8 +300,8 @@ class Attention:
         """See `Needs`."""
         kv = _kv_of(self, plan)
         limits = [n for n in (self.window, self.chunk) if n is not None]
-        _require(all(n >= 1 for n in limits), f"{self.name}: window {self.window}, chunk {self.chunk}")
-        _require(
+        require(all(n >= 1 for n in limits), f"{self.name}: window {self.window}, chunk {self.chunk}")
+        require(
             kv.reach is None or (bool(limits) and min(limits) <= kv.reach),
             f"{self.name} sees more than the {kv.reach} tokens that layer {self.kv} keeps",
         )
@@ -384,171 +381,16 @@ class Permute:
         yield "order", WeightShape(src.width, columns=self.columns, order_of=self.matrix)
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    """Choose `top_k` of the experts for every row, and what each of them weighs; l are the row's logits.
-
-    softmax: the best of p = softmax(l), which weigh p.  chosen: the best of l, which weigh the softmax over them alone.
-    sigmoid: the best of s + choice for s = sigmoid(l), which weigh s.
-
-    Of equal ones the lower number is better. With a NaN among the logits all weights are NaN.
-
-    Args:
-        src: f32 slot [T, experts], the logits.
-        dst: f32 slot [T, 2 * top_k]: numbers of the chosen, best first, then their weights.
-        choice: vector [experts], for the choice alone (sigmoid only).
-        expert_scale: vector [experts] that the weights are multiplied by.
-        n_groups, top_groups: experts stand in groups of equal size; only those count whose two best sum to most.
-        renormalise: weights are divided by their sum (1e-20 added with sigmoid).
-        scale: of the weights, after that.
-    """
-
-    operator: ClassVar[str] = "route"
-
-    name: str
-    src: str
-    dst: str
-    top_k: int
-    order: RouterOrder = "softmax"
-    choice: str | None = None
-    expert_scale: str | None = None
-    n_groups: int = 1
-    top_groups: int = 1
-    renormalise: bool = False
-    scale: float = 1.0
-
-    def needs(self, plan: Plan) -> Needs:
-        """See `Needs`."""
-        src = plan.slots[self.src]
-        _require(
-            1 <= src.width <= MAX_EXPERTS, f"{self.name}: {src.width} experts, expected 1 to {MAX_EXPERTS}"
-        )
-        _require(
-            1 <= self.top_groups <= self.n_groups and src.width % self.n_groups == 0,
-            f"{self.name}: {self.top_groups} of {self.n_groups} groups of {src.width} experts",
-        )
-        in_group = src.width // self.n_groups
-        _require(
-            self.n_groups == 1 or in_group >= 2, f"{self.name}: groups of one expert have no two best ones"
-        )
-        _require(
-            1 <= self.top_k <= in_group * self.top_groups,
-            f"{self.name}: {self.top_k} of {in_group * self.top_groups} experts",
-        )
-        _require(self.choice is None or self.order == "sigmoid", f"{self.name}: choice with {self.order}")
-        yield "src", SlotShape(dtype="f32")
-        yield "dst", SlotShape(2 * self.top_k, "f32", src.rows)
-        yield "choice", WeightShape(src.width)
-        yield "expert_scale", WeightShape(src.width)
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertsIn:
-    """dst = act(gate) * up of every row and each of its experts; gate and up are src @ W[e].T + bias[e].
-
-    With a `limit` it is (up + 1) * gate * sigmoid(alpha * gate), gate at most the limit and up within it.
-
-    Args:
-        src: bf16 or int8 slot [T, k].
-        dst: bf16 slot [T * top_k, n / 2]; its rows are sorted by expert, and by row among those of one.
-        route: what `Route` stored.
-        weight: `count` matrices [n, k] with gate and up in alternating blocks of 16 rows.
-        bias: as many vectors [n], or None.
-        on_input: rows of src are multiplied by their weights (and rounded to bf16) before.
-    """
-
-    operator: ClassVar[str] = "experts_in"
-
-    name: str
-    src: str
-    dst: str
-    route: str
-    weight: str
-    count: int
-    width: int
-    bias: str | None = None
-    act: Activation = "silu"
-    alpha: float = 0.0
-    limit: float = 0.0
-    on_input: bool = False
-    format: WeightFormat = "bf16"
-
-    def needs(self, plan: Plan) -> Needs:
-        """See `Needs`."""
-        src, dst = plan.slots[self.src], plan.slots[self.dst]
-        top_k = plan.slots[self.route].width // 2
-        filled = -(-self.width // GATED_BLOCK) * GATED_BLOCK
-        _require(
-            src.dtype == "bf16" or (src.dtype == "int8" and not self.on_input),
-            f"{self.name}: rows of {src.dtype}" + (" that are weighed" if self.on_input else ""),
-        )
-        _require(
-            dst.width == filled, f"{self.name}: a slot of {dst.width} columns for experts of {self.width}"
-        )
-        blocks = Blocks("gate", 1, self.width, filled), Blocks("up", 1, self.width, filled)
-        yield "dst", SlotShape(dtype="bf16", rows=src.rows, times=top_k)
-        yield "route", SlotShape(dtype="f32", rows=src.rows)
-        yield "src", SlotShape()
-        yield "weight", WeightShape(2 * filled, src.width, blocks, count=self.count, format=self.format)
-        yield "bias", WeightShape(2 * filled, blocks=blocks, count=self.count)
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertsOut:
-    """dst = sum over a row's experts e, ascending, of scale * weight * (src @ W[e].T + bias[e]); with `add`, dst += it.
-
-    Args:
-        src: bf16 or int8 slot [T * top_k, k], in the order of `ExpertsIn`.
-        dst: f32 slot [T, n].
-        route: what `Route` stored.
-        weight: `count` matrices [n, k]; `columns` as of `Gemm`.
-        bias: as many vectors [n], or None.
-        weigh: False: the weights were the input's.
-    """
-
-    operator: ClassVar[str] = "experts_out"
-
-    name: str
-    src: str
-    dst: str
-    route: str
-    weight: str
-    count: int
-    columns: Blocks | None = None
-    bias: str | None = None
-    scale: float = 1.0
-    add: bool = False
-    weigh: bool = True
-    format: WeightFormat = "bf16"
-
-    def needs(self, plan: Plan) -> Needs:
-        """See `Needs`."""
-        src, dst = plan.slots[self.src], plan.slots[self.dst]
-        top_k = plan.slots[self.route].width // 2
-        _require(src.dtype != "f32", f"{self.name}: rows of f32")
-        yield "src", SlotShape(rows=dst.rows, times=top_k)
-        yield "dst", SlotShape(dtype="f32")
-        yield "route", SlotShape(dtype="f32", rows=dst.rows)
-        yield (
-            "weight",
-            WeightShape(dst.width, src.width, columns=self.columns, count=self.count, format=self.format),
-        )
-        yield "bias", WeightShape(dst.width, count=self.count)
-
-
-Op = Embed | Norm | Gemm | RopeKV | Attention | Select | Quantise | Permute | Route | ExpertsIn | ExpertsOut
-
-
 def _kv_of(op: RopeKV | Attention, plan: Plan) -> KVLayer:
     """The layer whose keys and values an operator works with, after a check that its heads fit."""
-    _require(0 <= op.kv < len(plan.kv), f"{op.name}: layer {op.kv} of {len(plan.kv)}")
+    require(0 <= op.kv < len(plan.kv), f"{op.name}: layer {op.kv} of {len(plan.kv)}")
     kv = plan.kv[op.kv]
-    _require(
+    require(
         kv.head_dim % 16 == 0 and 16 <= kv.head_dim <= MAX_HEAD_DIM,
         f"{op.name}: head_dim is {kv.head_dim}, expected a multiple of 16 up to {MAX_HEAD_DIM}",
     )
     group, rest = divmod(op.n_heads, kv.n_kv_heads) if kv.n_kv_heads >= 1 else (0, 0)
-    _require(
+    require(
         rest == 0 and 1 <= group <= MAX_QUERY_GROUP,
         f"{op.name}: {op.n_heads} query heads over {kv.n_kv_heads} kv heads, expected 1 to {MAX_QUERY_GROUP} times as many",
     )

@@ -1,8 +1,8 @@
 """The plan: one forward pass as a flat list of operators over named activation slots.
 
 `decoder.py` writes a plan, `_ext/plan.c` executes it, `reference.py` interprets it in float64. Nothing here
-computes; the dataclasses, here and in `operators.py`, are the contract between those three. A batch is the argument of
-one step.
+computes; the dataclasses, here, in `operators.py` and in `expert_operators.py`, are the contract between those
+three. A batch is the argument of one step.
 
 Two row sets exist in a step: `tokens` (T rows, every token of the step) and `logits` (R <= T rows, those
 whose logits were asked for). `Select` crosses from the first to the second.
@@ -26,25 +26,21 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from pace.models.expert_operators import ExpertsIn, ExpertsOut, Route, RouterOrder
 from pace.models.operators import (
     GATED_BLOCK,
     Activation,
     Attention,
     Embed,
     Epilogue,
-    ExpertsIn,
-    ExpertsOut,
     Gemm,
     Norm,
     NormKind,
     NormScope,
-    Op,
     Permute,
     QKNorm,
     Quantise,
     RopeKV,
-    Route,
-    RouterOrder,
     Select,
 )
 from pace.models.shapes import Blocks, Dtype, KVLayer, PartName, Rows, Slot, SlotShape, WeightShape
@@ -90,6 +86,8 @@ __all__ = [
     "WeightShape",
     "gated_rows",
 ]
+
+Op = Embed | Norm | Gemm | RopeKV | Attention | Select | Quantise | Permute | Route | ExpertsIn | ExpertsOut
 
 PartMode = Literal["rows", "gate", "up"]
 
