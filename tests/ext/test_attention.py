@@ -1,4 +1,4 @@
-"""RoPE with the KV append, and attention over the cache, on every tier.
+"""Attention over the cache, on every tier.
 
 K and V live in a pool that Python cannot see; what was appended shows in what attention returns.
 
@@ -16,13 +16,9 @@ weight is rounded once more when it takes the value's scale, 2^-8 A, and a score
 
 from __future__ import annotations
 
-import mmap
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -42,9 +38,8 @@ from ext.kit import (
 from golden.harness import batch_of
 
 from pace import ops
-from pace.errors import ConfigError
 from pace.models import plan as ir
-from pace.reference import norm, rotate, visible_to
+from pace.reference import visible_to
 
 
 @dataclass(frozen=True)
@@ -462,240 +457,3 @@ def test_a_nan_is_seen(kernel: str, team: ops.Team, dtype: str, where: str) -> N
             np.isnan(np.concatenate(rows)).reshape(40, 2, 2, 32).any(-1)
         )  # [rows, kv head, query head of it]
         assert not bad[:33].any() and bad[33:, 0].all() and not bad[:, 1].any()
-
-
-# ---- copying blocks ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("n_tokens", [0, 1, 2, 15, 16, 17, 31, 32, 33, 64])
-@pytest.mark.parametrize("block_size", [16, 32, 64])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_copy(team: ops.Team, dtype: str, block_size: int, n_tokens: int) -> None:
-    """A full block of NaN takes over a prefix of a full block of another sequence, which then goes on with other
-    tokens: the bytes of a sequence that never was anywhere else. The source keeps its own."""
-    n_tokens = min(n_tokens, block_size)
-    shape = Shape(4, 2, 32, block_size, n_blocks=5, dtype=dtype)
-    pool = ops.KVPool(2, 2, 32, 5, block_size, dtype)
-    plans = []
-    for layer in (0, 1):
-        op = ir.Attention("a", "q", "o", shape.n_heads, layer, 0.2)
-        plans.append(plan_of(team, shape, pool, "", op, ir.RopeKV("r", "qkv", "q", shape.n_heads, layer)))
-    source = make_rows(shape, block_size, "source")
-    own = np.concatenate([source[:n_tokens], make_rows(shape, 40, "own")])
-
-    def run(plan: ops.Plan, rows: F64, cached: int, table: list[int]) -> bytes:
-        step(plan, [(rows[cached:], cached, table)])
-        return take(plan, "o", len(rows) - cached).tobytes()
-
-    fresh = plan_of(team, shape, shape.pool(), "", ir.Attention("a", "q", "o", shape.n_heads, 0, 0.2))
-    want = run(fresh, own, 0, [0, 1, 2, 3])
-    row = len(want) // len(own)
-    for plan in plans:
-        run(plan, np.full((5 * block_size, shape.qkv_width), np.nan), 0, [0, 1, 2, 3, 4])
-        want_source = run(plan, source, 0, [3])
-    pool.copy(3, 1, n_tokens)
-    for plan in plans:
-        assert run(plan, own, n_tokens, [1, 0, 2, 4]) == want[n_tokens * row :]
-        assert run(plan, source, block_size - 1, [3]) == want_source[-row:]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((4, 0, 1), "copy of block 4 to 0"),
-        ((-1, 0, 1), "copy of block -1 to 0"),
-        ((0, 4, 1), "copy of block 0 to 4"),
-        ((0, -1, 1), "copy of block 0 to -1"),
-        ((2, 2, 1), "expected two different blocks of 4"),
-        ((0, 1, -1), "copy of -1 tokens"),
-        ((0, 1, 17), "copy of 17 tokens, expected 0 to 16"),
-    ],
-)
-def test_copy_refuses(arguments: tuple[int, int, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ops.KVPool(1, 1, 16, 4, 16).copy(*arguments)
-
-
-@pytest.mark.parametrize(
-    ("table", "n", "message"),
-    [
-        ([0, 1], 20, "tables of 1 column, the first block, got 2"),
-        ([3], 20, "sequence 0 needs 2 blocks from 3 on, there are 4"),
-        ([4], 1, "sequence 0 needs 1 blocks from 4 on"),
-        ([-1], 1, "sequence 0 needs 1 blocks from -1 on"),
-        ([0], 65, "sequence 0 needs 5 blocks from 0 on"),
-    ],
-)
-def test_contiguous_refuses(team: ops.Team, table: list[int], n: int, message: str) -> None:
-    shape = Shape(block_size=16, n_blocks=4, contiguous=True)
-    plan = plan_of(team, shape, shape.pool(), "", None)
-    with pytest.raises(ValueError, match=message):
-        step(plan, [(make_rows(shape, n), 0, table)])
-
-
-# ---- RoPE and append --------------------------------------------------------------------------------------
-
-
-def frequencies(rotary_dim: int) -> np.ndarray:
-    return (10000.0 ** -(np.arange(0, rotary_dim, 2) / rotary_dim)).astype(np.float32)
-
-
-ROPES = {
-    "none": None,
-    "halves": ir.Rope(frequencies(64), 1.0, False, 64),
-    "partial": ir.Rope(frequencies(24), 1.0, False, 24),
-    "neighbours": ir.Rope(frequencies(64), 1.0, True, 64),
-    "partial-neighbours": ir.Rope(frequencies(20), 1.0, True, 20),
-    "factor": ir.Rope(frequencies(32), 1.3465736, False, 32),
-}
-
-
-@pytest.mark.parametrize("head_norm", [None, "rms", "rms1"])
-@pytest.mark.parametrize("variant", list(ROPES))
-def test_rope(kernel: str, team: ops.Team, variant: str, head_norm: ir.NormKind | None) -> None:
-    """q against float64, far into a sequence too: the angle's product is f32 on both sides (as transformers
-    computes it), sine and cosine are good to 2^-23, then three f32 roundings and the bf16 store."""
-    shape = Shape(6, 2, 64, 256, n_blocks=40)
-    table = ROPES[variant]
-    r = rng(variant)
-    weights = {name: r.standard_normal(64).astype(np.float32) for name in ("qn", "kn")}
-    rope = ir.RopeKV("r", "qkv", "q", shape.n_heads, 0, None if table is None else 0)
-    if head_norm is not None:
-        rope = replace(rope, qk_norm=head_norm, q_norm="qn", k_norm="kn", norm_eps=1e-5)
-    plan = plan_of(
-        team,
-        shape,
-        shape.pool(),
-        kernel,
-        None,
-        rope,
-        () if table is None else (table,),
-        weights,
-        max_tokens=64,
-    )
-    blocks = list(range(40))
-    for cached, n in ((0, 45), (31, 1), (9000, 40)):
-        qkv = r.standard_normal((n, shape.qkv_width)).astype(np.float32)
-        step(plan, [(qkv.astype(np.float64), cached, blocks)])
-        q, _, _ = split(shape, qkv.astype(np.float64))
-        if head_norm is not None:
-            q = norm(q, weights["qn"].astype(np.float64), None, head_norm, 1e-5)
-        size = np.abs(q)
-        if table is not None:
-            positions = np.arange(cached, cached + n, dtype=np.int32)
-            size = size + np.abs(rotate(q, positions, table)) + np.abs(q).max(-1, keepdims=True)
-            q = rotate(q, positions, table)
-        tolerance = (16 if head_norm else 8) * U_F32 * size + U_BF16 * np.abs(q)
-        assert_close(take(plan, "q", n), q.reshape(n, -1), tolerance.reshape(n, -1))
-
-
-@pytest.mark.parametrize("block_size", [16, 32, 256])
-@pytest.mark.parametrize("variant", list(ROPES))
-def test_keys_are_appended_as_queries_are_kept(
-    kernel: str, team: ops.Team, variant: str, block_size: int
-) -> None:
-    """Keys cannot be read, queries can. With the same input and the same norm for both, K in the cache
-    must be the bits of q, through chunks and a scattered table; attention over it then meets the usual
-    tolerance.
-    """
-    shape = Shape(2, 2, 64, block_size, n_blocks=12)
-    table = ROPES[variant]
-    weights = {"n": rng("n").standard_normal(64).astype(np.float32)}
-    rope = ir.RopeKV(
-        "r",
-        "qkv",
-        "q",
-        shape.n_heads,
-        0,
-        None if table is None else 0,
-        qk_norm="rms",
-        q_norm="n",
-        k_norm="n",
-        norm_eps=1e-6,
-    )
-    op = ir.Attention("a", "q", "o", shape.n_heads, 0, 0.3)
-    plan = plan_of(team, shape, shape.pool(), kernel, op, rope, () if table is None else (table,), weights)
-    rows = make_rows(shape, 77)
-    rows[:, 128:256] = rows[:, :128]
-    (blocks,) = shape.tables([77])
-    kept = []
-    for begin, end in pairwise([0, 5, 32, 49, 50, 77]):
-        step(plan, [(rows[begin:end], begin, blocks)])
-        kept.append(take(plan, "q", end - begin))
-    k = np.concatenate(kept).reshape(77, 2, 64)
-    want, tolerance = attend(shape, k[50:], k, split(shape, rows)[2], op, None)
-    assert_close(take(plan, "o", 27), want, tolerance)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block_size", [16, 32, 256])
-def test_values_are_appended_exactly(kernel: str, team: ops.Team, block_size: int, dtype: str) -> None:
-    """A window of 1 returns the row's own value: bf16(v), bit for bit; in int8, where 1 times the value's scale is
-    the weight, bf16(integer * bf16(scale))."""
-    shape = Shape(3, 3, 48, block_size, n_blocks=20, dtype=dtype)
-    plan = plan_of(
-        team, shape, shape.pool(), kernel, ir.Attention("a", "q", "o", shape.n_heads, 0, 1.0, window=1)
-    )
-    rows = rng("v").standard_normal((130, shape.qkv_width))
-    (blocks,) = shape.tables([130])
-    for begin, end in pairwise([0, 1, 2, 33, 64, 130]):
-        step(plan, [(rows[begin:end], begin, blocks)])
-        v = split(shape, rows[begin:end])[2].astype(np.float32)
-        if dtype == "int8":
-            scale = np.abs(v).max(-1, keepdims=True) / np.float32(127)
-            # The scalar kernel rounds nothing on the way.
-            v = np.rint(v / scale) * (scale.astype(np.float64) if kernel == "reference" else bf16(scale))
-        assert np.array_equal(take(plan, "o", end - begin), bf16(v).reshape(end - begin, -1))
-
-
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
-        ((1, 1, 24, 4, 16), "head_dim is 24"),
-        ((1, 1, 528, 4, 16), "head_dim is 528"),
-        ((1, 1, 64, 4, 24), "block_size is 24"),
-        ((1, 1, 64, 4, 8), "block_size is 8"),
-        ((1, 0, 64, 4, 16), "must be positive"),
-        ((1, 1, 64, 0, 16), "must be positive"),
-        ((1, 1, 64, 4, 16, "fp8"), "KV cache dtype is 'fp8', expected bf16 or int8"),
-    ],
-)
-def test_pool_refuses(sizes: tuple[Any, ...], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        ops.KVPool(*sizes)
-
-
-def test_pool_size() -> None:
-    assert ops.KVPool(3, 2, 48, 5, 32).nbytes == 3 * 2 * 5 * 32 * 2 * 48 * 2
-    assert ops.KVPool(3, 2, 48, 5, 32, "int8").nbytes == 3 * 2 * 5 * 32 * (2 * 48 + 8)
-    with pytest.raises(MemoryError):
-        ops.KVPool(1 << 20, 1 << 20, 256, 1 << 20, 1 << 20)
-
-
-@pytest.mark.parametrize("contiguous", [False, True])
-def test_pool_maps_ahead(team: ops.Team, contiguous: bool) -> None:
-    """One more block per step than is used, up to one per sequence, never beyond the pool; their memory is there."""
-    block = 16
-    pool = ops.KVPool(256, 1, 128, 6, block, contiguous=contiguous)  # 2 MiB a block
-    shape = Shape(1, 1, 128, block, n_blocks=6, contiguous=contiguous)
-    plan = plan_of(team, shape, pool, "", ir.Attention("a", "q", "o", shape.n_heads, 0, 0.2))
-    rows = make_rows(shape, 40, "ahead")
-
-    def after(*tables: list[int], n: int = 1) -> int:
-        step(plan, [(rows[:n], 0, table[:1] if contiguous else table) for table in tables])
-        return pool.n_mapped
-
-    assert pool.n_mapped == 0
-    before = resident_bytes()
-    assert after([0], [1]) == 3
-    assert after([0], [1]) == 4
-    if tuple(map(int, platform.release().split(".")[:2])) >= (5, 14):
-        assert resident_bytes() - before > 3 << 20  # of blocks 2 and 3, which nobody has used
-    assert after([0], [1]) == 4
-    assert after([2, 3, 4], n=40) == 6
-    assert after([5]) == 6
-
-
-def resident_bytes() -> int:
-    """What the process holds in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
