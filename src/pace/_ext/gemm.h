@@ -78,6 +78,7 @@
 // Codes with one scale a column are expanded for each block of rows, and sums stored for each chunk, so that both are
 // larger: 512 rows of the 1B shape's gate-up and down on two Zen 5 cores, share of the dot roof, chunks of 256 / 512 /
 // 1024 / 2048: 0.88 / 0.90 / 0.91 / 0.92 in blocks of 256 rows, - / - / 0.925 / 0.935 in blocks of 512 (bf16 0.955).
+// Chunks are those of bf16, GEMM_KC; other CPUs than Zen 5 were not timed.
 #define GEMM_MC_WHOLE 512
 #define GEMM_FEW 64
 #define GEMM_FEW_KC 2048  // a chunk and the next are 256 KB of L2; panels of K = 8192 would be 1 MB
@@ -393,7 +394,8 @@ INLINE long gemm_even(long k, long most) {
 static void gemm_blocked(const gemm_job *j, long p0, long p1, mm_args a) {
     const long k = j->w->k_pad;
     const int panels = j->w->layout == PACE_PANELS, whole = pace_is_grouped(j->w) && !gemm_by_groups(j->w);
-    const long most = panels ? gemm_even(k, GEMM_KC) : whole ? gemm_even(k, GR_WHOLE) : MX_CHUNK;
+    const long kc_whole = GEMM_KC < GR_WHOLE ? GEMM_KC : GR_WHOLE;
+    const long most = panels ? gemm_even(k, GEMM_KC) : whole ? gemm_even(k, kc_whole) : MX_CHUNK;
     const long most_rows = whole ? GEMM_MC_WHOLE : GEMM_MC;
     const bf16 *b[GEMM_GROUP];
     gemm_state state;
