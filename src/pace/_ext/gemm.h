@@ -18,6 +18,7 @@
 #include "mm_groups.h"
 #include "mm_int8_groups.h"
 #ifndef __AVX512F__
+#include "mm_nibbles.h"
 #include "mm_rows.h"
 #include "mm_words.h"
 #endif

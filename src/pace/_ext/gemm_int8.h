@@ -21,9 +21,9 @@ INLINE const int8_t *gemm_int8_row(const gemm_job *j, long m) {
 }
 
 INLINE void gemm_int8_tile(int mr, int layout, const mq_args *t) {
-#if MQ_WORDS
-    if (mq_in_words(mr, layout)) {
-        mw_rows(mr, t);
+#if MQ_WIDE
+    if (mr > MQ_ROWS) {
+        (layout == PACE_INT4 ? mn_rows : mw_rows)(mr, t);
         return;
     }
 #endif
@@ -37,8 +37,7 @@ static void gemm_int8(const gemm_job *j, long p0, long p1) {
     const pace_matrix *w = j->w;
     const long panel = pace_panel_bytes(w), steps = w->k_pad / 8;
     mq_args t = gemm_int8_args(j);
-    const long most = mq_most(&t, w->layout), fit = GEMM_MX_BYTES / j->src->ld / most * most,
-               block = fit < most ? most : fit;
+    const long most = mq_most(&t), fit = GEMM_MX_BYTES / j->src->ld / most * most, block = fit < most ? most : fit;
     for (long m = 0, rows; m < j->rows; m += rows) {
         rows = j->rows - m < block ? j->rows - m : block;
         const long tiles = (rows + most - 1) / most, sharers = tiles < GEMM_MX_SHARERS ? tiles : GEMM_MX_SHARERS;

@@ -31,18 +31,18 @@ typedef struct {
 #ifdef __AVX512F__
 #define MQ_ROWS 6         // 12 integer and 12 f32 accumulators, 4 weights, a mask and broadcasts
 #define MQ_WHOLE_ROWS 13  // 26 accumulators, 4 weights, a broadcast; 14 would leave 3
+#define MQ_WIDE 0
 #define MQ_VECTORS 2
-#define MQ_WORDS 0
 INLINE vi vi_and(vi a, vi b) { return _mm512_and_si512(a, b); }
 INLINE vi vi_half(vi x) { return _mm512_srai_epi32(x, 1); }
 INLINE vf mq_zeros(const uint8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)p)));
 }
 #else
-#define MQ_ROWS 3
-#define MQ_WHOLE_ROWS 6
+#define MQ_ROWS 2  // more are mm_words.h's and mm_nibbles.h's
+#define MQ_WHOLE_ROWS 2
+#define MQ_WIDE 6  // rows of their tiles
 #define MQ_VECTORS 1
-#define MQ_WORDS 1  // int8 of 3 rows and more is mm_words.h's
 INLINE vi vi_and(vi a, vi b) { return _mm256_and_si256(a, b); }
 INLINE vi vi_half(vi x) { return _mm256_srai_epi32(x, 1); }
 INLINE vf mq_zeros(const uint8_t *p) {
@@ -202,12 +202,9 @@ INLINE void mq_whole(const int mr, const int layout, const int symmetric, const 
 }
 
 INLINE int mq_is_whole(const mq_args *t) { return t->groups == 1 && t->scale_step == 0; }
-INLINE int mq_in_words(long rows, int layout) { return MQ_WORDS && layout == PACE_INT8 && rows >= 3; }
-INLINE long mq_most(const mq_args *t, int layout) {
-    return mq_is_whole(t) || (MQ_WORDS && layout == PACE_INT8) ? MQ_WHOLE_ROWS : MQ_ROWS;
-}
+INLINE long mq_most(const mq_args *t) { return MQ_WIDE ? MQ_WIDE : mq_is_whole(t) ? MQ_WHOLE_ROWS : MQ_ROWS; }
 
-// mr <= mq_most rows times a panel; each loop is a function of its own, or the compiler takes minutes.
+// 1 .. mq_most rows, without MQ_WIDE, times a panel; each loop is a function of its own, or the compiler takes minutes.
 #define MQ_TILE(kind, layout, symmetric)                                                            \
     static __attribute__((noinline)) void kind##_##layout##_##symmetric(int mr, const mq_args *t) { \
         for (long c = 0; c < PACE_NR; c += MQ_VECTORS * VL) {                                       \
@@ -215,13 +212,13 @@ INLINE long mq_most(const mq_args *t, int layout) {
             switch (mr) { MQ_CASES(kind, layout, symmetric) }                                       \
         }                                                                                           \
     }
-#define MQ_CASE(MR, MOST, kind, layout, symmetric)       \
-    case MR:                                             \
-        if (MR > MOST || mq_in_words(MR, layout)) break; \
-        if (fetch)                                       \
-            kind(MR, layout, symmetric, 1, t, c);        \
-        else                                             \
-            kind(MR, layout, symmetric, 0, t, c);        \
+#define MQ_CASE(MR, MOST, kind, layout, symmetric) \
+    case MR:                                       \
+        if (MR > MOST) break;                      \
+        if (fetch)                                 \
+            kind(MR, layout, symmetric, 1, t, c);  \
+        else                                       \
+            kind(MR, layout, symmetric, 0, t, c);  \
         break;
 #define MQ_6(MOST, ...)           \
     MQ_CASE(1, MOST, __VA_ARGS__) \
@@ -242,7 +239,7 @@ MQ_TILE(mq_groups, PACE_INT4, 0)
     MQ_CASE(9, 13, __VA_ARGS__) \
     MQ_CASE(10, 13, __VA_ARGS__) MQ_CASE(11, 13, __VA_ARGS__) MQ_CASE(12, 13, __VA_ARGS__) MQ_CASE(13, 13, __VA_ARGS__)
 #else
-#define MQ_CASES(...) MQ_6(6, __VA_ARGS__)
+#define MQ_CASES(...) MQ_6(MQ_WHOLE_ROWS, __VA_ARGS__)
 #endif
 MQ_TILE(mq_whole, PACE_INT8, 1)
 MQ_TILE(mq_whole, PACE_INT8, 0)

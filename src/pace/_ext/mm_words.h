@@ -11,12 +11,10 @@
 #ifndef PACE_MM_WORDS_H
 #define PACE_MM_WORDS_H
 
-#include "mm_int8_groups.h"
+#include "mm_scale.h"
 
-#define MW_ROWS 6
 #define MW_CHUNK 1024                // of k: 6 rows are 12 KB of L1
 #define MW_STEP (MW_CHUNK / 2 + 16)  // in pairs; rows lie in different sets. The odd pairs are MW_CHUNK / 4 behind
-#define MW_COLUMNS (2 * VL)
 
 // kc columns of rows a: a multiple of 8.
 static void mw_widen(int32_t *x, long rows, const int8_t *a, long lda, long kc) {
@@ -39,7 +37,7 @@ static void mw_widen(int32_t *x, long rows, const int8_t *a, long lda, long kc) 
 // addition in assembly: GCC 12 adds products of even and odd pairs to each other first, and spills the sums meanwhile.
 INLINE void mw_tile(const int mr, const int fetch, const int32_t *x, const uint8_t *codes, long run, int accumulate,
                     int32_t *sums, uintptr_t ahead, long fetch_step) {
-    vi acc[MW_ROWS][2];
+    vi acc[MS_ROWS][2];
     const vi byte = _mm256_set1_epi16(255);
 #pragma GCC unroll 6
     for (int r = 0; r < mr; r++)
@@ -87,48 +85,28 @@ static void mw_product(int mr, const int32_t *x, const uint8_t *codes, long run,
 #undef MW_CASE
 }
 
-// Columns c .. c + 15 of group g's sums, scaled as mm_int8_groups.h does, to t->c.
-static void mw_scale(int mr, const mq_args *t, const uint8_t *block, long g, long c, const int32_t *sums) {
-    const int symmetric = t->zeros == PACE_SYMMETRIC, whole = mq_is_whole(t);
-    const int8_t *beside = t->a + t->width + 4 * g;
-    for (int j = 0; j < 2; j++, c += VL) {
-        const vf scale = gr_load(block, t->scales, c), zero = symmetric ? v_zero() : mq_zero(t, block, c, scale);
-        for (int r = 0; r < mr; r++) {
-            float row;
-            int32_t x;
-            memcpy(&row, beside + r * t->lda, 4);
-            memcpy(&x, beside + r * t->lda + 4 * t->groups, 4);
-            vi sum = vi_load(sums + r * PACE_NR + c);
-            if (symmetric) sum = _mm256_add_epi32(sum, mq_begin(PACE_INT8, x));
-            float *const at = t->c + r * PACE_NR + c;
-            vf y = v_mul(vi_float(sum), v_set(row));
-            y = whole ? v_mul(y, scale) : v_fma(y, scale, g > 0 ? v_load(at) : v_zero());
-            v_store(at, symmetric ? y : v_fma(v_set(mq_less(row, x)), zero, y));
-        }
-    }
-}
-
-// 3 .. MW_ROWS rows times a panel.
+// 3 .. MS_ROWS rows times a panel.
 static void mw_rows(int mr, const mq_args *t) {
-    int32_t x[MW_ROWS * MW_STEP], sums[MW_ROWS * PACE_NR];
+    int32_t x[MS_ROWS * MW_STEP], sums[MS_ROWS * PACE_NR];
     const int whole = mq_is_whole(t);
+    ms_scaler *const scale = ms_scale_of(PACE_INT8, mr, t);
     const long chunk = whole ? MW_CHUNK : MW_CHUNK / t->group * t->group, pairs = t->width / 4;
     for (long k0 = 0, kc; k0 < t->width; k0 += kc) {
         kc = t->width - k0 < chunk ? t->width - k0 : chunk;
         mw_widen(x, mr, t->a + k0, t->lda, kc);
-        for (long c = 0; c < PACE_NR; c += MW_COLUMNS) {
+        for (long c = 0; c < PACE_NR; c += MS_COLUMNS) {
             for (long k = k0, run; k < k0 + kc; k += run) {
                 const long left = k0 + kc - k, g = whole ? 0 : k / t->group;
                 run = whole || left < t->group ? left : t->group;
                 const uint8_t *codes = t->b + t->head + g * t->step + (k - g * t->group) * PACE_NR + 4 * c;
-                const uintptr_t ahead = (uintptr_t)((c / MW_COLUMNS * pairs + k / 4) * t->fetch_step);
+                const uintptr_t ahead = (uintptr_t)((c / MS_COLUMNS * pairs + k / 4) * t->fetch_step);
                 mw_product(mr, x + (k - k0) / 4, codes, run, whole && k0 > 0, sums + c, t->fetch ? t->fetch + ahead : 0,
                            t->fetch_step);
-                if (!whole) mw_scale(mr, t, t->b + g * t->scale_step, g, c, sums);
+                if (!whole) scale(t, t->b + g * t->scale_step, g, c, sums + c);
             }
         }
     }
-    for (long c = 0; whole && c < PACE_NR; c += MW_COLUMNS) mw_scale(mr, t, t->b, 0, c, sums);
+    for (long c = 0; whole && c < PACE_NR; c += MS_COLUMNS) scale(t, t->b, 0, c, sums + c);
 }
 
 #endif
