@@ -44,13 +44,13 @@ static void gemm_int8(const gemm_job *j, long p0, long p1) {
         for (long p = p0; p < p1; p++) {
             t.b = gr_panel(w, p);
             const uintptr_t next = (uintptr_t)(t.b + panel);
-            t.fetch_step = (panel / (sharers * MQ_PASSES) + steps - 1) / steps;
+            t.fetch_step = (panel / sharers + 4 * steps - 1) / (4 * steps) * 4;
             for (long i = 0, done = 0, mr; i < tiles; i++, done += mr) {
                 mr = (rows - done) / (tiles - i);
                 t.a = gemm_int8_row(j, m + done);
-                t.fetch = tiles == 1 && MQ_PASSES == 1 ? (uintptr_t)t.b + GEMM_INT8_AHEAD
-                          : i < sharers && m == 0      ? next + (uintptr_t)(i * steps * MQ_PASSES * t.fetch_step)
-                                                       : 0;
+                t.fetch = tiles == 1 && mq_passes((int)rows) == 1 ? (uintptr_t)t.b + GEMM_INT8_AHEAD
+                          : i < sharers && m == 0                 ? next + (uintptr_t)(i * steps * t.fetch_step)
+                                                                  : 0;
                 gemm_fetch_result(j, p, m + done, mr);
                 gemm_int8_tile((int)mr, w->layout, &t);
                 j->done(j->op, p, j->m0 + m + done, mr, j->c, PACE_NR);

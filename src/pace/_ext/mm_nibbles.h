@@ -81,7 +81,7 @@ static void mn_product(int mr, const int8_t *a, long lda, const uint8_t *codes, 
 static void mn_rows(int mr, const mq_args *t) {
     int32_t sums[MS_ROWS * PACE_NR];
     ms_scaler *const scale = ms_scale_of(PACE_INT4, mr, t);
-    const long steps = t->width / 8, step = 2 * t->fetch_step;  // fetch_step is that of four passes over the panel
+    const long steps = t->width / 8, step = t->fetch_step / 2;  // of two passes
     for (long c = 0; c < PACE_NR; c += MS_COLUMNS) {
         for (long g = 0, k = 0; g < t->groups; g++) {
             const uint8_t *codes = t->b + t->head + g * t->step + 4 * c;

@@ -90,7 +90,8 @@ static void mw_rows(int mr, const mq_args *t) {
     int32_t x[MS_ROWS * MW_STEP], sums[MS_ROWS * PACE_NR];
     const int whole = mq_is_whole(t);
     ms_scaler *const scale = ms_scale_of(PACE_INT8, mr, t);
-    const long chunk = whole ? MW_CHUNK : MW_CHUNK / t->group * t->group, pairs = t->width / 4;
+    const long chunk = whole ? MW_CHUNK : MW_CHUNK / t->group * t->group, pairs = t->width / 4,
+               step = t->fetch_step / 4;  // of two passes, for 4 k
     for (long k0 = 0, kc; k0 < t->width; k0 += kc) {
         kc = t->width - k0 < chunk ? t->width - k0 : chunk;
         mw_widen(x, mr, t->a + k0, t->lda, kc);
@@ -99,9 +100,9 @@ static void mw_rows(int mr, const mq_args *t) {
                 const long left = k0 + kc - k, g = whole ? 0 : k / t->group;
                 run = whole || left < t->group ? left : t->group;
                 const uint8_t *codes = t->b + t->head + g * t->step + (k - g * t->group) * PACE_NR + 4 * c;
-                const uintptr_t ahead = (uintptr_t)((c / MS_COLUMNS * pairs + k / 4) * t->fetch_step);
+                const uintptr_t ahead = (uintptr_t)((c / MS_COLUMNS * pairs + k / 4) * step);
                 mw_product(mr, x + (k - k0) / 4, codes, run, whole && k0 > 0, sums + c, t->fetch ? t->fetch + ahead : 0,
-                           t->fetch_step);
+                           step);
                 if (!whole) scale(t, t->b + g * t->scale_step, g, c, sums + c);
             }
         }
