@@ -40,7 +40,9 @@ ISA_TIERS = ("avx2", "avx512", "avx512vnni", "avx512bf16", "amx")
 KV_CACHE_TYPES = ("slab", "paged", "contiguous")
 KV_CACHE_DTYPES = ("bf16", "int8")
 BF16_NAMES = ("auto", "bfloat16")  # vLLM's, for the same
-QUANTIZATIONS = ("int8", "int4", "fp8", "w8", "w8g32", "w8g64", "w8g128", "w4g32", "w4g64", "w4g128")
+QUANTIZATIONS = (
+    "int8", "int4", "fp8", "w8", "w8g32", "w8g64", "w8g128", "w4g32", "w4g64", "w4g128", "int8-head",
+)  # fmt: skip
 ACTIVATION_DTYPES = ("auto", "bf16", "int8")
 ADMISSIONS = ("preempt", "reserve")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
@@ -226,7 +228,8 @@ class EngineConfig:
         kv_cache_dtype: "bf16", or "int8" with a scale per token and head.
         quantization: round a bf16 checkpoint's matrices while it is loaded: "int8" (groups of 32 columns), "int4" (the
             same, LM head int8), "fp8" (groups of 128), or by bits and group: "w8" (a scale per row), "w8g128",
-            "w4g64" and the like. None: they stay what they are.
+            "w4g64" and the like; "int8-head": the LM head alone, also of a quantised checkpoint that leaves it in
+            16 bits. None: they stay what they are.
         pack_cache: folder of packed weights: written when a checkpoint is first used, mapped from then on; None: they are
             packed each time.
         activation_dtype: what meets integer matrices: "int8": rows rounded to int8, token by token; "bf16": not; "auto":

@@ -85,7 +85,8 @@ class Frontend(metaclass=AnswersByName):
                 None: what max_num_seqs (or 32) sequences of max_model_len need, at most 40 % of the available memory.
             kv_cache_dtype: "bf16", or "int8" with a scale per token and head.
             quantization: round a bf16 checkpoint's matrices while it is loaded: "int8", "int4" or "fp8", or by bits and
-                group "w8", "w8g128", "w4g64" and the like; see docs/quantisation.md.
+                group "w8", "w8g128", "w4g64" and the like; "int8-head": the LM head alone, also of a quantised
+                checkpoint that leaves it in 16 bits; see docs/quantisation.md.
             pack_cache: a folder that keeps the packed weights: written on first use, mapped from then on, which takes no
                 time and shares memory between processes; see docs/packing.md. None: they are packed each time.
             activation_dtype: whether rows are rounded to int8 where they meet integer matrices: "int8", "bf16" (they are

@@ -4,6 +4,7 @@ are the same numbers whatever the batch, the chunks, the KV cache, the threads a
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from pace import LLM, SamplingParams
 from pace.engine import guard
 from pace.errors import ConfigError
+from pace.export import quantize_checkpoint
 
 PROMPTS = (
     "def area(radius):\n",
@@ -50,6 +52,7 @@ def answers(llm: LLM, prompts: Any = PROMPTS) -> list[Any]:
         ("fp8", "auto"),
         ("w8", "int8"),
         ("w4g128", "int8"),
+        ("int8-head", "auto"),
     ],
 )
 def test_law_1(quantization: str, activation_dtype: str) -> None:
@@ -91,6 +94,24 @@ def test_the_guard_leaves_bf16_rows_where_outputs_would_change(
     assert "int8 rows for 0 of" in line and "\n" not in line
     with LLM("demo", threads=2, quantization="int8", activation_dtype="bf16") as llm:
         assert answers(llm) == guarded
+
+
+@pytest.mark.parametrize("quantization", ["w4g32", "w8"])
+def test_the_head_of_a_quantised_checkpoint(quantization: str, tmp_path: Path) -> None:
+    """Its layers keep the file's codes, and its head takes half of the bytes."""
+    files = tmp_path / "model"
+    quantize_checkpoint("demo", files, quantization)
+    options: dict[str, Any] = {"activation_dtype": "bf16", "threads": 2}
+    with LLM(str(files), **options) as llm:
+        plain, n_bytes, spec = answers(llm), llm.loaded.weights_bytes, llm.loaded.spec
+    with LLM(str(files), quantization="int8-head", **options) as llm:
+        saved = spec.vocab_size * spec.dim * (16 - 8.5) / 8
+        assert n_bytes - llm.loaded.weights_bytes == pytest.approx(saved, rel=0.02)
+        for (_, was), (_, rounded) in zip(plain, answers(llm), strict=True):
+            both = was[0].keys() & rounded[0].keys()
+            assert both and all(abs(was[0][i] - rounded[0][i]) < 0.05 for i in both)
+    with pytest.raises(ConfigError, match="quantised already; leave the option out, or take int8-head"):
+        LLM(str(files), quantization="int8")
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,13 @@ def test_every_matrix_but_tables_and_routers() -> None:
     assert any(isinstance(op, Embed) and op.weight == head for op in plan.ops), "the head is the table"
 
 
+def test_the_head_alone() -> None:
+    for name in ("llama-gqa4-tied", "llama-mha"):
+        plan = plan_of(name)
+        (head,) = (op.weight for op in plan.ops if isinstance(op, Gemm) and op.dst == plan.logits)
+        assert formats_of(plan, "int8-head") == {head: "int8g32"}
+
+
 def test_rows_are_rounded_once_for_all_that_read_them() -> None:
     plan = plan_of("llama-gqa4-tied")
     plan = with_formats(plan, formats_of(plan, "int4"))

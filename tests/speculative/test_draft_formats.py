@@ -88,6 +88,10 @@ def test_a_draft_whose_file_is_quantised_is_held_as_it_is(tmp_path: Path, format
     with LLM(target, speculative=pard(draft), **options) as llm:
         assert spoken(llm, prompts) == expected
         assert "int4g32" in formats
+    formats.clear()
+    with LLM(target, speculative=pard(draft, quantization="int8-head"), **options) as llm:
+        assert spoken(llm, prompts) == expected
+        assert formats == {"int4g32", "int8g32"}
     with pytest.raises(
         ConfigError, match=r"speculative: quantization is int8, but the draft .* leave the option out"
     ):

@@ -158,7 +158,8 @@ def add_engine_options(
     group.add_argument(
         "--quantization",
         choices=QUANTIZATIONS,
-        help="round a bf16 checkpoint's matrices while it is loaded (default: leave them)",
+        help="round a bf16 checkpoint's matrices while it is loaded; int8-head: the LM head alone, also of a quantised "
+        "checkpoint that leaves it in 16 bits (default: leave them)",
     )
     group.add_argument(
         "--pack-cache",

@@ -14,7 +14,7 @@ from pace.engine.packing import PackedSink
 from pace.engine.weight_source import WeightSource
 from pace.errors import ConfigError
 from pace.models.decoder import lower
-from pace.models.formats import formats_of
+from pace.models.formats import SCHEMES, formats_of
 from pace.models.held import Held, held_formats
 from pace.models.plan import Plan
 from pace.models.quantisation import quantised_in
@@ -76,15 +76,17 @@ class _Tensors(WeightSource):
 
 
 def _held(quantization: str | None, spec: DecoderSpec, tensors: Tensors) -> Held:
-    """The formats that the option asks for, or that the checkpoint has."""
+    """The formats that the checkpoint has, and those that the option asks for."""
     plan = lower(spec, 1)
+    held = held_formats(plan, tensors)
     if quantization is None:
-        return held_formats(plan, tensors)
-    if tensors.quantised:
+        return held
+    if tensors.quantised and SCHEMES[quantization].matrices is not None:
         raise ConfigError(
-            f"quantization is {quantization}, but the checkpoint is quantised already; leave the option out"
+            f"quantization is {quantization}, but the checkpoint is quantised already; leave the option out, or take "
+            "int8-head, which rounds the LM head where the file leaves it in 16 bits"
         )
-    return Held(formats_of(plan, quantization))
+    return held._replace(formats=formats_of(plan, quantization) | held.formats)
 
 
 @contextmanager

@@ -41,11 +41,11 @@ class Scheme:
     """What a bf16 checkpoint's matrices become.
 
     Args:
-        matrices: of layers, experts included.
+        matrices: of layers, experts included; None: they stay as they are.
         head: of the LM head, and of the embedding where that is its matrix: errors there are the logits' own.
     """
 
-    matrices: WeightFormat
+    matrices: WeightFormat | None
     head: WeightFormat = "int8g32"
 
 
@@ -60,6 +60,7 @@ SCHEMES: Final[Mapping[str, Scheme]] = {
     "w4g32": Scheme("int4g32"),
     "w4g64": Scheme("int4g64"),
     "w4g128": Scheme("int4g128", "int8g128"),
+    "int8-head": Scheme(None),
 }
 """By the names of `config.QUANTIZATIONS`."""
 
@@ -72,10 +73,11 @@ def formats_of(plan: Plan, scheme: str) -> dict[str, WeightFormat]:
     routed = {op.src for op in plan.ops if isinstance(op, Route)}
     formats: dict[str, WeightFormat] = {}
     for op in plan.ops:
-        if isinstance(op, Gemm) and op.dst not in routed and op.format == "bf16":
-            formats[op.weight] = chosen.head if op.dst == plan.logits else chosen.matrices
-        elif isinstance(op, ExpertsIn | ExpertsOut) and op.format == "bf16":
-            formats[op.weight] = chosen.matrices
+        if not isinstance(op, Gemm | ExpertsIn | ExpertsOut) or op.dst in routed or op.format != "bf16":
+            continue
+        found = chosen.head if op.dst == plan.logits else chosen.matrices
+        if found is not None:
+            formats[op.weight] = found
     return formats
 
 

@@ -21,7 +21,7 @@ from pace.engine.speculation import Speculation, Target
 from pace.engine.weight_source import WeightSource, open_weights
 from pace.errors import CheckpointError, ConfigError, show
 from pace.log import logger
-from pace.models.formats import with_formats
+from pace.models.formats import SCHEMES, with_formats
 from pace.models.plan import I32Array, Plan
 from pace.models.registry import parse_config
 from pace.models.spec import DecoderSpec, LayerSpec
@@ -173,18 +173,20 @@ class DraftMaker(Maker):
         )
 
     def _chosen_quantization(self) -> str | None:
-        """What is made of the draft's matrices: nothing where its file is quantised, else what is asked for, or what the
-        target gets.
+        """What is made of the draft's matrices: what is asked for, else what the target gets, but nothing where its file
+        is quantised.
         """
         asked = self.speculative.quantization
         with self._open(None) as source:
             is_plain = not source.formats
-        if not is_plain and asked is not None:
+        if is_plain:
+            return None if asked == "bf16" else asked or self.config.quantization
+        if asked is not None and (asked == "bf16" or SCHEMES[asked].matrices is not None):
             raise ConfigError(
                 f"speculative: quantization is {asked}, but the draft {self.directory} is quantised already; "
                 "leave the option out"
             )
-        return None if not is_plain or asked == "bf16" else asked or self.config.quantization
+        return asked
 
     def taps(self, spec: DecoderSpec) -> tuple[int, ...]:
         """Depths of the target at which the draft wants its hidden states."""
