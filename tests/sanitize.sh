@@ -55,7 +55,7 @@ address() {
     planted overflow heap-buffer-overflow
     planted misaligned "misaligned address"
     suite "$unfit" "tests/ext tests/test_ops.py tests/test_invariance.py tests/engine/test_law1.py
-        tests/models/test_executor.py tests/test_llm.py tests/test_async_llm.py"
+        tests/models/test_executor.py tests/llm tests/test_async_llm.py"
 }
 
 thread() {
@@ -67,8 +67,8 @@ thread() {
     }
     planted race "data race"
     # A forked child may not start threads there.
-    suite "$unfit or forked_child_gets" "tests/ext/test_threads.py tests/ext/test_sampling.py tests/test_invariance.py
-        tests/test_llm.py tests/test_async_llm.py"
+    suite "$unfit or forked_child_gets" "tests/ext/test_threads.py tests/ext/test_sampling.py tests/ext/test_sampling_rows.py
+        tests/ext/test_logprobs.py tests/test_invariance.py tests/llm tests/test_async_llm.py"
 }
 
 for name in ${*:-address thread}; do

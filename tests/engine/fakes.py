@@ -18,6 +18,8 @@ from pace.engine.sampler import Sampler
 from pace.engine.scheduler import Scheduler
 from pace.kvcache import join_groups, make_tables
 from pace.models.plan import Batch, F32Array, I32Array
+from pace.outputs import RequestOutput
+from pace.params import SamplingParams
 from pace.speculative.drafter import Drafter
 from pace.speculative.speculator import Speculator
 
@@ -269,3 +271,30 @@ def make_engine(
         speculation=speculation,
     )
     return engine, plan
+
+
+def run(engine: Engine) -> dict[str, RequestOutput]:
+    """Step until nothing is left; the last output of every request."""
+    last = {}
+    for _ in range(10_000):
+        if not engine.has_unfinished:
+            return last
+        for output in engine.step():
+            last[output.request_id] = output
+    raise AssertionError("the engine does not finish")
+
+
+def greedy(prompt: Sequence[int], n: int) -> list[int]:
+    """What the fake model says, computed without an engine."""
+    history = list(prompt)
+    for _ in range(n):
+        history.append(int(logits_of(history).argmax()))
+    return history[len(prompt) :]
+
+
+def params(**values: object) -> SamplingParams:
+    return SamplingParams(**{"temperature": 0.0, "detokenize": False, **values})  # type: ignore[arg-type]  # values of a mapping, one type to mypy
+
+
+def spelt(tokens: Sequence[int]) -> str:
+    return b"".join(map(LetterTokenizer().token_bytes, tokens)).decode("utf-8", "replace")

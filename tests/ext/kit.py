@@ -169,6 +169,23 @@ def sample_params(n: int, **fields: Any) -> np.ndarray:
     return rows
 
 
+NO_IDS = np.empty(0, np.int32)
+NO_BIAS = np.empty(0, np.float32)
+
+
+def constraints(
+    prompt: Any = NO_IDS,
+    output: Any = NO_IDS,
+    banned: Any = NO_IDS,
+    bias_ids: Any = NO_IDS,
+    bias: Any = NO_BIAS,
+    allowed: Any = NO_IDS,
+) -> Any:
+    """One row's history; what is not given concerns nothing."""
+    ids = [np.asarray(part, np.int32) for part in (prompt, output, banned, bias_ids, allowed)]
+    return (*ids[:4], np.asarray(bias, np.float32), ids[4])
+
+
 # ---- other processes ----------------------------------------------------------------------------------------------
 
 

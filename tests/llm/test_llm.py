@@ -1,13 +1,7 @@
-"""The façade over a tiny real model: prompts, parameters, threads, errors."""
+"""The façade over a tiny real model: prompts, chats, parameters, what is refused."""
 
 from __future__ import annotations
 
-import itertools
-import json
-import os
-import signal
-import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,39 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import tqdm
-from tiny_checkpoint import write_checkpoint
+from llm.kit import GREEDY, answers
 
-from pace.errors import (
-    CapacityError,
-    CheckpointError,
-    ConfigError,
-    EngineDeadError,
-    ForkError,
-    PaceError,
-    RequestError,
-    WeightsError,
-)
+from pace.errors import PaceError, RequestError
 from pace.llm import LLM
-from pace.outputs import RequestOutput
 from pace.params import RequestOutputKind, SamplingParams
 from pace.text.tokenizer import Tokenizer
-
-GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def llm(model: Path) -> Iterator[LLM]:
-    with LLM(model, threads=2, max_num_seqs=4, max_num_batched_tokens=32) as llm:
-        yield llm
-
-
-def answers(outputs: list[Any]) -> list[Any]:
-    return [(o.outputs[0].token_ids, o.outputs[0].text, o.outputs[0].finish_reason) for o in outputs]
 
 
 def test_every_form_of_a_prompt_is_the_same_prompt(llm: LLM) -> None:
@@ -83,17 +50,6 @@ def test_stream_grows_into_the_generated_text(llm: LLM) -> None:
     assert [len(o.outputs[0].token_ids) for o in outputs] == list(range(1, 13))
     assert outputs[-1].outputs == whole.outputs
     assert all(whole.outputs[0].text.startswith(o.outputs[0].text) for o in outputs)
-
-
-def test_a_dropped_stream_frees_its_blocks(llm: LLM) -> None:
-    stream = llm.stream("x", SamplingParams(max_tokens=400, ignore_eos=True))
-    next(stream)
-    assert llm.stats()["n_running"] == 1
-    stream.close()
-    llm.generate("y", GREEDY)
-    stats = llm.stats()
-    assert stats["n_running"] == 0 and stats["n_free_blocks"] == stats["n_blocks"]
-    assert stats["kv_usage"] == 0
 
 
 def test_chat(llm: LLM) -> None:
@@ -176,36 +132,6 @@ def test_padding_of_the_vocabulary_is_never_sampled(llm: LLM) -> None:
         assert not set(unused) & set(output.outputs[0].token_ids)
 
 
-def test_callers_in_threads_share_steps_and_keep_their_answers(llm: LLM) -> None:
-    expected = [llm.generate(f"thread {i}", GREEDY)[0].outputs for i in range(6)]
-    found: list[Any] = [None] * 6
-
-    def work(i: int) -> None:
-        for _ in range(5):
-            if i % 2:
-                found[i] = llm.generate(f"thread {i}", GREEDY)[0].outputs
-            else:
-                *_, last = llm.stream(f"thread {i}", GREEDY)
-                found[i] = last.outputs
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert found == expected
-
-
-def test_a_suspended_stream_does_not_block_others(llm: LLM) -> None:
-    stream = llm.stream("slow reader", GREEDY)
-    first = next(stream)
-    (whole,) = llm.generate("slow reader", GREEDY)
-    assert llm.generate("another", GREEDY)
-    *_, last = stream
-    assert first.outputs[0].token_ids == whole.outputs[0].token_ids[:1]
-    assert last.outputs == whole.outputs
-
-
 @pytest.mark.parametrize(
     ("prompts", "params", "message"),
     [
@@ -258,91 +184,6 @@ def test_no_prompts(llm: LLM) -> None:
     assert llm.generate([]) == []
 
 
-def test_generation_config_fills_what_the_caller_leaves_open(tmp_path: Path) -> None:
-    model = write_checkpoint(tmp_path)
-    (tmp_path / "generation_config.json").write_text(
-        json.dumps({"temperature": 0.0, "max_new_tokens": 5, "eos_token_id": [3, 4]})
-    )
-    with LLM(model, threads=1) as llm:
-        assert llm.engine.eos_token_ids >= {3, 4}
-        (default,) = llm.generate("a")
-        (again,) = llm.generate("a", SamplingParams())
-        (longer,) = llm.generate("a", SamplingParams(max_tokens=7, ignore_eos=True))
-        (sampled,) = llm.generate("a", SamplingParams(temperature=5.0, seed=1, ignore_eos=True))
-    assert default.outputs == again.outputs
-    assert len(longer.outputs[0].token_ids) == 7
-    assert (
-        list(longer.outputs[0].token_ids[:5])[: len(default.outputs[0].token_ids)]
-        == default.outputs[0].token_ids
-    )
-    assert sampled.outputs[0].token_ids != longer.outputs[0].token_ids[:5]
-
-
-def test_without_a_tokenizer(model: Path, tmp_path: Path) -> None:
-    bare = write_checkpoint(tmp_path)
-    (bare / "tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
-        LLM(bare)
-    with LLM(bare, skip_tokenizer_init=True, threads=1) as llm:
-        (output,) = llm.generate({"prompt_token_ids": [1, 2]}, GREEDY)
-        assert len(output.outputs[0].token_ids) == 12 and output.outputs[0].text == ""
-        with pytest.raises(RequestError, match="without a tokenizer"):
-            llm.generate("text")
-    with LLM(bare, tokenizer=model, threads=1) as llm:
-        assert llm.generate("text", GREEDY)[0].outputs[0].token_ids
-
-
-def test_closed(model: Path) -> None:
-    llm = LLM(model, threads=1)
-    stream = llm.stream("a", GREEDY)
-    llm.close()
-    llm.close()
-    for call in (lambda: llm.generate("a"), lambda: next(stream)):
-        with pytest.raises(PaceError, match="closed"):
-            call()
-
-
-def test_forked_child_gets_an_error(llm: LLM) -> None:
-    stream = llm.stream("a", GREEDY)
-    next(stream)
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            llm.generate("a", GREEDY)
-        except ForkError:
-            os.write(write, b"ForkError")
-        finally:
-            os._exit(0)
-    os.close(write)
-    with os.fdopen(read, "rb") as pipe:
-        assert pipe.read() == b"ForkError"
-    os.waitpid(pid, 0)
-    assert len(list(stream)) == 11
-
-
-def test_an_interrupt_ends_its_own_requests_only(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    (whole,) = llm.generate("other", GREEDY)
-    other = llm.stream("other", GREEDY)
-    next(other)
-    step = llm.engine.step
-    n_steps = itertools.count()
-
-    def interrupting() -> list[RequestOutput]:
-        if next(n_steps) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step()
-
-    monkeypatch.setattr(llm.engine, "step", interrupting)
-    with pytest.raises(KeyboardInterrupt):
-        llm.generate(["a", "b"] * 1000, SamplingParams(max_tokens=400, ignore_eos=True))
-    monkeypatch.undo()
-    assert llm.stats()["n_running"] <= 1
-    *_, last = other
-    assert last.outputs == whole.outputs
-    assert not llm.engine.has_unfinished and llm.stats()["n_running"] == 0
-
-
 @pytest.mark.parametrize("kind", RequestOutputKind)
 def test_a_stream_comes_in_the_kind_that_was_asked_for(llm: LLM, kind: RequestOutputKind) -> None:
     (whole,) = llm.generate("kinds", replace(GREEDY, logprobs=1, output_kind=kind))
@@ -357,25 +198,6 @@ def test_a_stream_comes_in_the_kind_that_was_asked_for(llm: LLM, kind: RequestOu
     else:
         assert len(outputs) == (12 if kind is RequestOutputKind.CUMULATIVE else 1)
         assert outputs[-1] == want
-
-
-def test_more_prompts_than_the_queue_holds(model: Path) -> None:
-    prompts = [f"prompt {i}" for i in range(60)]
-    with LLM(model, threads=1, max_num_seqs=4, max_num_waiting=3) as llm:
-        outputs = llm.generate(prompts, GREEDY)
-        assert [o.prompt for o in outputs] == prompts
-        assert answers(outputs[59:]) == answers(llm.generate("prompt 59", GREEDY))
-        found: list[Any] = [None] * 4
-
-        def work(i: int) -> None:
-            found[i] = answers(llm.generate(prompts[:20], GREEDY))
-
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        assert found == [answers(outputs[:20])] * 4
 
 
 def test_many_texts_are_encoded_in_parts(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -436,104 +258,3 @@ def test_a_progress_bar_counts_tokens(
     assert "2/2" in bar and "tok/s" in bar
     llm.generate(["a", "b"], GREEDY)
     assert capsys.readouterr().err == ""
-
-
-def test_a_fault_of_the_engine_ends_everybody(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with LLM(model, threads=1) as llm:
-        other = llm.stream("other", GREEDY)
-        next(other)
-        monkeypatch.setattr(llm.engine, "step", lambda: 1 // 0)
-        for _ in range(2):
-            with pytest.raises(EngineDeadError, match=r"ZeroDivisionError: .*build a new one"):
-                llm.generate("a", GREEDY)
-        with pytest.raises(EngineDeadError):
-            list(other)
-
-
-def test_two_engines_in_one_process(llm: LLM, model: Path) -> None:
-    with LLM(model, threads=1) as other:
-        first, second = llm.stream("a", GREEDY), other.stream("a", GREEDY)
-        pairs = list(zip(first, second, strict=True))
-    assert all(a.outputs == b.outputs for a, b in pairs)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"max_model_len": 513}, ConfigError, "supports 512"),
-        ({"max_model_len": 0}, ConfigError, "max_model_len is 0"),
-        ({"threads": 0}, ConfigError, "n_threads is 0"),
-        ({"cpus": "3-1"}, ConfigError, "empty"),
-        ({"cpus": []}, ConfigError, "cpus"),
-        ({"kernels": {"gemm": "sse2"}}, ConfigError, "sse2"),
-        ({"kernels": {"gem": "avx2"}}, ConfigError, "'gem'"),
-        ({"max_num_seqs": 0}, ConfigError, "max_num_seqs"),
-        ({"max_num_seqs": 4, "max_num_batched_tokens": 3}, ConfigError, "below max_num_seqs"),
-        ({"kv_cache_type": "ring"}, ConfigError, "expected one of slab, paged, contiguous"),
-        ({"kv_cache_dtype": "fp8"}, ConfigError, "kv_cache_dtype"),
-        ({"kv_cache_memory": "much"}, ConfigError, "kv_cache_memory"),
-        ({"admission": "first"}, ConfigError, "admission"),
-        ({"max_num_waiting": 0}, ConfigError, "max_num_waiting"),
-        ({"revision": "main"}, CheckpointError, "revision"),
-        ({"seed": -1}, ConfigError, "seed"),
-    ],
-)
-def test_bad_options(model: Path, options: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        LLM(model, **options)
-
-
-@pytest.mark.parametrize(
-    ("options", "block_size"),
-    [
-        ({"kv_cache_type": "paged"}, 16),
-        ({"kv_cache_type": "slab", "block_size": 64, "admission": "reserve"}, 64),
-        ({"kv_cache_type": "contiguous", "block_size": 32, "kv_cache_memory": "4MiB"}, 32),
-        ({"kv_cache_memory": 1 << 22, "block_size": 32, "enable_prefix_caching": False}, 32),
-    ],
-)
-def test_the_kv_cache_is_chosen(llm: LLM, model: Path, options: dict[str, Any], block_size: int) -> None:
-    prompts = ["a" * n for n in (1, 90, 33, 90)]
-    with LLM(model, threads=1, max_num_seqs=3, **options) as other:
-        assert answers(other.generate(prompts, GREEDY)) == answers(llm.generate(prompts, GREEDY))
-        assert other.stats()["block_size"] == block_size
-
-
-def test_an_int8_cache(model: Path) -> None:
-    with LLM(model, threads=1, kv_cache_dtype="int8") as llm:
-        assert len(llm.generate("a" * 50, GREEDY)[0].outputs[0].token_ids) == 12
-
-
-def test_kernels_can_be_forced(llm: LLM, model: Path) -> None:
-    with LLM(model, threads=1, kernels={"attention": "reference", "gemm": "reference"}) as other:
-        assert len(other.generate("a", GREEDY)[0].outputs[0].token_ids) == 12
-
-
-def test_missing_weights_leave_nothing_behind(tmp_path: Path) -> None:
-    model = write_checkpoint(tmp_path)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    n_threads = threading.active_count()
-    with pytest.raises(WeightsError, match=r"layers\.2"):
-        LLM(model)
-    assert threading.active_count() == n_threads
-
-
-def test_capacity_names_the_knob(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pace.engine.memory.available_bytes", lambda: 1 << 20)
-    with pytest.raises(CapacityError, match="max_num_batched_tokens"):
-        LLM(model)
-
-
-def test_the_lengths_that_rope_was_not_chosen_for_are_told_at_load(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = write_checkpoint(tmp_path, rope_scaling={"rope_type": "dynamic", "factor": 2.0})
-    found = []
-    for max_model_len, told in ((512, False), (None, True), (600, True)):
-        caplog.clear()
-        with LLM(model, threads=1, max_model_len=max_model_len) as llm:
-            assert ("with max_model_len 512 none does" in caplog.text) is told
-            (out,) = llm.generate("the length counts", SamplingParams(max_tokens=1, logprobs=5))
-        found.append(out.outputs[0].logprobs)
-    assert found[0] != found[1] and found[0] != found[2]
