@@ -35,7 +35,8 @@ INLINE void mr_widen(mr_rows *s, long rows, const mm_args *g) {
 // with the fma alone in assembly it takes two elements at once, for which a sum and the mask have no register: 50
 // instructions a pair of k where these are 45. That counts where a hyperthread's sibling takes half of the slots, 3 a
 // cycle: 6 / 4 rows of panels in L2 on such a Zen 3 core 0.71 / 0.67 before, now 0.83 / 0.77 of the dot roof; in its
-// quiet moments, 0.96 / 0.84 and 0.96 / 0.95. (Fetching to L1 4 to 16 pairs ahead: no difference.)
+// quiet moments, 0.96 / 0.84 and 0.96 / 0.95. (Fetching to L1 4 to 16 pairs ahead, or a
+// line every second pair: no difference.)
 INLINE void mr_tile(const int mr, const int fetch, const float *x, long c0, const mm_args *g) {
     __m256 acc[MR_ROWS][2];
     const bf16 *b = g->b + 2 * c0;
