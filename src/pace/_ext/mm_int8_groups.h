@@ -24,9 +24,8 @@ typedef struct {
     long head, step;  // from a block to its codes; from a group's codes to the next ones'
     long scale_step;  // the same of scales: 0 where a column has one
     int scales, zeros;
-    uintptr_t
-        fetch;  // 0, or what comes nearer along the way: fetch_step bytes per 8 k, all passes over the panel together
-    long fetch_step;
+    uintptr_t fetch;  // 0, or what comes nearer along the way
+    long fetch_step;  // bytes of it per 8 k, all passes over the panel together
 } mq_args;
 
 #ifdef __AVX512F__
@@ -41,9 +40,10 @@ INLINE vf mq_zeros(const uint8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)p)));
 }
 #else
-#define MQ_ROWS 2  // more are mm_words.h's and mm_nibbles.h's
+// More rows than these are multiplied by the tiles of mm_words.h and mm_nibbles.h, MQ_WIDE of them at a time.
+#define MQ_ROWS 2
 #define MQ_WHOLE_ROWS 2
-#define MQ_WIDE 6     // rows of their tiles
+#define MQ_WIDE 6
 // One row reads a panel in one pass, two in two: four, each of a quarter of every line, widened a row's bytes four
 // times. 1 row from memory on two Zen 3 cores, share of the read roof, four passes / this: int4 in groups of 32 0.79 to
 // 0.84 / 0.85 to 0.91, int8 in groups of 128 0.79 to 0.89 / 0.83 to 0.89, of 32 0.83 to 0.88 / 0.93; 2 rows 0.54 to
@@ -100,7 +100,7 @@ INLINE void mq_groups(const int mr, const int layout, const int symmetric, const
         for (int j = 0; j < nv; j++) sum[r][j] = v_zero();
     const long lda = t->lda, bytes = layout == PACE_INT4 ? 4 * PACE_NR : 8 * PACE_NR;
     const int8_t *a[2];
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int i = 0; i < 2; i++) a[i] = t->a + (3 * i < mr ? 3 * i : 0) * lda;
     const uint8_t *block = t->b, *codes = t->b + t->head + 4 * c;
     uintptr_t ahead = mq_ahead(t, mr, c);
