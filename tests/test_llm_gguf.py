@@ -126,5 +126,8 @@ def test_a_file_that_changed_is_packed_again(tmp_path: Path, caplog: pytest.LogC
 
 
 def test_a_file_of_blocks_is_not_rounded_again(tmp_path: Path) -> None:
+    path = str(from_demo(tmp_path / "demo.gguf", "Q8_0"))
     with pytest.raises(ConfigError, match="quantised already"):
-        LLM(model=str(from_demo(tmp_path / "demo.gguf", "Q8_0")), quantization="int4")
+        LLM(model=path, quantization="int4")
+    with pytest.raises(ConfigError, match="LM head is quantised already; leave the option out"):
+        LLM(model=path, quantization="int8-head")

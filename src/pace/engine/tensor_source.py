@@ -86,7 +86,12 @@ def _held(quantization: str | None, spec: DecoderSpec, tensors: Tensors) -> Held
             f"quantization is {quantization}, but the checkpoint is quantised already; leave the option out, or take "
             "int8-head, which rounds the LM head where the file leaves it in 16 bits"
         )
-    return held._replace(formats=formats_of(plan, quantization) | held.formats)
+    formats = formats_of(plan, quantization)
+    if formats.keys() & (held.formats.keys() | held.rounded):
+        raise ConfigError(
+            f"quantization is {quantization}, but the checkpoint's LM head is quantised already; leave the option out"
+        )
+    return held._replace(formats=held.formats | formats)
 
 
 @contextmanager

@@ -30,10 +30,12 @@ class Held(NamedTuple):
     Args:
         formats: of each that has one.
         by_group: those of them whose columns stand by the groups that share a scale.
+        rounded: matrices that are quantised in the checkpoint, or in part, and bf16 here.
     """
 
     formats: dict[str, WeightFormat]
     by_group: frozenset[str] = frozenset()
+    rounded: frozenset[str] = frozenset()
 
 
 def held_formats(plan: Plan, tensors: Tensors) -> Held:
@@ -66,7 +68,7 @@ def held_formats(plan: Plan, tensors: Tensors) -> Held:
             len(rounded),
             rounded[0],
         )
-    return Held(formats, frozenset(ordered))
+    return Held(formats, frozenset(ordered), frozenset(rounded))
 
 
 def _by_group(matrices: Sequence[Matrix | None]) -> list[Matrix] | None:
