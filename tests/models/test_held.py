@@ -151,7 +151,8 @@ def test_groups_of_several_sizes_become_bf16(caplog: pytest.LogCaptureFixture) -
             changed[np.flatnonzero(changed == 0)[0]] = 1
             tensors[name] = changed, dtype
     plan, opened = lowered(config, tensors)
-    assert held_formats(plan, opened) == ({}, frozenset())
+    held = held_formats(plan, opened)
+    assert (held.formats, held.by_group, held.rounded) == ({}, frozenset(), MATRICES)
     assert "8 matrices, the first of them layers.0.qkv, become bf16" in caplog.text
 
 
