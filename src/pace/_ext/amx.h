@@ -19,7 +19,10 @@ typedef struct {
     uint8_t rows[16];
 } tile_config;
 
-INLINE void gemm_begin(gemm_state *s) { s->rows = 0; }
+INLINE void gemm_begin(gemm_state *s, int few) {
+    (void)few;
+    s->rows = 0;
+}
 INLINE void gemm_end(gemm_state *s) {
     if (s->rows) _tile_release();  // else the kernel saves 8 KB of tile state at every context switch
 }

@@ -121,7 +121,7 @@ static void gemm_amx_int8(const gemm_job *j, long p0, long p1) {
     const long chunk_bytes = AI_CHUNK * pace_code_bytes(w) + (q.scale_step ? AI_CHUNK / q.group * q.head : 0);
     ai_args t = {.lda = q.lda};
     gemm_state state;
-    gemm_begin(&state);
+    gemm_begin(&state, 0);
     for (long pg = p0; pg < p1; pg += at_once) {
         const long pe = pg + at_once < p1 ? pg + at_once : p1;
         for (long mb = 0; mb < j->rows; mb += GEMM_MC) {
