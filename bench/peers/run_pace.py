@@ -1,7 +1,11 @@
 """pace, through its public Python API.
 
-Install: pip install . (or a wheel) in an environment of its own; AMD PACE takes the same module name.
+Install: pip install . (or a wheel) in an environment of its own; AMD PACE takes the same module name. PACE_OPTIONS has
+more arguments of `LLM` as JSON, such as {"quantization": "int8-head"}.
 """
+
+import json
+import os
 
 import common
 
@@ -14,6 +18,7 @@ llm = LLM(
     max_num_seqs=common.MAX_NUM_SEQS,
     skip_tokenizer_init=True,
     enable_prefix_caching=False,  # every prompt is asked for several times
+    **json.loads(os.environ.get("PACE_OPTIONS", "{}")),
 )
 
 
