@@ -113,6 +113,12 @@ INLINE void mr_tile(const int mr, const int fetch, const float *x, long c0, cons
         for (int j = 0; j < 2; j++) v_store(c + r * g->ldc + j * VL, acc[r][j]);
 }
 
+#ifdef __AVX512F__
+#define MR_MORE MR_CASE(7) MR_CASE(8) MR_CASE(9) MR_CASE(10) MR_CASE(11) MR_CASE(12) MR_CASE(13) MR_CASE(14)
+#else
+#define MR_MORE
+#endif
+
 // MR_LEAST .. MR_ROWS rows x times a panel.
 static void mr_product(const float *x, int rows, const mm_args *g) {
     const long step = g->prefetch ? g->prefetch_step / MR_PASSES : 0;
@@ -126,13 +132,7 @@ static void mr_product(const float *x, int rows, const mm_args *g) {
             else                                      \
                 mr_tile(MR, 0, x, c0, g);             \
         return;
-    switch (rows) {
-        MR_CASE(3)
-        MR_CASE(4) MR_CASE(5) MR_CASE(6)
-#if MR_ROWS > 6
-            MR_CASE(7) MR_CASE(8) MR_CASE(9) MR_CASE(10) MR_CASE(11) MR_CASE(12) MR_CASE(13) MR_CASE(14)
-#endif
-    }
+    switch (rows) { MR_CASE(3) MR_CASE(4) MR_CASE(5) MR_CASE(6) MR_MORE }
 #undef MR_CASE
 }
 
