@@ -18,6 +18,7 @@
 #include "mm_groups.h"
 #include "mm_int8_groups.h"
 #ifndef __AVX512BF16__
+#include "mm_codes.h"
 #include "mm_rows.h"
 #endif
 #ifndef __AVX512F__
@@ -355,8 +356,8 @@ static void gemm_few(const gemm_job *j, long p0, long p1, mm_args a) {
 }
 
 #if !defined(__AVX512F__)
-// One row and what is expanded for it: two panels side by side, because the four sums of one would wait for each other.
-// MXFP4 from the L2 of a Zen 3 core: 8.1 GB/s of codes instead of 6.8 (expanding takes half of the time).
+// One row and MXFP4, which is expanded: two panels side by side, because the four sums of one would wait for each
+// other. From the L2 of a Zen 3 core: 8.1 GB/s of codes instead of 6.8 (expanding takes half of the time).
 static void gemm_lone_row(const gemm_job *j, long p0, long p1, mm_args a) {
     a.c = j->c;
     a.b = j->expanded[0].b;
@@ -373,6 +374,34 @@ static void gemm_lone_row(const gemm_job *j, long p0, long p1, mm_args a) {
             mm(1, (int)(2 * np), &a);
         }
         for (long i = 0; i < np; i++) gemm_finish(j, p + i, 0, 1, a.c + i * PACE_NR);
+    }
+}
+#endif
+
+#ifdef PACE_MM_CODES_H
+// Few rows on codes. One row meets two panels side by side: the sums of one would wait for each other.
+static void gemm_codes(const gemm_job *j, long p0, long p1) {
+    const pace_matrix *w = j->w;
+    const long k = w->k_pad;
+    const int whole = w->group == k;
+    mm_args rows = {.lda = j->src->ld};
+    mc_args t = {.w = w, .apart = pace_panel_bytes(w), .c = j->c};
+    mr_rows wide;
+    mr_begin(&wide, 0);
+    t.x = wide.x;
+    for (long p = p0, np; p < p1; p += np) {
+        np = j->rows == 1 && p + 1 < p1 ? 2 : 1;
+        for (long k0 = 0; k0 < k; k0 += t.k) {
+            t.k = k - k0 < MC_CHUNK ? k - k0 : MC_CHUNK;
+            rows.a = gemm_row(j, 0, k0);
+            rows.kp = t.k / 2;
+            mr_widen(&wide, j->rows, &rows);
+            t.block = gr_panel(w, p) + (whole ? 0 : k0 / w->group * pace_block_bytes(w));
+            t.in = whole ? k0 : 0;
+            t.accumulate = k0 > 0;
+            mc_rows((int)j->rows, (int)np, &t);
+        }
+        for (long i = 0; i < np; i++) gemm_finish(j, p + i, 0, j->rows, t.c + i * PACE_NR);
     }
 }
 #endif
@@ -479,8 +508,12 @@ static void gemm_panels(const pace_matrix *w, const pace_slot *src, long p0, lon
         return;
     }
     if (w->layout == PACE_PANELS && j.rows <= GEMM_SKINNY_ROWS) gemm_skinny(&j, p0, p1, a);
+#ifdef PACE_MM_CODES_H
+    else if (mc_takes(w, j.rows))
+        gemm_codes(&j, p0, p1);
+#endif
 #if !defined(__AVX512F__)
-    else if (j.rows == 1 && !gemm_by_groups(w))
+    else if (j.rows == 1 && w->layout == PACE_MXFP4)
         gemm_lone_row(&j, p0, p1, a);
 #endif
     else if (j.rows <= GEMM_FEW)

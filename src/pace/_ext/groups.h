@@ -60,11 +60,10 @@ INLINE gr_words gr_both(const uint8_t *p) {
 // E4M3, a byte in each word. Exponents of normal numbers move by 120; of the others a table has the values, m / 512.
 INLINE gr_words gr_e4m3(gr_words x) {
     static const _Alignas(64) uint16_t small[32] = {0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};
-    const __m512i magnitude = _mm512_and_si512(x, gr_set(127));
-    const __m512i normal = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), gr_set(120 << 7));
-    const __m512i least = _mm512_permutexvar_epi16(magnitude, _mm512_load_si512(small));
-    const __m512i value = _mm512_mask_blend_epi16(_mm512_cmplt_epu16_mask(magnitude, gr_set(8)), normal, least);
-    return _mm512_or_si512(value, _mm512_slli_epi16(_mm512_and_si512(x, gr_set(128)), 8));
+    const __m512i normal = _mm512_add_epi16(_mm512_slli_epi16(_mm512_and_si512(x, gr_set(127)), 4), gr_set(120 << 7));
+    const __mmask32 least = _mm512_testn_epi16_mask(x, gr_set(0x78));  // then the low five bits are m
+    const __m512i value = _mm512_mask_permutexvar_epi16(normal, least, x, _mm512_load_si512(small));
+    return _mm512_ternarylogic_epi32(value, _mm512_slli_epi16(x, 8), gr_set((short)0x8000), 0xf8);  // value | sign
 }
 #else
 typedef __m256i gr_words;
