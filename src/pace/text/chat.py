@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pace.errors import ChatTemplateError, RequestError, show
+from pace.text.budget import Budget
 from pace.text.messages import check_messages, check_tools, check_variables, n_nodes_and_chars
 from pace.text.template_files import DEFAULT, MAX_TEMPLATE_BYTES, find_templates
 
@@ -128,7 +129,7 @@ class ChatTemplate:
 
     def _render(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
         # Not at the top: it imports jinja2, 50 ms.
-        from pace.text.sandbox import Budget, render
+        from pace.text.sandbox import render
 
         n_nodes, n_chars = n_nodes_and_chars(messages, variables)
         # Templates look at every message a few times; a budget in proportion admits long chats and stops

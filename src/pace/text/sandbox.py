@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from functools import wraps
-from itertools import islice
 from typing import Any, NoReturn
 
 import jinja2
@@ -30,46 +28,24 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from pace.errors import ChatTemplateError, RequestError, show
+from pace.text.budget import (
+    BUDGET,
+    Budget,
+    OverBudget,
+    charge_replace,
+    charge_result,
+    check_binop,
+    check_method,
+    check_percent,
+    take,
+    text_len,
+    weigh,
+)
 
-__all__ = ["Budget", "Compiled", "compile_template", "render"]
+__all__ = ["Compiled", "compile_template", "render"]
 
-MAX_ITEMS = 100_000  # of one list that a template makes; also the sandbox's limit of range()
-MAX_INT_BITS = 256
 MAX_FILTER_INT = 1000  # widths, counts and precisions given to filters
-MAX_SECONDS = 5.0
 
-
-class _OverBudget(Exception):
-    """Internal: becomes a ChatTemplateError where the rendering was started."""
-
-
-@dataclass
-class Budget:
-    """What one rendering may still use.
-
-    Attributes:
-        steps: loop iterations, calls, and list elements handled.
-        chars: characters of all texts made on the way, the output among them.
-        deadline_s: `time.monotonic()` after which it is refused.
-    """
-
-    steps: int = 250_000
-    chars: int = 16_000_000
-    deadline_s: float = field(default_factory=lambda: time.monotonic() + MAX_SECONDS)
-
-    def spend(self, steps: int = 0, chars: int = 0) -> None:
-        """Use some of it, before the work is done."""
-        self.steps -= steps
-        self.chars -= chars
-        if self.steps < 0:
-            raise _OverBudget("it takes too many steps")
-        if self.chars < 0:
-            raise _OverBudget("it makes too much text")
-        if time.monotonic() > self.deadline_s:
-            raise _OverBudget(f"it takes longer than {MAX_SECONDS:g} s")
-
-
-_BUDGET: ContextVar[Budget] = ContextVar("pace_chat_budget")
 _CLOCK: ContextVar[Callable[[], datetime]] = ContextVar("pace_chat_clock")
 
 
@@ -97,7 +73,7 @@ def compile_template(source: str) -> Compiled:
         ChatTemplateError: a syntax error, an unknown filter or test, or a construct that is not offered.
     """
     environment = _Environment()
-    token = _BUDGET.set(Budget())  # the compiler folds constants, with the same filters
+    token = BUDGET.set(Budget())  # the compiler folds constants, with the same filters
     try:
         tree = environment.parse(source)
         reads_parts = any(_is_content(loop.iter) for loop in tree.find_all(nodes.For))
@@ -125,7 +101,7 @@ def compile_template(source: str) -> Compiled:
     except Exception as error:
         raise ChatTemplateError(f"the chat template is malformed: {type(error).__name__}: {error}") from None
     finally:
-        _BUDGET.reset(token)
+        BUDGET.reset(token)
 
 
 def render(
@@ -140,12 +116,12 @@ def render(
         RequestError: the template called raise_exception: it does not take these messages.
         ChatTemplateError: it failed, or exceeded the budget.
     """
-    token, clock_token = _BUDGET.set(budget), _CLOCK.set(clock)
+    token, clock_token = BUDGET.set(budget), _CLOCK.set(clock)
     try:
         return template.render(variables)
     except RequestError:
         raise
-    except _OverBudget as error:
+    except OverBudget as error:
         raise ChatTemplateError(f"the chat template was stopped: {error}") from None
     except RecursionError:
         raise ChatTemplateError("the chat template was stopped: it recurses too deeply") from None
@@ -154,7 +130,7 @@ def render(
     except Exception as error:
         raise ChatTemplateError(f"the chat template failed: {type(error).__name__}: {error}") from None
     finally:
-        _BUDGET.reset(token)
+        BUDGET.reset(token)
         _CLOCK.reset(clock_token)
 
 
@@ -178,7 +154,7 @@ class _Counted:
         self._n_chars = n_chars
 
     def __iter__(self) -> Iterator[Any]:
-        budget = _BUDGET.get()
+        budget = BUDGET.get()
         for item in self._items:
             budget.spend(1, self._n_chars)
             yield item
@@ -279,21 +255,21 @@ class _Environment(ImmutableSandboxedEnvironment):
         return None
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        _check_binop(operator, left, right)
+        check_binop(operator, left, right)
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         # Named as in Jinja: a template's keyword arguments may be called self or context.
-        budget = _BUDGET.get()
+        budget = BUDGET.get()
         budget.spend(1)
         if not isinstance(__obj, Macro):
             for value in (*args, *kwargs.values()):
-                _weigh(value)
+                weigh(value)
             owner = getattr(__obj, "__self__", None)
             if isinstance(owner, str):
-                args = _check_method(owner, getattr(__obj, "__name__", ""), args)
+                args = check_method(owner, getattr(__obj, "__name__", ""), args)
         result = super().call(__context, __obj, *args, **kwargs)
-        _charge_result(result)
+        charge_result(result)
         return result
 
 
@@ -315,110 +291,6 @@ _DEEP_TESTS = ("==", "!=", "<", "<=", ">", ">=", "eq", "equalto", "ne", "lt", "l
                "greaterthan", "in")  # fmt: skip
 
 
-def _weigh(value: Any) -> tuple[int, int, int]:
-    """Count nodes, characters and depth of a nest of containers, shared parts as often as printing would;
-    spends them."""
-    if not isinstance(value, (list, tuple, dict, set)):
-        return 1, len(value) if isinstance(value, str) else 20, 0
-    budget = _BUDGET.get()
-    n_nodes = n_chars = max_depth = 0
-    stack: list[tuple[Any, int]] = [(value, 0)]
-    while stack:
-        item, depth = stack.pop()
-        n_nodes += 1
-        max_depth = max(max_depth, depth)
-        if isinstance(item, str):
-            n_chars += len(item)
-        elif isinstance(item, (list, tuple, set, dict)):
-            budget.spend(len(item))
-            stack.extend((child, depth + 1) for child in item)
-            if isinstance(item, dict):
-                stack.extend((child, depth + 1) for child in item.values())
-        else:
-            n_chars += 20
-    return n_nodes, n_chars, max_depth
-
-
-def _text_len(value: Any) -> int:
-    """At least roughly how long str(value) is; measured without making it."""
-    if isinstance(value, str):
-        return len(value)
-    n_nodes, n_chars, _ = _weigh(value)
-    return n_chars + 4 * n_nodes
-
-
-def _charge_result(result: Any) -> None:
-    if isinstance(result, str):
-        _BUDGET.get().spend(0, len(result))
-    elif isinstance(result, (list, tuple, dict)):
-        _BUDGET.get().spend(len(result))
-
-
-def _check_binop(operator: str, left: Any, right: Any) -> None:
-    budget = _BUDGET.get()
-    budget.spend(1)
-    if operator == "+":
-        if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
-            _check_items(len(left) + len(right))
-        elif isinstance(left, str) and isinstance(right, str):
-            budget.spend(0, len(left) + len(right))
-    elif operator == "*":
-        for items, times in ((left, right), (right, left)):
-            if isinstance(items, str) and isinstance(times, int):
-                budget.spend(0, len(items) * max(0, times))
-            elif isinstance(items, (list, tuple)) and isinstance(times, int):
-                _check_items(len(items) * max(0, times))
-        if isinstance(left, int) and isinstance(right, int):
-            _check_bits(left.bit_length() + right.bit_length())
-    elif operator == "**":
-        if isinstance(left, int) and isinstance(right, int):
-            _check_bits(left.bit_length() * abs(right))
-    elif isinstance(left, str):
-        _check_percent(left, right)
-
-
-def _check_percent(pattern: str, values: Any) -> None:
-    if re.search(r"%[^a-zA-Z%]*(\*|\d{4})", pattern):
-        raise _OverBudget(f"the format {show(pattern)} has a width that can't be bounded")
-    _BUDGET.get().spend(0, len(pattern) * 4 + _text_len(values) + 1000 * pattern.count("%"))
-
-
-def _check_items(n_items: int) -> None:
-    if n_items > MAX_ITEMS:
-        raise _OverBudget(f"it makes a list of {n_items} elements, expected at most {MAX_ITEMS}")
-    _BUDGET.get().spend(n_items)
-
-
-def _check_bits(n_bits: int) -> None:
-    if n_bits > MAX_INT_BITS:
-        raise _OverBudget(f"it makes an integer of {n_bits} bits, expected at most {MAX_INT_BITS}")
-
-
-def _check_method(owner: str, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Charge a string method's result before it is made."""
-    if name == "replace" and len(args) >= 2:
-        _charge_replace(owner, args[0], args[1])
-    elif name == "join" and args:
-        items = _take(args[0])
-        _BUDGET.get().spend(len(items), sum(_text_len(item) + len(owner) for item in items))
-        return (items, *args[1:])
-    else:
-        _BUDGET.get().spend(0, len(owner))
-    return args
-
-
-def _charge_replace(text: Any, old: Any, new: Any) -> None:
-    text, old, new = (part if isinstance(part, str) else " " * _text_len(part) for part in (text, old, new))
-    n_found = text.count(old) if old else len(text) + 1
-    _BUDGET.get().spend(0, len(text) + n_found * len(new))
-
-
-def _take(items: Any) -> list[Any]:
-    taken = list(islice(items, MAX_ITEMS + 1))
-    _check_items(len(taken))
-    return taken
-
-
 def _guard_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap one of Jinja's filters: small integers, measured input, charged output."""
     at = (
@@ -427,34 +299,34 @@ def _guard_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]
 
     @wraps(function)  # copies jinja_pass_arg too
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        budget = _BUDGET.get()
+        budget = BUDGET.get()
         budget.spend(1)
         value, options = args[at], [*args[at + 1 :], *kwargs.values()]
         for option in options:
             if isinstance(option, int) and abs(option) > MAX_FILTER_INT and name not in ("d", "default"):
-                raise _OverBudget(
+                raise OverBudget(
                     f"the filter {name} was given {show(option)}, expected at most {MAX_FILTER_INT}"
                 )
             if name in _DEEP_FILTERS:
-                _weigh(option)
+                weigh(option)
         if isinstance(value, Iterator):  # of a map or select before this one
-            value = _take(value)
+            value = take(value)
         if name in _DEEP_FILTERS:
-            n_chars = _text_len(value)
+            n_chars = text_len(value)
             if name == "replace" and len(options) >= 2:
-                _charge_replace(value, options[0], options[1])
+                charge_replace(value, options[0], options[1])
             elif name == "join" and isinstance(value, Sized):
-                n_chars += len(value) * sum(_text_len(option) for option in options)
+                n_chars += len(value) * sum(text_len(option) for option in options)
             elif name == "indent":
                 lines = value.count("\n") + 1 if isinstance(value, str) else 1
-                n_chars += lines * sum(_text_len(option) + MAX_FILTER_INT // 10 for option in options)
+                n_chars += lines * sum(text_len(option) + MAX_FILTER_INT // 10 for option in options)
             elif name == "format":
-                _check_percent(value if isinstance(value, str) else "", options)
+                check_percent(value if isinstance(value, str) else "", options)
             budget.spend(0, n_chars)
         elif isinstance(value, Sized) and name in ("list", "reverse"):
             budget.spend(len(value))
         result = function(*args[:at], value, *args[at + 1 :], **kwargs)
-        _charge_result(result)
+        charge_result(result)
         return result
 
     return guarded
@@ -464,7 +336,7 @@ def _guard_test(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def guarded(*args: Any) -> Any:
         for value in args:
-            _weigh(value)
+            weigh(value)
         return function(*args)
 
     return guarded
@@ -480,24 +352,24 @@ def _loop(context: Context, items: Any, n_chars: int) -> Any:
 
 @jinja2.pass_context
 def _charge(context: Context, value: None, n_chars: int) -> None:
-    _BUDGET.get().spend(1, n_chars)
+    BUDGET.get().spend(1, n_chars)
 
 
 @jinja2.pass_context
 def _concat(context: Context, parts: list[Any]) -> str:
-    _BUDGET.get().spend(1, sum(_text_len(part) for part in parts))
+    BUDGET.get().spend(1, sum(text_len(part) for part in parts))
     return "".join(map(str, parts))
 
 
 @jinja2.pass_context
 def _weigh_operand(context: Context, value: Any) -> Any:
-    _weigh(value)
+    weigh(value)
     return value
 
 
 @jinja2.pass_context
 def _finalize(context: Context, value: Any) -> str:
-    _BUDGET.get().spend(1, _text_len(value))
+    BUDGET.get().spend(1, text_len(value))
     return str(value)
 
 
@@ -510,9 +382,9 @@ def _to_json(
 ) -> str:
     """As `transformers` defines it: no HTML escapes, other scripts as they are."""
     if indent is not None and (not isinstance(indent, int) or not 0 <= indent <= 16):
-        raise _OverBudget(f"tojson was given indent {show(indent)}, expected 0 to 16")
-    n_nodes, n_chars, depth = _weigh(value)
-    _BUDGET.get().spend(0, n_chars + n_nodes * (8 + (indent or 0) * depth))
+        raise OverBudget(f"tojson was given indent {show(indent)}, expected 0 to 16")
+    n_nodes, n_chars, depth = weigh(value)
+    BUDGET.get().spend(0, n_chars + n_nodes * (8 + (indent or 0) * depth))
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -524,5 +396,5 @@ def _raise_exception(message: object = "") -> NoReturn:
 
 def _strftime_now(pattern: str) -> str:
     if not isinstance(pattern, str) or len(pattern) > 100 or re.search(r"%[^a-zA-Z%]*\d", pattern):
-        raise _OverBudget(f"strftime_now was given {show(pattern)}, expected a short format without widths")
+        raise OverBudget(f"strftime_now was given {show(pattern)}, expected a short format without widths")
     return _CLOCK.get()().strftime(pattern)
