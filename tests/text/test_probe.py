@@ -151,19 +151,39 @@ def test_no_interpreter_is_a_refusal_that_says_so(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("output", "code", "words"),
+    ("output", "code", "words", "slow"),
     [
-        (b"", 1, "can't be tried"),
-        (b'{"doing": "reading the file"}\n', -6, "SIGABRT"),
-        (b'{"doing": "reading the file"}\n', -27, "too long"),
-        (b'{"doing": "reading the file"}\n', 0, "code 0"),  # a parent that ignores SIGCHLD
-        (b'{"doing": "x"}\n{"harm": "it bites"}\n', 0, "it bites"),
-        (b'{"doing": "x"}\n{"harm": null}\n', 0, None),
+        (b"", 1, "can't be tried", False),
+        (b'{"doing": "reading the file"}\n', -6, "SIGABRT", False),
+        (b'{"doing": "reading the file"}\n', -27, "too long", True),
+        (b'{"doing": "reading the file"}\n', 0, "code 0", False),  # a parent that ignores SIGCHLD
+        (b'{"doing": "x"}\n{"harm": "it bites", "slow": false}\n', 0, "it bites", False),
+        (b'{"doing": "x"}\n{"harm": "it crawls", "slow": true}\n', 0, "it crawls", True),
+        (b'{"doing": "x"}\n{"harm": null, "slow": false}\n', 0, None, False),
     ],
 )
-def test_the_last_line_is_the_verdict(output: bytes, code: int, words: str | None) -> None:
-    verdict = probe._verdict(output, code)
-    assert verdict is None if words is None else words in str(verdict)
+def test_the_last_line_is_the_verdict(output: bytes, code: int, words: str | None, slow: bool) -> None:
+    harm, is_slow = probe._verdict(output, code)
+    assert harm is None if words is None else words in str(harm)
+    assert is_slow == slow
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict"),
+    [
+        ([("it takes 0.19 s", True), (None, False)], None),  # the machine stood still
+        ([("it takes 0.19 s", True), ("it takes 0.20 s", True)], "it takes 0.20 s"),
+        ([("it ends the process", False)], "it ends the process"),
+        ([(None, False)], None),
+    ],
+)
+def test_what_is_slow_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, found: list[tuple[str | None, bool]], verdict: str | None
+) -> None:
+    children = iter(found)
+    monkeypatch.setattr(probe, "_try", lambda data: next(children))
+    assert probe.probe(b"{}") == verdict
+    assert not list(children)
 
 
 @pytest.mark.parametrize(

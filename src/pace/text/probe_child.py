@@ -3,7 +3,8 @@
     python -I probe_child.py FOLDER_OF_TOKENIZERS < tokenizer.json
 
 It imports nothing of pace, and may die at any moment: before each step it writes a line that says what follows, and
-the last line holds the verdict, {"harm": text or null}. Time is that of the CPU, so a busy machine changes no verdict.
+the last line holds the verdict, {"harm": text or null, "slow": whether it is a matter of time}. Time is that of the CPU,
+so other programs change no verdict.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def write(line: dict[str, Any]) -> None:
     os.write(1, json.dumps(line).encode() + b"\n")
 
 
-def end(harm: str | None) -> NoReturn:
-    write({"harm": harm})
+def end(harm: str | None, *, slow: bool = False) -> NoReturn:
+    write({"harm": harm, "slow": slow})
     os._exit(0)  # the library may abort while it tidies up
 
 
@@ -136,7 +137,7 @@ def try_text(rust: Any, shape: tuple[str, str], n_chars: int) -> float:
     if len(decoded) > MAX_GROWTH * n_token_chars + GROWTH_SLACK:
         end(f"it decodes {n_token_chars} characters of tokens to {len(decoded)}")
     if seconds > SLOW_S + SLOW_S_PER_BYTE * n_bytes:
-        end(f"it takes {seconds:.2f} s for {label}")
+        end(f"it takes {seconds:.2f} s for {label}", slow=True)
     return seconds
 
 
@@ -174,7 +175,8 @@ def try_all(rust: Any) -> None:
             seconds = try_text(rust, shape, n_chars)
             if seconds > SLOW_S and seconds > MAX_RATIO * before.get(shape, seconds):
                 end(
-                    f"it takes {seconds:.2f} s for {shape[0][:16]!a} repeated, and longer the longer the text"
+                    f"it takes {seconds:.2f} s for {shape[0][:16]!a} repeated, and longer the longer the text",
+                    slow=True,
                 )
             before[shape] = seconds
 
