@@ -10,12 +10,18 @@ import pytest
 from ext.kit import Packed, pack_model
 from golden import tiny
 from golden.harness import load
+from hypothesis import settings
 
 from pace import ops
 
 # A background job of a shell is started with SIGINT ignored, Python then leaves it so, and the tests of Ctrl-C, here
 # and in the processes that they start, would wait for a KeyboardInterrupt that never comes.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Hypothesis fails an example that took 0.2 s of wall time. No test of properties is one of speed, and a virtual machine
+# stands still for longer.
+settings.register_profile("pace", deadline=None)
+settings.load_profile("pace")
 
 
 @pytest.fixture(params=ops.isas())

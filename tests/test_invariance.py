@@ -200,7 +200,6 @@ def lab(packed_model: Callable[[str], Packed]) -> Iterator[Lab]:
 
 QUICK = settings(
     max_examples=60,
-    deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

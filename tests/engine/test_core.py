@@ -29,7 +29,7 @@ def test_one_request_is_what_the_model_says() -> None:
     assert output.metrics.decode_tokens_per_s is not None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     requests=st.lists(
         st.tuples(st.integers(1, 40), st.integers(1, 24), st.integers(0, 20), st.booleans()),

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 
 TRIALS = settings(
     max_examples=150,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 HEARING = st.fixed_dictionaries(

@@ -404,7 +404,6 @@ class EngineMachine(RuleBasedStateMachine):
 QUICK = settings(
     max_examples=60,
     stateful_step_count=30,
-    deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )

@@ -169,7 +169,7 @@ def test_nobody_is_held_for_a_worse_priority() -> None:
     assert run(s) == [("better", 64)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     arrivals=st.lists(
         st.tuples(st.integers(0, 12), st.integers(1, 300), st.integers(1, 10), st.integers(-1, 1)),
@@ -337,7 +337,7 @@ def test_every_waiting_prompt_has_rows_of_its_own() -> None:
     assert run(s) == [("watched", 1), ("a", 20), ("b", 20), ("c", three - 40)]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     arrivals=st.lists(
         st.tuples(st.integers(0, 15), st.integers(1, 60), st.integers(1, 40), st.integers(-1, 1)),

@@ -22,7 +22,7 @@ def read_by(reach: Reach, position: int) -> set[int]:
     return {(group * 32 + i) // reach.block_size for group in groups for i in range(32)}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(reach=REACHES, position=st.integers(0, 400))
 def test_unseen_blocks_are_those_before_what_is_read(reach: Reach, position: int) -> None:
     unseen = reach.unseen_blocks(position)
@@ -32,7 +32,7 @@ def test_unseen_blocks_are_those_before_what_is_read(reach: Reach, position: int
     assert reach.unseen_blocks(reach.position_beyond(unseen) - 1) == unseen
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(reach=REACHES, length=st.integers(1, 500))
 def test_a_row_never_holds_more_at_once_than_it_is_said_to(reach: Reach, length: int) -> None:
     """And it does hold that much somewhere, where it is long enough."""

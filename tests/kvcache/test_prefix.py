@@ -190,7 +190,7 @@ def common(a: I32Array, b: I32Array) -> int:
     return next((i for i in range(n) if a[i] != b[i]), n)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_the_best_of_all_siblings_is_found(data: st.DataObject) -> None:
     """Few different tokens, of either sign and byte order's every trap, so that beginnings are shared at any length."""

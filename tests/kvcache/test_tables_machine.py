@@ -532,7 +532,6 @@ def explore(name: str, max_examples: int, n_steps: int) -> None:
         settings=settings(
             max_examples=max_examples,
             stateful_step_count=n_steps,
-            deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
     )

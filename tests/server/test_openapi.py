@@ -63,7 +63,6 @@ def for_each(strategy: Any, n: int, check: Callable[[Any], None]) -> None:
 
     @settings(
         max_examples=n,
-        deadline=None,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
         database=None,
