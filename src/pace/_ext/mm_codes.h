@@ -2,10 +2,11 @@
 // products of bf16: the sums of mm.h and mm_groups.h in their order, so their bits.
 //
 // A code becomes f32 in registers and meets rows in f32. Expanded to bf16 in L1 (gr_expand) it is stored, loaded and
-// widened once more. A decode step of the 1B shape on two Cascade Lake cores, matrices' share of the read roof that way
-// and this: FP8 0.53 / 0.82, int8 0.58 / 0.87, int4 0.49 / 0.92. Time of that way by this, 1 / 4 / 10 rows: FP8 1.6 to
-// 2.0 / 1.1 to 1.2 / 1.2; int8 1.7 to 2.2 / 1.4 to 1.6 / 1.1 to 1.3; int4 1.9 to 2.1 / 1.3 to 1.4 / 1.0 to 1.3. The
-// tier avx2 on them, 1 / 2 rows: int8 1.5 to 1.6 / 1.4; int4 1.5 to 1.9 / 1.3; FP8 1.1 to 1.2 / 0.93 to 0.98.
+// widened once more. A decode step of the 1B shape on two Cascade Lake cores beside working siblings, matrices' share
+// of the read roof that way / this, two runs: FP8 0.53 / 0.78 to 0.88, int8 0.58 / 0.65 to 0.89, int4 0.49 / 0.70 to
+// 0.98. Time of that way by this in turns, 1 / 4 / 10 rows: FP8 1.5 to 2.0 / 1.1 to 1.2 / 1.2; int8 1.7 to 2.2 / 1.4
+// to 1.6 / 1.1 to 1.3; int4 1.9 to 2.1 / 1.3 to 1.4 / 1.0 to 1.3. The tier avx2 on them, 1 / 2 rows: int8 1.5 to 1.6
+// / 1.4; int4 1.5 to 1.9 / 1.3; FP8 1.0 to 1.2 / 0.93 to 0.98.
 #ifndef PACE_MM_CODES_H
 #define PACE_MM_CODES_H
 
@@ -72,9 +73,9 @@ INLINE void mc_pair(vf w[2], const int layout, const int lookup, gr_words x, con
     for (int odd = 0; odd < 2; odd++) w[odd] = layout == PACE_FP8 ? mc_floats(value, odd) : mc_integers(value, odd);
 }
 
-// Vector j of the first or last 4 k of int8 and FP8; int4 has 8 in it.
-INLINE gr_words mc_read(const uint8_t *codes, int j, int last, long apart) {
-    return gr_read(codes + j / MC_VECTORS * apart + j % MC_VECTORS * 4 * VL + last * 4 * PACE_NR);
+// Vector j: of int8 and FP8 the codes of k 0, 1, 4, 5 or the other ones, of int4 those of 8 k.
+INLINE gr_words mc_read(const uint8_t *codes, int j, int other, long apart) {
+    return gr_read(codes + j / MC_VECTORS * apart + j % MC_VECTORS * 4 * VL + other * 4 * PACE_NR);
 }
 
 // sum += rows times `run` k. mr, nv (vectors, of one panel or two), layout and lookup are compile-time constants here
@@ -93,9 +94,9 @@ INLINE void mc_products(const int mr, const int nv, const int layout, const int 
             held[j][0] = mc_read(codes, j, 0, apart);
             if (layout != PACE_INT4) held[j][1] = mc_read(codes, j, 1, apart);
         }
-#define MC_CODES(j, last) held[j][last]
+#define MC_CODES(j, other) held[j][other]
 #else
-#define MC_CODES(j, last) mc_read(codes, j, last, apart)
+#define MC_CODES(j, other) mc_read(codes, j, other, apart)
 #endif
 #pragma GCC unroll 4
         for (int p = 0; p < 4; p++)
@@ -114,6 +115,7 @@ INLINE void mc_products(const int mr, const int nv, const int layout, const int 
                             sum[r][j] = v_fma(v_set(x[r * MR_STEP + 2 * p + odd]), w[j - j0][odd], sum[r][j]);
             }
     }
+#undef MC_CODES
 }
 
 INLINE void mc_tile(const int mr, const int nv, const int layout, const int lookup, const mc_args *t) {
