@@ -114,6 +114,46 @@ def test_a_draft_that_claims_too_much_is_found_out_soon(
         assert speed >= 0.95
 
 
+class Stalled(Controller):
+    """Measures ten times as long where the machine stood still: in these steps of the target, or with a chance of one in
+    a hundred."""
+
+    def __init__(self, seed: int, steps: tuple[int, ...] | None) -> None:
+        super().__init__(K)
+        self._rng = np.random.default_rng(seed)
+        self._steps = steps
+        self._n = 0
+
+    def drafted(self, n_seqs: int, seconds: float) -> None:
+        super().drafted(n_seqs, seconds * (10 if self._steps is None and self._rng.random() < 0.01 else 1))
+
+    def stepped(self, n_rows: int, seconds: float) -> None:
+        self._n += 1
+        stood = self._rng.random() < 0.01 if self._steps is None else self._n in self._steps
+        super().stepped(n_rows, seconds * (10 if stood else 1))
+
+
+@pytest.mark.parametrize("target", [weights_bound, verified_dearly])
+@pytest.mark.parametrize("steps", [None, (1,), (2,), (3,), (1, 40)])
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_a_machine_that_stands_still_does_not_mislead(
+    rate: float, steps: tuple[int, ...] | None, target: Callable[[int], float]
+) -> None:
+    """A stalled plain step must not make a draft that loses seem to pay, until the next plain step 64 rounds later."""
+    for seed in range(4):
+        speed, _ = simulate(
+            rate, target=target, n_steps=400, draft_s=0.006, seed=seed, controller=Stalled(seed, steps)
+        )
+        assert speed >= 0.97
+
+
+def test_a_machine_that_became_slower_is_believed() -> None:
+    cost = StepCost()
+    for seconds in (0.1,) * 20 + (0.2,) * 12:
+        cost.observe(1, seconds)
+    assert cost.seconds(np.array([1]))[0] > 0.175
+
+
 def test_guesses_that_were_not_tried_are_believed_as_those_before_them() -> None:
     controller = Controller(K)
     (seq,) = sequences(1)
