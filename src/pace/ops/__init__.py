@@ -7,8 +7,8 @@ checked once, here or in the extension, before the GIL is released.
 from __future__ import annotations
 
 from pace.ops.executor import OPERATORS, Plan, check_kernels
+from pace.ops.kv_pool import KV_DTYPES, KVPool
 from pace.ops.machine import cpu_info, default_threads, isa, isas, tiers, use_isa, using_isa
-from pace.ops.memory import KV_DTYPES, PACKED_LAYOUTS, KVPool, MappedTable, PackedMatrix, quantise_rows
 from pace.ops.sampling import (
     SAMPLE_DTYPE,
     LogprobsResult,
@@ -20,6 +20,7 @@ from pace.ops.sampling import (
 )
 from pace.ops.suffix import SUFFIX_BREAK, SUFFIX_ORDER, SuffixGuess, SuffixIndex
 from pace.ops.team import Team, roof_dot, roof_read
+from pace.ops.weights import PACKED_LAYOUTS, MappedTable, PackedMatrix, quantise_rows
 
 __all__ = [
     "KV_DTYPES",

@@ -13,10 +13,11 @@ from pace._ext import _kernels
 from pace.errors import ConfigError, ForkError
 from pace.models import plan as ir
 from pace.models.plan import F32Array as F32
+from pace.ops.kv_pool import KVPool
 from pace.ops.machine import isas
-from pace.ops.memory import KVPool, MappedTable, PackedMatrix
 from pace.ops.sampling import SampleResult, sample
 from pace.ops.team import Team
+from pace.ops.weights import MappedTable, PackedMatrix
 
 _FIELDS: Final = _kernels.operators()
 
