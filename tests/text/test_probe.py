@@ -190,6 +190,10 @@ class Refused(Exception):
     """What ends the child."""
 
 
+def refuse(harm: str | None, *, slow: bool = False) -> None:
+    raise Refused(harm, slow)
+
+
 @pytest.mark.parametrize("n_slow", [1, probe_child.N_TRIALS])
 @pytest.mark.parametrize("quadratic", [False, True])
 def test_growth_is_measured_again(monkeypatch: pytest.MonkeyPatch, n_slow: int, quadratic: bool) -> None:
@@ -200,9 +204,6 @@ def test_growth_is_measured_again(monkeypatch: pytest.MonkeyPatch, n_slow: int, 
         n_timed[n_chars] = n_timed.get(n_chars, 0) + 1
         seconds = 4e-6 * n_chars * (n_chars / 4096 if quadratic else 1)
         return seconds * (10 if n_chars == 65536 and n_timed[n_chars] <= n_slow else 1)
-
-    def refuse(harm: str | None, *, slow: bool = False) -> None:
-        raise Refused(harm, slow)
 
     monkeypatch.setattr(probe_child, "try_text", timed)
     monkeypatch.setattr(probe_child, "end", refuse)
@@ -219,9 +220,6 @@ def test_growth_is_measured_again(monkeypatch: pytest.MonkeyPatch, n_slow: int, 
 def test_slow_texts_are_timed_again(monkeypatch: pytest.MonkeyPatch, n_slow: int) -> None:
     clock = iter([time for trial in range(n_slow) for time in (10 * trial, 10 * trial + 5)] + [100, 100.001])
     monkeypatch.setattr(probe_child.time, "process_time", lambda: next(clock))
-
-    def refuse(harm: str | None, *, slow: bool = False) -> None:
-        raise Refused(harm, slow)
 
     monkeypatch.setattr(probe_child, "end", refuse)
     if n_slow == probe_child.N_TRIALS:

@@ -59,8 +59,9 @@ class _Steady:
     begin with the least.
 
     A machine that stands still for 0.1 s makes one plain step look ten times as dear, and drafting seem to pay until the
-    next plain step, 64 rounds later: with averages of the times themselves 400 steps with a draft that is never right,
-    one in a hundred of them stalled, came to 0.59 to 0.94 of plain decoding.
+    next plain step, 64 rounds later: with averages of the times themselves, runs of 400 steps with a draft that is never
+    right, one step in a hundred stalled, came to 0.85 of plain decoding in the median and 0.59 at worst where a row costs
+    0.28 steps, now 0.99 and 0.98. (Plain steps also after 4 and 16 rounds brought nothing more.)
     """
 
     __slots__ = ("_n", "_newest", "value")

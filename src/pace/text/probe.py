@@ -21,8 +21,8 @@ _PYTHON = re.compile(r"python(3(\.\d+)?)?t?")
 
 
 def probe(data: bytes) -> str | None:
-    """Read and try a tokenizer in a child process; takes 0.2 to 3 s, twice that where it is found to be slow: while a
-    virtual machine stands still its processes seem to use the CPU, so one slow child proves nothing.
+    """Read and try a tokenizer in a child process; takes 0.2 to 3 s, a few seconds more where it is found to be slow:
+    while a virtual machine stands still its processes seem to use the CPU, so one slow child proves nothing.
 
     Args:
         data: the bytes of a `tokenizer.json`.
