@@ -114,6 +114,17 @@ def test_a_draft_that_claims_too_much_is_found_out_soon(
         assert speed >= 0.95
 
 
+@pytest.mark.parametrize("target", [weights_bound, verified_dearly])
+@pytest.mark.parametrize("lowest", [0, 5])
+def test_a_draft_that_claims_too_much_is_not_believed_anew_in_each_tenth(
+    lowest: int, target: Callable[[int], float]
+) -> None:
+    claims = tuple((i + 0.5) / 10 for i in range(lowest, 10))
+    for seed in range(8):
+        speed, _ = simulate(0.0, claims=claims, target=target, n_steps=320, draft_s=0.015, seed=seed)
+        assert speed >= 0.975
+
+
 class Stalled(Controller):
     """Measures ten times as long where the machine stood still: in these steps of the target, or with a chance of one in
     a hundred."""

@@ -160,6 +160,8 @@ class Controller:
         # Share of guesses that stood, by tenths of their confidence: a mean with that as one guess more, which moves on.
         self._trust = np.zeros(11)
         self._tried = np.zeros(11, np.int64)
+        # What stood of all guesses, and what their confidences claimed: how far one is believed in a tenth without any.
+        self._stood = self._claimed = 1.0
         self._last: dict[Sequence, Seq[float] | None] = {}  # confidences of what is being verified
         # What a sequence's round verifies where confidences cut it, and what of that stands; none yet.
         self._cut: tuple[float, float] | None = None
@@ -266,7 +268,9 @@ class Controller:
         if confidences is not None:
             for i, confidence in enumerate(confidences[: min(n_draft, n_accepted + 1)]):
                 key, stood = _tenth(confidence), float(i < n_accepted)
-                old = self._trust[key] if self._tried[key] else confidence
+                old = self._trusted(confidence)
+                self._stood += stood
+                self._claimed += confidence
                 self._tried[key] += 1
                 self._trust[key] = old + max(0.02, 1.0 / (self._tried[key] + 1)) * (stood - old)
 
@@ -287,12 +291,16 @@ class Controller:
         n = len(proposal.token_ids)
         if proposal.confidences is None:
             return np.minimum.accumulate(self._reach(seq).values[:n])
-        trust = [
-            self._trust[_tenth(confidence)] if self._tried[_tenth(confidence)] else confidence
-            for confidence in proposal.confidences[:n]
-        ]
+        trust = [self._trusted(confidence) for confidence in proposal.confidences[:n]]
         chances: F64Array = np.cumprod(np.array(trust))
         return chances
+
+    def _trusted(self, confidence: float) -> float:
+        """Probability that a guess of such confidence stands when those before it do."""
+        key = _tenth(confidence)
+        if self._tried[key]:
+            return float(self._trust[key])
+        return confidence * min(1.0, self._stood / self._claimed)
 
     def _draft_seconds(self, n_seqs: int) -> float:
         """Seconds of a pass for about so many sequences; 0 until one was seen."""
