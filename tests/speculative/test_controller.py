@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from pace.engine.sequence import Sequence
 from pace.params import SamplingParams
-from pace.speculative.controller import PROBE_EVERY, Controller, StepCost
+from pace.speculative.controller import CLOSED_STEPS, PROBE_EVERY, PROBE_ROUNDS, Controller, StepCost
 from pace.speculative.drafter import Proposal
 
 K = 8
@@ -165,6 +167,18 @@ def test_a_machine_that_became_slower_is_believed() -> None:
     assert cost.seconds(np.array([1]))[0] > 0.175
 
 
+def test_times_of_a_slow_machine_are_compared_with_such_ones() -> None:
+    """Plain steps that ran before it became slow cost as much more as those that ran since."""
+    cost = StepCost()
+    for _ in range(20):
+        cost.observe(1, 0.1)
+        cost.observe(9, 0.12)
+    for _ in range(12):
+        cost.observe(9, 0.24)
+    plain, verifying = cost.seconds(np.array([1, 9]))
+    assert plain / verifying == pytest.approx(0.1 / 0.12, rel=0.1)
+
+
 def test_guesses_that_were_not_tried_are_believed_as_those_before_them() -> None:
     controller = Controller(K)
     (seq,) = sequences(1)
@@ -230,6 +244,29 @@ def test_it_goes_when_drafts_become_bad() -> None:
     assert controller.is_open
     simulate(0.0, controller=controller, n_steps=100)
     assert not controller.is_open
+
+
+def test_while_closed_it_seldom_asks_and_at_once_when_other_sequences_run() -> None:
+    class Counted(StepCost):
+        n_asked = 0
+
+        def seconds(self, n_rows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+            self.n_asked += 1
+            return super().seconds(n_rows)
+
+    target = Counted()
+    controller = Controller(K, target)
+    for _ in range(40):
+        controller.stepped(1, 0.05)
+    controller.drafted(1, 1.0)  # never worth it
+    seqs = sequences(2)
+    for n in (1, 2, 1):
+        before = target.n_asked
+        controller.wanted(seqs[:n], n)
+        assert target.n_asked - before == 1
+    for _ in range(2 * CLOSED_STEPS):
+        assert controller.wanted(seqs[:1], 1) == [] or controller._left
+    assert target.n_asked - before <= 3 + PROBE_ROUNDS
 
 
 def test_costs_between_what_was_measured() -> None:

@@ -178,6 +178,8 @@ class Speculator:
         While speculation does not pay, the drafter is not asked to read prompts either.
         """
         candidates = [seq for seq in running if self._may_speculate(seq)]
+        if not candidates:
+            return {}
         decoding = [seq for seq in candidates if seq.n_tokens - seq.n_computed == 1]
         chosen = set(decoding)
         if self._controller is not None:
