@@ -5,7 +5,8 @@
 
 A cell is a trace at a rate (requests/s): the same prompts, output lengths and arrivals for every engine. Each round starts
 each engine once, one at a time, and goes through all cells. A command of another engine may be given whole, with {model}
-and {port} in it, such as AMD PACE 1.3.0's at its best (it needs AVX-512 and numactl, and listens at two ports):
+and {port} in it, such as AMD PACE 1.3.0's at its best (it needs numactl and, for its RoPE whatever is
+configured, AVX-512 with BF16, and listens at two ports):
 
     --command 'amd_pace=amd/bin/pace-server --server_model {model} --router_port {port} --server_port 8001
         --router_host 127.0.0.1 --server_host 127.0.0.1 --serve_type continuous_batch --kv_cache_type SLAB_POOL
