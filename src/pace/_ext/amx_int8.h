@@ -74,17 +74,6 @@ static void ai_products(int rows, int bytes, ai_args *t) {
         ai_tile(1, 32, t);
 }
 
-// Int4 codes of k to bytes.
-static void ai_widen(uint8_t *to, const uint8_t *codes, long k) {
-    const vi nibble = vi_set(0x0f0f0f0f);
-    for (long i = 0; i < k; i += 8, codes += 4 * PACE_NR, to += 8 * PACE_NR)
-        for (int j = 0; j < 2; j++) {
-            const vi x = vi_load(codes + 64 * j);
-            _mm512_store_si512(to + 64 * j, vi_and(x, nibble));
-            _mm512_store_si512(to + 64 * j + 4 * PACE_NR, vi_and(vi_high(x), nibble));
-        }
-}
-
 // What a panel's group g brings to the sums of its products: scales, and zeros or offsets.
 typedef struct {
     vf scale[2], zero[2];

@@ -22,6 +22,9 @@
 #include "mm_codes.h"
 #include "mm_rows.h"
 #endif
+#if defined(__AVX512VNNI__) && !defined(__AVX512BF16__)
+#include "mm_int8_pairs.h"
+#endif
 #ifndef __AVX512F__
 #include "mm_nibbles.h"
 #include "mm_words.h"
@@ -453,6 +456,9 @@ static void gemm_panels(const pace_matrix *w, const pace_slot *src, long p0, lon
             gemm_amx_int8(&j, p0, p1);
             return;
         }
+#endif
+#ifdef PACE_MM_INT8_PAIRS_H
+        if (gemm_takes_pairs(&j)) p0 = gemm_int8_pairs(&j, p0, p1);
 #endif
         gemm_int8(&j, p0, p1);
         return;

@@ -59,6 +59,90 @@ static void gemm_int8(const gemm_job *j, long p0, long p1) {
     }
 }
 
+#if defined(PACE_AMX) || defined(PACE_MM_INT8_PAIRS_H)
+// Where k0 of a panel begins: its codes, or the block of its group.
+INLINE const uint8_t *gemm_int8_at(const mq_args *q, const pace_matrix *w, const uint8_t *panel, long k0) {
+    return panel + (q->scale_step ? k0 / q->group * q->scale_step : q->head + k0 * pace_code_bytes(w));
+}
+// Int4 codes of kc k from there on as bytes.
+static void gemm_int8_widen(uint8_t *wide, const mq_args *q, const uint8_t *at, long kc) {
+    if (!q->scale_step) mq_widen(wide, at, kc);
+    for (long in = 0; q->scale_step && in < kc; in += q->group)
+        mq_widen(wide + in * PACE_NR, at + in / q->group * q->scale_step + q->head,
+                 kc - in < q->group ? kc - in : q->group);
+}
+#endif
+
+#ifdef PACE_MM_INT8_PAIRS_H
+// Time of one panel after the other by that of pairs, in turns on two Cascade Lake cores. Groups of 128, rows 320 / 32
+// / 24 / 16: int8 1.06 to 1.18 / 1.15 to 1.31 / 1.06 to 1.14 / 0.97 to 1.02, int4 1.09 to 1.12 / 1.02 to 1.15 / 0.88 to
+// 1.01 / 0.93 to 0.99; of 64, rows 320 / 32 / 16: int8 1.01 / 1.15 / 1.06, int4 1.11 / 1.07 / 0.94; of 32 0.94 to 1.04
+// / 0.90 to 1.05 (and 3 rows with f32 sums in registers 1.01 to 1.05 / 0.90 to 1.0). A scale per column, int8: 1.03 to
+// 1.07 / 0.98 to 1.08 / 1.0 / 1.02, 13 rows 0.88. Chunks of 128 k: 0.94 to 1.06; of 512 as these. Fetching the next
+// tile's rows and sums to L1: 0.94 to 0.97 of the speed. Prompts of 512 tokens of the 1B shape 1.08 (w8) and 1.10
+// (w4g128), steps of 32 sequences 1.06 and 1.12.
+INLINE int gemm_takes_pairs(const gemm_job *j) {
+    const long group = j->src->group, least = j->w->layout == PACE_INT4 ? 25 : 14;
+    if (j->rows < least) return 0;
+    return j->w->group == j->w->k_pad && j->src->width <= group ? 1 : group >= 64 && MP_CHUNK % group == 0;
+}
+
+// Rows [m, m + rows) times a chunk of panels p and p + 1, for which t is set up.
+static void gemm_pair(const gemm_job *j, long p, long m, long rows, mp_args *t, const uint8_t *then, long size) {
+    const long tiles = (rows + MP_ROWS - 1) / MP_ROWS;
+    const int8_t *const a = t->a, *const beside = t->beside;
+    for (long i = 0, done = 0, mr; i < tiles; i++, done += mr) {
+        const long fetched = i * MP_CHUNK / 8 * 64;
+        mr = (rows - done) / (tiles - i);
+        t->a = a + done * j->src->ld;
+        t->beside = beside + done * j->src->ld;
+        t->c = j->c + done * PACE_NR;
+        t->fetch = fetched < size ? (uintptr_t)(then + fetched) : 0;
+        for (long n = 0; t->last && n < 2; n++) gemm_fetch_result(j, p + n, m + done, mr);
+        mp_rows((int)mr, j->w->layout, t);
+        for (long n = 0; t->last && n < 2; n++)
+            j->done(j->op, p + n, j->m0 + m + done, mr, t->c + n * t->c_apart, PACE_NR);
+    }
+}
+
+// The same for pairs of panels, a chunk of k at a time (mm_int8_pairs.h). A lone last panel, returned, is the caller's.
+static long gemm_int8_pairs(const gemm_job *j, long p0, long p1) {
+    const pace_matrix *w = j->w;
+    const mq_args q = gemm_int8_args(j);
+    const int whole = mq_is_whole(&q), wide = w->layout == PACE_INT4;
+    const long panel = pace_panel_bytes(w);
+    const long fit = GEMM_MX_BYTES / q.lda / MP_ROWS * MP_ROWS, most = GEMM_C / (2 * PACE_NR) / MP_ROWS * MP_ROWS;
+    const long block = fit < MP_ROWS ? MP_ROWS : fit < most ? fit : most;
+    uint8_t *const bytes = (uint8_t *)j->expanded[0].b;
+    mp_args t = {.q = &q,
+                 .step = wide || !q.scale_step ? q.group * PACE_NR : q.scale_step,
+                 .apart = wide ? MP_CHUNK * PACE_NR : panel,
+                 .panel = panel};
+    for (long m = 0, rows; m < j->rows; m += rows) {
+        rows = j->rows - m < block ? j->rows - m : block;
+        t.c_apart = rows * PACE_NR;
+        for (long p = p0; p + 1 < p1; p += 2) {
+            const uint8_t *const b = gr_panel(w, p);
+            if (!whole) memset(j->c, 0, (size_t)(2 * rows * PACE_NR) * sizeof(float));
+            for (long k0 = 0; k0 < q.width; k0 += MP_CHUNK) {
+                const uint8_t *at = gemm_int8_at(&q, w, b, k0), *then = gemm_int8_at(&q, w, b, k0 + MP_CHUNK);
+                const long size = then - at;
+                t.k = q.width - k0 < MP_CHUNK ? q.width - k0 : MP_CHUNK;
+                t.first = k0 == 0;
+                t.last = k0 + t.k == q.width;
+                t.block = q.scale_step ? at : b;
+                t.codes = wide ? bytes : q.scale_step ? at + q.head : at;
+                for (long n = 0; wide && n < 2; n++) gemm_int8_widen(bytes + n * t.apart, &q, at + n * panel, t.k);
+                t.a = gemm_int8_row(j, m) + k0;
+                t.beside = gemm_int8_row(j, m) + q.width + (whole ? 0 : k0 / q.group * 4);
+                gemm_pair(j, p, m, rows, &t, t.last ? b + 2 * panel : then, size);
+            }
+        }
+    }
+    return p1 - (p1 - p0) % 2;
+}
+#endif
+
 #ifdef PACE_AMX
 // The same in AMX tiles (amx_int8.h), for groups of 32 and of a multiple of 64.
 INLINE int gemm_takes_tiles(const gemm_job *j) {
@@ -70,7 +154,7 @@ INLINE int gemm_takes_tiles(const gemm_job *j) {
 typedef struct {
     const mq_args *q;
     const pace_matrix *w;
-    const uint8_t *panel, *at;  // `at`: codes of k0, or the block of its group
+    const uint8_t *panel, *at;  // `at`: see gemm_int8_at
     const uint8_t *wide;        // int4: the chunk's codes as bytes
     long k0, kc, bytes;
 } gemm_int8_chunk;
@@ -79,14 +163,6 @@ typedef struct {
 INLINE const uint8_t *gemm_int8_codes(const gemm_int8_chunk *h, long in) {
     if (h->w->layout == PACE_INT4) return h->wide + in * PACE_NR;
     return h->q->scale_step ? h->at + in / h->q->group * h->q->scale_step + h->q->head : h->at + in * PACE_NR;
-}
-
-static void gemm_int8_widen(uint8_t *wide, const gemm_int8_chunk *h) {
-    const mq_args *q = h->q;
-    if (!q->scale_step) ai_widen(wide, h->at, h->kc);
-    for (long in = 0; q->scale_step && in < h->kc; in += q->group)
-        ai_widen(wide + in * PACE_NR, h->at + in / q->group * q->scale_step + q->head,
-                 h->kc - in < q->group ? h->kc - in : q->group);
 }
 
 // c [rows][32] of f32 gets the chunk's groups added. A group is scaled after the next one's tiles have been issued: its
@@ -144,13 +220,12 @@ static void gemm_amx_int8(const gemm_job *j, long p0, long p1) {
                         const gemm_int8_chunk h = {.q = &q,
                                                    .w = w,
                                                    .panel = panel,
-                                                   .at = panel + (q.scale_step ? k0 / q.group * q.scale_step
-                                                                               : q.head + k0 * pace_code_bytes(w)),
+                                                   .at = gemm_int8_at(&q, w, panel, k0),
                                                    .wide = wide,
                                                    .k0 = k0,
                                                    .kc = kc,
                                                    .bytes = bytes};
-                        if (w->layout == PACE_INT4 && i == 0) gemm_int8_widen(wide, &h);
+                        if (w->layout == PACE_INT4 && i == 0) gemm_int8_widen(wide, &q, h.at, kc);
                         const uint8_t *then = k0 + kc < k                 ? h.at + chunk_bytes
                                               : mb + block < j->rows      ? panel
                                               : p + at_once < w->n_panels ? gr_panel(w, p + at_once)

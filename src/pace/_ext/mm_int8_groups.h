@@ -206,6 +206,19 @@ INLINE void mq_whole(const int mr, const int layout, const int symmetric, const 
     }
 }
 
+#ifdef __AVX512F__
+// Int4 codes of k to bytes.
+INLINE void mq_widen(uint8_t *to, const uint8_t *codes, long k) {
+    const vi nibble = vi_set(0x0f0f0f0f);
+    for (long i = 0; i < k; i += 8, codes += 4 * PACE_NR, to += 8 * PACE_NR)
+        for (int j = 0; j < 2; j++) {
+            const vi x = vi_load(codes + 64 * j);
+            _mm512_store_si512(to + 64 * j, vi_and(x, nibble));
+            _mm512_store_si512(to + 64 * j + 4 * PACE_NR, vi_and(vi_high(x), nibble));
+        }
+}
+#endif
+
 INLINE int mq_is_whole(const mq_args *t) { return t->groups == 1 && t->scale_step == 0; }
 INLINE long mq_most(const mq_args *t) { return MQ_WIDE ? MQ_WIDE : mq_is_whole(t) ? MQ_WHOLE_ROWS : MQ_ROWS; }
 
