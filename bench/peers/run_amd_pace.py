@@ -4,7 +4,8 @@ Its offline API takes one static batch: all prompts of a case go through one cal
 a prompt, a batch of 32 x 1920 tokens would need 16 GB for logits alone, so that larger ones are cut into calls of at
 most MAX_ROWS rows, each run to its end.
 
-It needs AVX-512 with BF16: elsewhere its RoPE ends in an illegal instruction, whatever is configured.
+It needs AVX-512 with BF16: elsewhere its RoPE ends in an illegal instruction, whatever is configured (serve.py says what
+runs without).
 
 Install: pip install torch==2.13.0, then pip install amd-pace==1.3.0, in an environment of its own (it is called
 `pace` too).

@@ -12,6 +12,10 @@ configured, AVX-512 with BF16, and listens at two ports):
         --router_host 127.0.0.1 --server_host 127.0.0.1 --serve_type continuous_batch --kv_cache_type SLAB_POOL
         --kv_cache_memory_gb 4 --op_config "{\\"norm_backend\\":\\"JIT\\",\\"lm_head_backend\\":\\"TPP\\"}"'
 
+Where BF16 is missing, its slab pool and its paged cache end in errors, too. What runs is `--serve_type iterative
+--kv_cache_type BMC` with "norm_backend" and "attention_backend" NATIVE, once the call of fused_rope_apply in its
+rotary_embedding.py is left out, for which it has PyTorch code behind.
+
 Run it with pace's Python; run_vllm.py says how to install vLLM. Its KV cache is 4 GiB unless VLLM_CPU_KVCACHE_SPACE is set.
 """
 
@@ -26,6 +30,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -56,6 +61,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def answers(url: str) -> bool:
+    """Whether a GET of it is answered with 200."""
+    with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
+        return bool(answer.status == 200)
+    return False
+
+
 @contextlib.contextmanager
 def running(name: str, command: list[str], port: int, log: Path) -> Iterator[str]:
     """A server, for the length of a with block: its URL, when it is ready."""
@@ -67,9 +79,8 @@ def running(name: str, command: list[str], port: int, log: Path) -> Iterator[str
     url, end = f"http://127.0.0.1:{port}", time.monotonic() + START_S
     try:
         while True:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-                if answer.status == 200:
-                    break
+            if answers(f"{url}/health") or answers(f"{url}/v1/health"):  # AMD PACE has the second alone
+                break
             if process.poll() is not None or time.monotonic() > end:
                 sys.exit(f"{name} did not start; see {log}")
             time.sleep(0.5)
@@ -89,7 +100,7 @@ def measure(url: str, cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
     seed = args.seed
     shapes = shapes_of(trace, args.requests, input_len=0, output_len=0, scale=args.length_scale, seed=seed)
     times = arrivals(args.requests, rate, burstiness=TRACES[trace].burstiness, seed=seed)
-    load = Load(url, max_concurrency=None, timeout_s=args.timeout)
+    load = Load(url, model=args.directory, max_concurrency=None, timeout_s=args.timeout)
     _, outcomes, seconds = asyncio.run(run(load, shapes, times.tolist(), seed=seed, show_progress=False))
     return summary(outcomes, seconds, percentiles=(50, 99))
 
@@ -129,13 +140,16 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=8192)
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds until a request is given up")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--logs", type=Path, default=Path(), help="folder of the servers' logs")
+    parser.add_argument(
+        "--logs", type=Path, help="folder of the servers' logs (default: a new one among temporary files)"
+    )
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no server outlives this process
     commands = {name: COMMANDS[name].replace("{python}", python) for name, python in pairs(args.engine)}
     commands |= dict(pairs(args.command))
     if not commands:
         parser.error("name an --engine or a --command")
+    logs = args.logs or Path(tempfile.mkdtemp(prefix="pace-serve-"))
     cells = [(trace, rate) for trace in args.trace for rate in args.rate]
     results: dict[str, dict[Cell, list[dict[str, Any]]]] = {
         name: {cell: [] for cell in cells} for name in commands
@@ -147,7 +161,7 @@ def main() -> None:
             words = shlex.split(command)
             for mark, value in values.items():
                 words = [word.replace(mark, value) for word in words]
-            with running(name, words, port, args.logs / f"{name}.log") as url:
+            with running(name, words, port, logs / f"{name}.log") as url:
                 for cell in cells:
                     figures = measure(url, cell, args)
                     results[name][cell].append(figures)

@@ -74,13 +74,14 @@ static void gemm_int8_widen(uint8_t *wide, const mq_args *q, const uint8_t *at, 
 #endif
 
 #ifdef PACE_MM_INT8_PAIRS_H
-// Time of one panel after the other by that of pairs, in turns on two Cascade Lake cores. Groups of 128, rows 320 / 32
-// / 24 / 16: int8 1.06 to 1.18 / 1.15 to 1.31 / 1.06 to 1.14 / 0.97 to 1.02, int4 1.09 to 1.12 / 1.02 to 1.15 / 0.88 to
-// 1.01 / 0.93 to 0.99; of 64, rows 320 / 32 / 16: int8 1.01 / 1.15 / 1.06, int4 1.11 / 1.07 / 0.94; of 32 0.94 to 1.04
-// / 0.90 to 1.05 (and 3 rows with f32 sums in registers 1.01 to 1.05 / 0.90 to 1.0). A scale per column, int8: 1.03 to
-// 1.07 / 0.98 to 1.08 / 1.0 / 1.02, 13 rows 0.88. Chunks of 128 k: 0.94 to 1.06; of 512 as these. Fetching the next
-// tile's rows and sums to L1: 0.94 to 0.97 of the speed. Prompts of 512 tokens of the 1B shape 1.08 (w8) and 1.10
-// (w4g128), steps of 32 sequences 1.06 and 1.12.
+// Time of one panel after the other by that of pairs, in turns on two Cascade Lake cores, a stretch with busy
+// neighbours left out. Groups of 128, rows 320 / 32 / 24 / 16: int8 1.06 to 1.18 / 1.15 to 1.23 / 1.06 to 1.14 / 0.97
+// to 1.02, int4 0.97 to 1.12 / 0.97 to 1.15 / 0.88 to 0.99 / 0.93 to 0.99; of 64, rows 320 / 32 / 16: int8 1.01 / 1.15
+// / 1.06, int4 1.11 / 1.07 / 0.94; of 32, rows 320 / 32: 0.94 to 1.03 / 1.01 to 1.05 (3 rows with f32 sums in
+// registers 1.03 / 0.90 to 1.01). A scale per column, int8, rows 320 / 32 / 24 / 16 / 13: 1.03 to 1.07 / 0.98 to 1.13 /
+// 0.99 / 1.02 / 0.88. Chunks of 128 k: 0.94 to 1.11; of 512 as these. Fetching the next tile's rows and sums to L1:
+// 0.89 to 0.97 of the speed. Prompts of 512 tokens of the 1B shape 1.08 (w8) and 1.10 (w4g128), steps of 32
+// sequences 1.06 and 1.12.
 INLINE int gemm_takes_pairs(const gemm_job *j) {
     const long group = j->src->group, least = j->w->layout == PACE_INT4 ? 25 : 14;
     if (j->rows < least) return 0;

@@ -5,7 +5,7 @@
 // where a group's integers are added to them. (6 x 32 with sums in registers: 20 for 12, and int4's 4 more.) A chunk of
 // both panels stays in L1 while all rows pass, int4 as bytes. From L1 and L2 on a Cascade Lake core, share of its dot
 // roof, this / 6 x 32: int4 in groups of 128 0.77 to 0.80 / 0.60, of 32 0.48 to 0.52 / 0.45, beside a sibling's work
-// 0.5 / 0.4. An element of a row broadcast by the dot product itself: 0.80 to 0.95 of the speed of a load for four.
+// 0.5 / 0.4. An element of a row broadcast by the dot product itself: 0.74 to 0.89 of the speed.
 #ifndef PACE_MM_INT8_PAIRS_H
 #define PACE_MM_INT8_PAIRS_H
 
