@@ -10,6 +10,7 @@ import numpy as np
 from pace.engine.sequence import Sequence
 from pace.params import SamplingParams
 from pace.speculative.controller import Controller
+from pace.speculative.cost import StepCost
 from pace.speculative.drafter import Drafter, Proposal
 from pace.speculative.hybrid import HybridDrafter
 from pace.speculative.suffix import SuffixDrafter
@@ -24,9 +25,15 @@ class Model(Drafter):
     def __init__(self) -> None:
         self.heard: list[Any] = []
         self.silent = False
+        self.n_rows = 0
+
+    @property
+    def n_run(self) -> tuple[int, int]:
+        return len(self.heard), self.n_rows
 
     def propose(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, Proposal]:
         self.heard.append(list(wanted.values()))
+        self.n_rows += sum(wanted.values())
         return {} if self.silent else {s: Proposal(list(range(40, 40 + n))) for s, n in wanted.items() if n}
 
     def observe(self, seq: Sequence, n_verified: int, n_accepted: int) -> None:
@@ -119,19 +126,19 @@ def test_who_wants_nothing_gets_nothing() -> None:
 
 def test_where_the_model_does_not_pay_the_text_guesses_alone() -> None:
     """The engine's controller is not told of the model's time, and so goes on asking."""
-    outer, model = Controller(4), Model()
-    gate = outer.beside()
+    cost, model = StepCost(), Model()
+    gate = Controller(4, cost, "one")
     drafter = HybridDrafter(model, SuffixDrafter(4), gate)
     seqs = [sequence(*tokens) for tokens in (LONG, SHORT, NONE)]
     assert propose(drafter, *seqs) == [[6, 7, 8], [2, 3, 4], []], (
         "first it must be known what plain steps cost"
     )
     for _ in range(9):
-        outer.stepped(3, 0.001)
-    assert propose(drafter, *seqs) == [[6, 7, 8], [40, 41, 42], [40, 41, 42]]
+        cost.observe(3, 0.001)
+    assert propose(drafter, *seqs) == [[6, 7, 8], [40, 41], [40, 41]], "of a model not known yet few guesses"
     assert drafter.decided_s > 0
     for _ in range(9):
-        gate.drafted(3, 0.05)
+        gate.drafted(2, 1, 4, 0.05)
     asked = list(model.heard)
     assert propose(drafter, *seqs) == [[6, 7, 8], [2, 3, 4], []]
     assert drafter.decided_s == 0 and model.heard == asked
@@ -140,6 +147,6 @@ def test_where_the_model_does_not_pay_the_text_guesses_alone() -> None:
 
 def test_a_prompt_is_read_beside_the_target_while_the_model_pays() -> None:
     model = Model()
-    drafter = HybridDrafter(model, SuffixDrafter(4), Controller(4))
+    drafter = HybridDrafter(model, SuffixDrafter(4), Controller(4, StepCost(), "one"))
     assert drafter.propose({sequence(*NONE): 0}) == {}
     assert model.heard == [[0]]

@@ -22,7 +22,7 @@ from pace.engine.sequence import Sequence
 from pace.engine.speculation import Target
 from pace.errors import RequestError
 from pace.outputs import RequestOutput, SpeculativeMetrics
-from pace.speculative.controller import Controller
+from pace.speculative.cost import StepCost
 from pace.speculative.drafter import Drafter
 from pace.speculative.loader import Maker
 from pace.speculative_config import SpeculativeConfig
@@ -164,7 +164,7 @@ class TestMaker(Maker):
         )
         self._drafter = drafter
 
-    def drafter(self, target: Target, controller: Controller | None) -> Drafter:
+    def drafter(self, target: Target, cost: StepCost | None) -> Drafter:
         return self._drafter
 
 

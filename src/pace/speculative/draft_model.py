@@ -24,6 +24,7 @@ class ModelDrafter(Drafter):
     """
 
     name = "draft_model"
+    passes = "many"
 
     def __init__(self, reader: DraftReader, max_tokens: int) -> None:
         self.max_tokens = max_tokens
@@ -34,6 +35,11 @@ class ModelDrafter(Drafter):
     def plan(self) -> Plan:
         """See `Drafter.plan`."""
         return self._reader.ir
+
+    @property
+    def n_run(self) -> tuple[int, int]:
+        """See `Drafter.n_run`."""
+        return self._reader.n_passes, self._reader.n_rows
 
     def propose(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, Proposal]:
         """Guesses of those whose tokens the draft has read; see `Drafter.propose`."""

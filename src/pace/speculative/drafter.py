@@ -21,7 +21,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy.typing as npt
 
@@ -29,7 +29,9 @@ from pace.engine.schedule import Schedule
 from pace.engine.sequence import Sequence
 from pace.models.plan import Plan
 
-__all__ = ["Drafter", "Proposal"]
+__all__ = ["Drafter", "Passes", "Proposal"]
+
+Passes = Literal["none", "one", "many"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +57,26 @@ class Drafter(ABC):
     Attributes:
         name: of the method, in statistics: "pard", "suffix" ...
         max_tokens: most that `propose` is ever asked for, the K of `num_speculative_tokens`.
+        passes: of its model for k guesses of every sequence: "one" with k rows of each, "many" (k) with a row of each;
+            "none" without a model, or where it decides itself what that may cost.
         decided_s: of the last `propose`, seconds that the drafter itself has decided to be worth it; the controller judges
             what is left.
     """
 
     name: str
     max_tokens: int
+    passes: Passes = "none"
     decided_s: float = 0.0
 
     @property
     def plan(self) -> Plan | None:
         """Of its model, for benchmarks; None: it has none."""
         return None
+
+    @property
+    def n_run(self) -> tuple[int, int]:
+        """Passes and rows of its model so far; none without one."""
+        return 0, 0
 
     def bind(self, slot: Callable[[str], npt.NDArray[Any]]) -> None:
         """Where the target leaves the hidden states that the drafter's maker asked for; see `Speculation.bind`."""

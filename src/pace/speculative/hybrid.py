@@ -130,11 +130,11 @@ class HybridDrafter(Drafter):
         gate = self._gate
         if gate is not None:
             auto = [seq for seq, n in asked.items() if n and isinstance(seq.params.speculative, str)]
-            chosen = set(gate.wanted(auto, sum(n > 0 for n in asked.values())))
-            asked = {seq: n if seq in chosen or seq not in auto else 0 for seq, n in asked.items()}
+            paying = dict.fromkeys(auto, 0) | gate.wanted(auto, sum(n > 0 for n in asked.values()))
+            asked = {seq: min(n, paying.get(seq, n)) for seq, n in asked.items()}
             if not gate.is_open and not any(asked.values()):
                 return {}  # it reads no prompts either
-        start = time.perf_counter()
+        start, before = time.perf_counter(), self._model.n_run
         proposals = {
             seq: proposal
             for seq, proposal in self._model.propose(asked).items()
@@ -143,7 +143,8 @@ class HybridDrafter(Drafter):
         if gate is not None:
             self.decided_s = time.perf_counter() - start
             if proposals:
-                gate.drafted(len(proposals), self.decided_s)
+                n_passes, n_rows = (now - then for now, then in zip(self._model.n_run, before, strict=True))
+                gate.drafted(len(proposals), n_passes, n_rows, self.decided_s)
         return proposals
 
     def _choice(self, seq: Sequence) -> Choice:

@@ -26,6 +26,7 @@ from pace.models.plan import I32Array, Plan
 from pace.models.registry import parse_config
 from pace.models.spec import DecoderSpec, LayerSpec
 from pace.speculative.controller import Controller
+from pace.speculative.cost import StepCost
 from pace.speculative.draft_model import ModelDrafter
 from pace.speculative.drafter import Drafter
 from pace.speculative.features import Features, with_features
@@ -84,11 +85,11 @@ class Maker:
         """Depths of the target at which the drafter wants its hidden states: none."""
         return ()
 
-    def drafter(self, target: Target, controller: Controller | None) -> Drafter:
+    def drafter(self, target: Target, cost: StepCost | None) -> Drafter:
         """Load what guesses for this target.
 
         Args:
-            controller: what decides for it, None: nothing does.
+            cost: of the target's steps, for what decides whether guesses pay; None: nothing does.
         """
         raise ConfigError(f"speculative: method {self.speculative.method} has no drafter")
 
@@ -100,15 +101,16 @@ class Maker:
             logger.warning(
                 "synthetic acceptance: guesses are accepted by chance, and the output is meaningless"
             )
-        controller = Controller(self.max_tokens) if self.speculative.adaptive else None
-        drafter = self.drafter(target, controller)
+        cost = StepCost() if self.speculative.adaptive else None
+        drafter = self.drafter(target, cost)
+        controller = None if cost is None else Controller(self.max_tokens, cost, drafter.passes)
         return Speculator(drafter, target.vocab_size, self.max_draft_rows, match, controller)
 
 
 class SuffixMaker(Maker):
     """Makes the drafter that needs no model."""
 
-    def drafter(self, target: Target, controller: Controller | None) -> Drafter:
+    def drafter(self, target: Target, cost: StepCost | None) -> Drafter:
         """It is empty at first."""
         return _suffix(self.speculative)
 
@@ -194,7 +196,7 @@ class DraftMaker(Maker):
             self._depths = self._pard2.depths(spec)
         return self._depths
 
-    def drafter(self, target: Target, controller: Controller | None) -> Drafter:
+    def drafter(self, target: Target, cost: StepCost | None) -> Drafter:
         """Load the draft."""
         reader = self.reader(target)
         if self.mask_id is not None:
@@ -288,10 +290,11 @@ class DraftMaker(Maker):
 class HybridMaker(DraftMaker):
     """Makes the drafter of both: its model guesses in one pass where it was trained to, else token by token."""
 
-    def drafter(self, target: Target, controller: Controller | None) -> Drafter:
+    def drafter(self, target: Target, cost: StepCost | None) -> Drafter:
         """Load the draft."""
-        gate = None if controller is None else controller.beside()
-        return HybridDrafter(super().drafter(target, controller), _suffix(self.speculative), gate)
+        model = super().drafter(target, cost)
+        gate = None if cost is None else Controller(self.max_tokens, cost, model.passes)
+        return HybridDrafter(model, _suffix(self.speculative), gate)
 
 
 def _has_mask(values: dict[str, Any]) -> bool:

@@ -32,6 +32,7 @@ class PardDrafter(Drafter):
     """
 
     name = "pard"
+    passes = "one"
 
     def __init__(self, reader: DraftReader, mask_id: int, max_tokens: int) -> None:
         self.max_tokens = max_tokens
@@ -42,6 +43,11 @@ class PardDrafter(Drafter):
     def plan(self) -> Plan:
         """See `Drafter.plan`."""
         return self._reader.ir
+
+    @property
+    def n_run(self) -> tuple[int, int]:
+        """See `Drafter.n_run`."""
+        return self._reader.n_passes, self._reader.n_rows
 
     def bind(self, slot: Callable[[str], npt.NDArray[Any]]) -> None:
         """See `Drafter.bind`."""

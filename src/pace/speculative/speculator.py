@@ -86,8 +86,11 @@ class Speculator:
         if wanted:
             self._known.update(wanted)
             try:
+                before = drafter.n_run
                 proposals = drafter.propose(wanted)
-                self._take(proposals, wanted, running, time.perf_counter() - start - drafter.decided_s)
+                seconds = time.perf_counter() - start - drafter.decided_s
+                n_passes, n_rows = (now - then for now, then in zip(drafter.n_run, before, strict=True))
+                self._take(proposals, wanted, running, (n_passes, n_rows, seconds))
             except FATAL:
                 raise
             except BaseException as error:
@@ -181,15 +184,15 @@ class Speculator:
         if not candidates:
             return {}
         decoding = [seq for seq in candidates if seq.n_tokens - seq.n_computed == 1]
-        chosen = set(decoding)
+        asked = dict.fromkeys(decoding, self.max_tokens)
         if self._controller is not None:
             auto = [seq for seq in decoding if isinstance(seq.params.speculative, str)]
             n_rows = sum(seq.n_tokens - seq.n_computed == 1 for seq in running)
-            chosen = chosen.difference(auto).union(self._controller.wanted(auto, n_rows))
-            self._n_skipped += sum(seq not in chosen and self._most(seq) > 0 for seq in auto)
-            if not chosen and not self._controller.is_open:
+            asked |= dict.fromkeys(auto, 0) | self._controller.wanted(auto, n_rows)
+            self._n_skipped += sum(not asked[seq] and self._most(seq) > 0 for seq in auto)
+            if not self._controller.is_open and not any(asked.values()):
                 return {}
-        return {seq: self._most(seq) if seq in chosen else 0 for seq in candidates}
+        return {seq: min(asked.get(seq, 0), self._most(seq)) for seq in candidates}
 
     def _most(self, seq: Sequence) -> int:
         asked = seq.params.speculative
@@ -201,13 +204,13 @@ class Speculator:
         proposals: dict[Sequence, Proposal],
         wanted: dict[Sequence, int],
         running: Seq[Sequence],
-        seconds: float,
+        cost: tuple[int, int, float],
     ) -> None:
-        """Write what pays of the proposals behind the tokens of their sequences."""
+        """Write what pays of the proposals behind the tokens of their sequences. `cost`: passes, rows, seconds."""
         drafts = {seq: self._checked(proposal, wanted[seq]) for seq, proposal in proposals.items()}
         if self._controller is not None:
             if drafts:
-                self._controller.drafted(len(drafts), seconds)
+                self._controller.drafted(len(drafts), *cost)
             auto = {
                 # Where chance decides, what the draft believes means nothing.
                 seq: Proposal(draft, None if self._match.is_synthetic else proposals[seq].confidences)
