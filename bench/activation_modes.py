@@ -57,7 +57,11 @@ def main() -> None:
     matrix.pack_mxfp4(blocks, scales)
     slots = [ir.Slot("a", K, "bf16", "tokens"), ir.Slot("q", K, "int8", "tokens")]
     slots += [ir.Slot(c, N, "f32", "tokens") for c in ("bf16", "int8")]
-    chain = [ir.Gemm("g", "a", "bf16", "w"), ir.Quantise("q", "a", "q"), ir.Gemm("h", "q", "int8", "w")]
+    chain: list[ir.Op] = [
+        ir.Gemm("g", "a", "bf16", "w"),
+        ir.Quantise("q", "a", "q"),
+        ir.Gemm("h", "q", "int8", "w"),
+    ]
     plan = build(team, chain, slots, {"w": matrix})
     print(f"{'activations':32} {'bf16':>9} {'int8':>9}")
     for kind in (

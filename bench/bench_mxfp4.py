@@ -46,8 +46,8 @@ def test_mxfp4(
             ir.Slot("c", DIM, "bf16" if name == "gate-up" else "f32", "tokens"),
         ]
         src = "q" if mode == "int8" else "a"
-        gated = {"epilogue": "gated", "act": "silu"} if name == "gate-up" else {}
-        gemms: list[ir.Op] = [ir.Gemm(f"g{i}", src, "c", f"w{i}", **gated) for i in range(n_copies)]  # type: ignore[arg-type]  # values of a mapping, one type to mypy
+        gated: dict[str, Any] = {"epilogue": "gated", "act": "silu"} if name == "gate-up" else {}
+        gemms: list[ir.Op] = [ir.Gemm(f"g{i}", src, "c", f"w{i}", **gated) for i in range(n_copies)]
         plan = build(threads, [ir.Quantise("q", "a", "q"), *gemms], slots, weights, max_tokens=rows)
         put(plan, "a", r.standard_normal((rows, DIM)))
         batch = rows_batch(rows)

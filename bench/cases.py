@@ -118,20 +118,20 @@ def attention_plan(team: ops.Team, case: AttentionCase) -> tuple[ops.Plan, ir.Ba
     ]
     rope = ir.RopeKV("r", "qkv", "q", N_HEADS, 0)
     attention = ir.Attention("a", "q", "o", N_HEADS, 0, HEAD_DIM**-0.5)
-    sizes = {
+    sizes: dict[str, Any] = {
         "pool": pool,
         "kv": ir.KVLayer(N_KV_HEADS, HEAD_DIM),
         "max_tokens": 2048,
         "max_seqs": case.n_seqs,
     }
-    fill = build(team, [rope], slots, **sizes)  # type: ignore[arg-type]  # values of a mapping, one type to mypy
+    fill = build(team, [rope], slots, **sizes)
     fill.slot("qkv")[...] = np.random.Generator(np.random.PCG64(2)).standard_normal((2048, QKV), np.float32)
     blocks = np.arange(n_blocks).reshape(case.n_seqs, per_seq)
     tables = (blocks[:, :1] if case.contiguous else blocks).tolist()
     for table in tables:
         for at in range(0, case.kv_len, 2048):
             fill.step(batch_of([([0] * min(2048, case.kv_len - at), at, table)]))
-    plan = build(team, [rope, attention], slots, **sizes)  # type: ignore[arg-type]  # values of a mapping, one type to mypy
+    plan = build(team, [rope, attention], slots, **sizes)
     plan.slot("qkv")[...] = fill.slot("qkv")
     return plan, batch_of([([0] * case.rows, case.kv_len - case.rows, table) for table in tables])
 

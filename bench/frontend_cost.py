@@ -38,7 +38,8 @@ class Pretender(Backend):
 
     def submit(self, job: Job, call: Call) -> None:
         self._calls[job.id] = call
-        asyncio.get_running_loop().call_soon(self.dispatch, [Accepted(job.id, 5)])
+        accepted: list[Event] = [Accepted(job.id, 5)]
+        asyncio.get_running_loop().call_soon(self.dispatch, accepted)
         self._jobs[job.id] = 0
 
     async def step(self) -> None:

@@ -234,7 +234,8 @@ def llama3_factors(scaling: dict[str, Any], theta: float, head_dim: int) -> Arra
         / theta ** (np.arange(0, head_dim, 2) / head_dim)
     )
     smooth = np.clip((turns - low) / (high - low), 0, 1)
-    return (1 / ((1 - smooth) / scaling["factor"] + smooth)).astype(np.float32)
+    factors: npt.NDArray[Any] = (1 / ((1 - smooth) / scaling["factor"] + smooth)).astype(np.float32)
+    return factors
 
 
 def _tensors(folder: Path, config: dict[str, Any], architecture: str) -> Any:

@@ -117,9 +117,10 @@ def test_stdout_may_be_any_object_that_writes(monkeypatch: pytest.MonkeyPatch) -
         def write(self, text: str) -> None:
             self.text += text.encode("ascii").decode()
 
-    monkeypatch.setattr(sys, "stdout", Ascii())
+    stream = Ascii()
+    monkeypatch.setattr(sys, "stdout", stream)
     console.out("größe")
-    assert sys.stdout.text == "gr\\xf6\\xdfe\n"
+    assert stream.text == "gr\\xf6\\xdfe\n"
 
 
 def test_what_can_not_be_printed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -228,21 +229,21 @@ QUICK = settings(
     }
 )
 @QUICK
-def test_best_tier(lab: Lab, case: dict[str, object]) -> None:
-    lab.check(**case)  # type: ignore[arg-type]  # values of a mapping, one type to mypy
+def test_best_tier(lab: Lab, case: dict[str, Any]) -> None:
+    lab.check(**case)
 
 
 @given(case=EXAMPLES)
 @settings(QUICK, max_examples=15)
-def test_every_tier(lab: Lab, isa: str, case: dict[str, object]) -> None:
-    lab.check(**case)  # type: ignore[arg-type]  # values of a mapping, one type to mypy
+def test_every_tier(lab: Lab, isa: str, case: dict[str, Any]) -> None:
+    lab.check(**case)
 
 
 @pytest.mark.slow
 @given(case=EXAMPLES)
 @settings(QUICK, max_examples=2000, derandomize=False)
-def test_every_tier_long(lab: Lab, isa: str, case: dict[str, object]) -> None:
-    lab.check(**case)  # type: ignore[arg-type]  # values of a mapping, one type to mypy
+def test_every_tier_long(lab: Lab, isa: str, case: dict[str, Any]) -> None:
+    lab.check(**case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -181,7 +181,7 @@ def test_unknown_fields_and_positions_are_refused() -> None:
     with pytest.raises(TypeError):
         SamplingParams(temprature=1)  # type: ignore[call-arg]  # wrong on purpose
     with pytest.raises(TypeError):
-        SamplingParams(0.5)  # type: ignore[call-arg]  # wrong on purpose
+        SamplingParams(0.5)  # type: ignore[call-arg, arg-type]  # wrong on purpose
 
 
 def test_explicit_wins_over_defaults() -> None:

@@ -9,6 +9,7 @@ import json
 import pickle
 from abc import ABC
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,12 @@ def llm(model: Path) -> Iterator[LLM]:
 @pytest.mark.parametrize("name", SAMPLING_FIELDS)
 def test_sampling_fields_are_answered_by_name(name: str) -> None:
     neutral = SAMPLING_FIELDS[name].neutral
+    params: Any = SamplingParams
     for value in (5,) if neutral is None else neutral:
-        assert SamplingParams(**{name: value}) == SamplingParams()
+        assert params(**{name: value}) == SamplingParams()
     if neutral is not None:
         with pytest.raises(RequestError, match=f"^{name} is .*, which pace does not have: ."):
-            SamplingParams(**{name: {"json": 5}})
+            params(**{name: {"json": 5}})
 
 
 @pytest.mark.parametrize("name", ENGINE_OPTIONS)
@@ -64,20 +66,22 @@ def test_engine_options_are_answered_by_name(name: str, monkeypatch: pytest.Monk
 
     monkeypatch.setattr("pace.frontend.load", load)
     neutral = ENGINE_OPTIONS[name].neutral
-    for cls in (LLM, AsyncLLM):
+    engines: list[Any] = [LLM, AsyncLLM]
+    for engine in engines:
         for value in (5,) if neutral is None else neutral:
             with pytest.raises(InterruptedError):
-                cls("model", **{name: value})
+                engine("model", **{name: value})
         if neutral is not None:
             with pytest.raises(ConfigError, match=f"^{name} is .*, which pace does not have: ."):
-                cls("model", **{name: "other"})
+                engine("model", **{name: "other"})
 
 
 def test_request_options_are_answered_by_name(llm: LLM) -> None:
     (plain,) = llm.generate("a", GREEDY)
     for name, (_, neutral) in REQUEST_OPTIONS.items():
         for value in neutral or ():
-            assert llm.generate("a", GREEDY, **{name: value})[0].outputs == plain.outputs
+            options: dict[str, Any] = {name: value}
+            assert llm.generate("a", GREEDY, **options)[0].outputs == plain.outputs
         calls: Any = (llm.generate, llm.stream, llm.chat, llm.stream_chat, AsyncLLM.generate, AsyncLLM.chat)
         for call in calls:
             with pytest.raises(RequestError, match=f"^{name} is "):
@@ -85,7 +89,8 @@ def test_request_options_are_answered_by_name(llm: LLM) -> None:
 
 
 def test_values_that_mean_the_same_are_taken(model: Path) -> None:
-    with LLM(model, threads=1, dtype=TorchDtype(), kv_cache_dtype="auto", tensor_parallel_size=1) as llm:
+    same: dict[str, Any] = {"dtype": TorchDtype(), "kv_cache_dtype": "auto", "tensor_parallel_size": 1}
+    with LLM(model, threads=1, **same) as llm:
         assert llm.config.kv_cache_dtype == "bf16"
         (plain,) = llm.generate("a", GREEDY, priority=0)
         assert llm.generate("a", GREEDY, priority=None)[0].outputs == plain.outputs  # type: ignore[arg-type]  # as vLLM takes it
@@ -100,7 +105,8 @@ class TorchDtype:
 
 
 def test_unknown_names_are_still_pythons_to_refuse(model: Path, llm: LLM) -> None:
-    for call in (SamplingParams, lambda **o: LLM(model, **o), lambda **o: llm.generate("a", **o)):
+    calls: list[Any] = [SamplingParams, partial(LLM, model), partial(llm.generate, "a")]
+    for call in calls:
         with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
             call(temprature=1)
     assert "temperature" in inspect.signature(SamplingParams).parameters
@@ -176,8 +182,8 @@ def test_a_list_of_ints_is_a_prompt(llm: LLM) -> None:
     for form in forms:
         (output,) = llm.generate(form, GREEDY)
         assert output.outputs == expected.outputs and list(output.prompt_token_ids) == ids
-    mixed = llm.generate(["hello", ids, {"prompt": "hello"}, tuple(ids)], GREEDY)
-    assert [o.outputs for o in mixed] == [expected.outputs] * 4
+    mixed: list[Any] = ["hello", ids, {"prompt": "hello"}, tuple(ids)]
+    assert [o.outputs for o in llm.generate(mixed, GREEDY)] == [expected.outputs] * 4
     *_, last = llm.stream(ids, GREEDY)
     assert last.outputs == expected.outputs
 

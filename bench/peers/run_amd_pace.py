@@ -11,38 +11,41 @@ Install: pip install torch==2.13.0, then pip install amd-pace==1.3.0, in an envi
 `pace` too).
 """
 
+import importlib
+from typing import Any
+
 import common
 import torch
-from pace.llm.attention.base import AttentionBackendType
 
-from pace.llm import KVCacheType, LLMBackendType, LLMModel, LLMOperatorType, OperatorConfig, SamplingConfig
+amd: Any = importlib.import_module("pace.llm")  # theirs: mypy would read ours
+attention: Any = importlib.import_module("pace.llm.attention.base")
 
 MAX_ROWS = 16384  # 4 GB of logits at a vocabulary of 128k
 
 args = common.arguments()
-tpp = LLMBackendType.TPP
-op = LLMOperatorType
-config = OperatorConfig(
+tpp = amd.LLMBackendType.TPP
+op = amd.LLMOperatorType
+config = amd.OperatorConfig(
     **{
-        op.Norm.value: LLMBackendType.JIT,
+        op.Norm.value: amd.LLMBackendType.JIT,
         op.QKVProjection.value: tpp,
-        op.Attention.value: AttentionBackendType.SLAB,
+        op.Attention.value: attention.AttentionBackendType.SLAB,
         op.OutProjection.value: tpp,
         op.MLP.value: tpp,
         op.LMHead.value: tpp,
     }
 )
-model = LLMModel(
+model = amd.LLMModel(
     args.directory,
     dtype=torch.bfloat16,
-    kv_cache_type=KVCacheType.SLAB_POOL,
+    kv_cache_type=amd.KVCacheType.SLAB_POOL,
     opconfig=config,
     disable_tqdm=True,
 )
 
 
 def generate(prompts: list[list[int]], n_new: int) -> None:
-    params = SamplingConfig(
+    params = amd.SamplingConfig(
         max_new_tokens=n_new, min_new_tokens=n_new, ignore_eos=True, do_sample=False, pad_token_id=0
     )
     n = max(1, MAX_ROWS // len(prompts[0]))

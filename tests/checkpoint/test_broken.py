@@ -26,24 +26,24 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 def write(
     folder: Path, header: Any, data: bytes = b"\0" * 8, name: str = "model.safetensors", **options: Any
-) -> None:
-    """Write a safetensors file from a header (JSON value or bytes), without checking anything."""
+) -> int:
+    """Write a safetensors file from a header (JSON value or bytes), without checking anything; returns its size."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     length = options.get("length", len(raw))
-    (folder / name).write_bytes(struct.pack("<Q", length) + raw + data)
+    return (folder / name).write_bytes(struct.pack("<Q", length) + raw + data)
 
 
 def entry(**changes: Any) -> dict[str, Any]:
     return {"a": {**F32, **changes}}
 
 
-def index(folder: Path, weight_map: Any, *, shards: bool = True, **metadata: Any) -> None:
+def index(folder: Path, weight_map: Any, *, shards: bool = True, **metadata: Any) -> int:
     if shards:
         write(folder, {"a": F32}, name="model-1.safetensors")
         write(folder, {"b": F32}, name="model-2.safetensors")
     value = {"metadata": metadata, "weight_map": weight_map}
     text = weight_map if isinstance(weight_map, str) else json.dumps(value)
-    (folder / "model.safetensors.index.json").write_text(text)
+    return (folder / "model.safetensors.index.json").write_text(text)
 
 
 GOOD_MAP = {"a": "model-1.safetensors", "b": "model-2.safetensors"}

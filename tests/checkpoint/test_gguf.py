@@ -11,6 +11,7 @@ import pytest
 from golden import families, tiny
 
 from pace.checkpoint import model_files
+from pace.checkpoint.gguf import GgufModel
 from pace.errors import CheckpointError, UnsupportedModel
 from pace.models.decoder import lower
 from pace.models.quantisation import quantised_in
@@ -115,7 +116,9 @@ def test_a_scale_that_is_no_number_is_refused(tmp_path: Path) -> None:
     folder = tiny.write("llama-r1-distill", tmp_path / "folder", tiny.Case(BLOCK_CONFIG))
     path = in_blocks("Q8_0", folder, tmp_path / "model.gguf")
     data = bytearray(path.read_bytes())
-    (first,) = [t for t in model_files(path)._files[0].tensors if t.name == "blk.1.attn_q.weight"]
+    model = model_files(path)
+    assert isinstance(model, GgufModel)
+    (first,) = [t for t in model._files[0].tensors if t.name == "blk.1.attn_q.weight"]
     data[first.offset : first.offset + 2] = b"\xff\xff"
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match="a scale that is no finite number"):

@@ -171,10 +171,11 @@ def write_shards(folder: Path, weight_map: dict[str, str], **index: Any) -> None
 MAP = {"x": "m1.safetensors", "y": "m1.safetensors", "z": "m2.safetensors"}
 
 
+STALE_SIZES: list[Any] = [0, 17, 1e9, "36", None, [], -1]
+
+
 @pytest.mark.parametrize(
-    "metadata",
-    [{"total_size": size} for size in (0, 17, 1e9, "36", None, [], -1)] + [None, {}, [], "x"],
-    ids=repr,
+    "metadata", [{"total_size": size} for size in STALE_SIZES] + [None, {}, [], "x"], ids=repr
 )
 def test_a_stale_total_size_changes_nothing(tmp_path: Path, metadata: Any) -> None:
     write_shards(tmp_path, MAP, metadata=metadata)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import mixed
 import numpy as np
+from engine import mixed
 from ext.kit import Packed, rng
 from ext.kit import packed as packed_matrix
 from golden import tiny
@@ -337,7 +337,7 @@ class Lab:
 
     def prompt(self, ask: Ask) -> list[int]:
         rng = np.random.Generator(np.random.PCG64(ask.stream))
-        ids = rng.integers(0, tiny.VOCAB_SIZE, MAX_LEN).tolist()[: N_PROMPTS[ask.n_prompt]]
+        ids: list[int] = rng.integers(0, tiny.VOCAB_SIZE, MAX_LEN).tolist()[: N_PROMPTS[ask.n_prompt]]
         if ask.own_end:
             ids[-1] = (ids[-1] + 1) % tiny.VOCAB_SIZE
         return ids

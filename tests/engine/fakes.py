@@ -17,7 +17,7 @@ from pace.engine.runner import Runner
 from pace.engine.sampler import Sampler
 from pace.engine.scheduler import Scheduler
 from pace.kvcache import join_groups, make_tables
-from pace.models.plan import Batch, F32Array, I32Array
+from pace.models.plan import Batch, Bf16Array, F32Array, I32Array
 from pace.outputs import RequestOutput
 from pace.params import SamplingParams
 from pace.speculative.drafter import Drafter
@@ -117,6 +117,9 @@ class FakePlan:
     def logits_from(self, first: int) -> F32Array:
         assert 0 < first < len(self.logits)
         return self.logits[first : first + self.max_logit_rows].copy()
+
+    def hidden(self) -> Bf16Array:
+        raise AssertionError("nothing here asks for hidden states")
 
 
 class Drawn(NamedTuple):
@@ -275,7 +278,7 @@ def make_engine(
 
 def run(engine: Engine) -> dict[str, RequestOutput]:
     """Step until nothing is left; the last output of every request."""
-    last = {}
+    last: dict[str, RequestOutput] = {}
     for _ in range(10_000):
         if not engine.has_unfinished:
             return last
@@ -292,8 +295,9 @@ def greedy(prompt: Sequence[int], n: int) -> list[int]:
     return history[len(prompt) :]
 
 
-def params(**values: object) -> SamplingParams:
-    return SamplingParams(**{"temperature": 0.0, "detokenize": False, **values})  # type: ignore[arg-type]  # values of a mapping, one type to mypy
+def params(**values: Any) -> SamplingParams:
+    values = {"temperature": 0.0, "detokenize": False, **values}
+    return SamplingParams(**values)
 
 
 def spelt(tokens: Sequence[int]) -> str:

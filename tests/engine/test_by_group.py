@@ -80,12 +80,16 @@ def test_a_cache_of_packs(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [layouts.gptq, layouts.compressed])
-def test_an_order_takes_4_bytes_a_column(make: Any, tmp_path: Path) -> None:
+def test_an_order_takes_4_bytes_a_column(make: Callable[..., layouts.Quantised], tmp_path: Path) -> None:
     """Beside what columns side by side take; the plan of the memory says it beforehand."""
     sizes = []
     for order in (None, 3):
         model = write_checkpoint(tmp_path / f"{order}", head_dim=32)
-        layouts.quantise_folder(model, lambda n, k, seed, order=order: make(n, k, order=order, seed=seed))
+
+        def quantised(n: int, k: int, seed: int, order: int | None = order) -> layouts.Quantised:
+            return make(n, k, order=order, seed=seed)
+
+        layouts.quantise_folder(model, quantised)
         with opened(model) as llm:
             sizes.append((llm.loaded.weights_bytes, llm.loaded.memory.weights_bytes))
     columns = 2 * (64 + 128 + 64 + 128)  # of qkv, o, gate and up, down

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import VOCAB, greedy, make_engine, params, run
+from engine.fakes import VOCAB, greedy, make_engine, params, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,7 +47,7 @@ def test_numbers_do_not_depend_on_the_company(
 
     def add(engine: Engine, i: int) -> None:
         n_prompt, n_output, _, sampled = requests[i]
-        prompt = np.random.default_rng(i).integers(0, VOCAB, n_prompt)
+        prompt = np.random.default_rng(i).integers(0, VOCAB, n_prompt).astype(np.int32)
         sampling = params(max_tokens=n_output, temperature=float(sampled), seed=i, logprobs=2)
         engine.add_request(str(i), prompt, sampling)
 

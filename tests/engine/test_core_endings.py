@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from fakes import VOCAB, greedy, make_engine, params, run, spelt
+from engine.fakes import VOCAB, greedy, make_engine, params, run, spelt
 
 from pace.errors import ForkError
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from fakes import VOCAB, greedy, logits_of, make_engine, params, run, spelt
+from engine.fakes import VOCAB, greedy, logits_of, make_engine, params, run, spelt
 
 from pace.driver import merged
 from pace.errors import RequestError

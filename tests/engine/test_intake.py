@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from fakes import VOCAB, make_engine
+from engine.fakes import VOCAB, make_engine
 
 from pace.engine.core import Engine
 from pace.engine.heap import MIN_DEAD

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import mixed
 import numpy as np
 import pytest
-from crowd import CROWDS, GOLDEN_MODELS, MODELS, N_OUTPUT, Ask, Lab
+from engine import mixed
+from engine.crowd import CROWDS, GOLDEN_MODELS, MODELS, N_OUTPUT, Ask, Lab
 from ext.kit import Packed
 from hypothesis import HealthCheck, given, settings
 

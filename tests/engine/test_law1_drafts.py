@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import mixed
 import pytest
-from crowd import CROWDS, GUESSES, MODELS, QUANTISED, K, Lab
+from engine import mixed
+from engine.crowd import CROWDS, GUESSES, MODELS, QUANTISED, K, Lab
 from ext.kit import Packed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -13,10 +13,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import DTYPE, VOCAB, Panic, fake_sample, logits_of, make_engine
+from engine.fakes import DTYPE, VOCAB, Panic, fake_sample, logits_of, make_engine
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from speculative.guess import Guesser
 
 from pace.engine.pacing import Pacer
@@ -414,7 +421,6 @@ TestEngine.settings = QUICK
 
 
 @pytest.mark.slow
-class TestEngineLong(EngineMachine.TestCase):  # type: ignore[misc]  # hypothesis makes it
+def test_engine_long() -> None:
     """The same for 100 000 rules and more."""
-
-    settings = LONG
+    run_state_machine_as_test(EngineMachine, settings=LONG)

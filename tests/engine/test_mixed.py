@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
-import mixed
 import numpy as np
 import pytest
+from engine import mixed
 from golden import tiny
 from golden.harness import batch_of, relative_error
 
@@ -18,6 +19,8 @@ from pace import ops
 from pace.kvcache import BlockTables, ExtentTables, KVTables, blocks_for, join_groups, make_tables
 from pace.models.plan import Batch, Plan
 from pace.reference import Reference
+
+KVDtype = Literal["bf16", "int8"]
 
 SIZE, N_BLOCKS, MAX_LEN = 16, 40, 200
 LENGTHS = (120, 75)
@@ -27,7 +30,7 @@ TOLERANCE = 40 * 2.0**-9  # ten roundings to bf16 in each of up to four layers
 class Both:
     """The compiled plan and the interpreter over one set of tables."""
 
-    def __init__(self, team: ops.Team, plan: Plan, kind: str, kv_dtype: str) -> None:
+    def __init__(self, team: ops.Team, plan: Plan, kind: str, kv_dtype: KVDtype) -> None:
         contiguous = kind == "contiguous"
         weights = {name: mixed.rounded(w) for name, w in mixed.weights_of(plan).items()}
         self.layers = [group.layers for group in plan.groups()]
@@ -106,7 +109,7 @@ def is_held(tables: KVTables, block: int) -> bool:
 
 @pytest.mark.parametrize(("kind", "kv_dtype"), [("paged", "bf16"), ("contiguous", "int8")])
 @pytest.mark.parametrize("model", mixed.MODELS)
-def test_what_is_released_is_not_read(team: ops.Team, model: str, kind: str, kv_dtype: str) -> None:
+def test_what_is_released_is_not_read(team: ops.Team, model: str, kind: str, kv_dtype: KVDtype) -> None:
     plan = mixed.plan_of(model, MAX_LEN)
     both = Both(team, plan, kind, kv_dtype)
     tables = both.tables

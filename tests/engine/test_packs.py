@@ -206,7 +206,7 @@ def test_a_bad_pack_is_written_anew(folder: Path, tmp_path: Path, damage: str) -
         with path.open("r+b", buffering=0) as file:
             os.ftruncate(file.fileno(), 0)
             about = {"layouts": "other", "isa": "other", "source": ""}
-            values = packs.PackedArray("vector", "f32", (2,), (0, 0), np.zeros(8, np.uint8))
+            values = pack_file.PackedArray("vector", "f32", (2,), (0, 0), np.zeros(8, np.uint8))
             pack_file.write_pack(file.fileno(), about, {"norm": values})
         data = bytearray(path.read_bytes())
     path.write_bytes(data)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import DTYPE, VOCAB, Drawn, fake_logprobs, fake_sample
+from engine.fakes import DTYPE, VOCAB, Drawn, fake_logprobs, fake_sample
 
 from pace import ops
 from pace.engine.sampler import Constraints, History, Sampler, bad_word_ids, derive_seed
@@ -23,7 +23,7 @@ def running(
     params = SamplingParams(max_tokens=50, **values)
     seq = Sequence(str(row), np.array(prompt, dtype=np.int32), params, max_output=50, stop_ids=stop_ids)
     seq.seed = 1000 + row
-    seq.start(row, 0.0)
+    seq.start(row, 0)
     for token in output:
         seq.commit(token)
     return seq

@@ -103,7 +103,7 @@ def test_short_prompts_pass_a_long_one_which_keeps_half_of_the_room() -> None:
     s = scheduler(n_blocks=256, n_seqs=64, budget=40)
     s.add(sequence("long", 400, 1))
     assert run(s) == [("long", 40)]
-    steps = []
+    steps: list[dict[str, int]] = []
     for _ in range(17):
         for i in range(3):
             s.add(sequence(f"short {len(steps)} {i}", 10, 1))

@@ -25,6 +25,7 @@ from pace.export import calibrate as module
 from pace.export.gptq import Hessian, round_rows
 from pace.models.expert_operators import ExpertsIn, ExpertsOut
 from pace.models.operators import Gemm
+from pace.quant.groups import GroupedRows
 from pace.text.tokenizer import Tokenizer
 
 TEXT = Calibration(["The ferry left at 7:45, twelve minutes late. " * 40], n_tokens=1024, length=128)
@@ -262,7 +263,7 @@ def test_what_other_inputs_left_is_not_taken(source: Path, tmp_path: Path) -> No
     for change in ({"inputs": "a"}, {"inputs": "b"}):
         kept = module.Rounded(tmp_path / "kept", change["inputs"])
         assert kept.get("one") is None
-        kept.put("one", module.GroupedRows(np.ones((2, 32), np.uint8), 4, 32, np.ones((2, 1), np.float32)))
+        kept.put("one", GroupedRows(np.ones((2, 32), np.uint8), 4, 32, np.ones((2, 1), np.float32)))
     again = module.Rounded(tmp_path / "kept", "b").get("one")
     assert again is not None and again.codes.all() and (again.bits, again.group) == (4, 32)
     with Checkpoint(source) as checkpoint:

@@ -17,6 +17,7 @@ from tiny_checkpoint import write_checkpoint
 
 from pace import LLM, SamplingParams
 from pace.cli import main
+from pace.config import EngineConfig
 from pace.errors import CheckpointError, ConfigError
 from pace.export import pack as module
 from pace.export.folder import new_folder
@@ -100,7 +101,7 @@ def test_it_is_not_packed_twice_nor_written_over(source: Path, tmp_path: Path) -
         (source, tmp_path / "no" / "out", "no such folder"),
     ):
         with pytest.raises(ConfigError, match=message):
-            module.pack_checkpoint(module.EngineConfig(str(model)), out)
+            module.pack_checkpoint(EngineConfig(str(model)), out)
     assert {path.name for path in tmp_path.iterdir()} == {"plain", "out"}
 
 
@@ -112,12 +113,12 @@ def test_nothing_half_stays(source: Path, tmp_path: Path, code: int, monkeypatch
 
     monkeypatch.setattr(module, "write_pack", fail)
     with pytest.raises(ConfigError, match=f"cannot be written: {os.strerror(code)}"):
-        module.pack_checkpoint(module.EngineConfig(str(source)), tmp_path / "out")
+        module.pack_checkpoint(EngineConfig(str(source)), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["plain"]
     monkeypatch.undo()
     monkeypatch.setattr(module, "pack_bytes", lambda _: 1 << 60)
     with pytest.raises(ConfigError, match="MiB are free, the model needs"):
-        module.pack_checkpoint(module.EngineConfig(str(source)), tmp_path / "out")
+        module.pack_checkpoint(EngineConfig(str(source)), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["plain"]
 
 
@@ -159,7 +160,7 @@ def test_two_processes_that_pack_at_once(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["truncated", "magic", "header", "both", "empty"])
 def test_what_is_wrong_is_said_in_one_line_at_once(source: Path, tmp_path: Path, damage: str) -> None:
-    module.pack_checkpoint(module.EngineConfig(str(source)), tmp_path / "out")
+    module.pack_checkpoint(EngineConfig(str(source)), tmp_path / "out")
     path = tmp_path / "out" / "model.pack"
     data = bytearray(path.read_bytes())
     if damage == "truncated":

@@ -64,7 +64,8 @@ def rng(*key: object) -> np.random.Generator:
 def packed(team: ops.Team, w: Array, format: str = "bf16") -> ops.PackedMatrix:
     """A matrix [n, k], or several [count, n, k], packed from float32."""
     each = w if w.ndim == 3 else w[None]
-    matrix = ops.PackedMatrix(team, *each.shape[1:], count=len(each), format=format)
+    count, n, k = each.shape
+    matrix = ops.PackedMatrix(team, n, k, count=count, format=format)
     for i, one in enumerate(each):
         matrix.pack(np.ascontiguousarray(one, np.float32), "f32", matrix=i)
     return matrix
@@ -293,6 +294,7 @@ class Beside:
         max_tokens: int = 320,
     ) -> None:
         vocab = 97
+        dense: dict[str, npt.NDArray[Any]]
         dense = {name: np.asarray(value, np.float32) for name, value in (weights or {}).items()}
         dense |= {f"in.{name}": rng(name).standard_normal((vocab, n)) for name, n in inputs.items()}
         dense |= tables or {}

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from ext.kit import (
     F64,
@@ -98,7 +99,7 @@ class Shape:
         if self.dtype == "bf16":
             return x
         values = x.astype(np.float32)
-        scale = np.abs(values).max(-1, keepdims=True) / np.float32(127)
+        scale: npt.NDArray[np.float32] = np.abs(values).max(-1, keepdims=True) / np.float32(127)
         integers = np.rint(np.divide(values, scale, out=np.zeros_like(values), where=scale > 0))
         assert np.abs(integers).max() <= 127
         return integers.astype(np.float64) * scale.astype(np.float64)
@@ -250,7 +251,7 @@ def check(
     for qkv, (_, n) in zip(rows, sequences, strict=True):
         q, k, v = split(shape, qkv)
         k, v = shape.stored(k), shape.stored(v)
-        want, tolerance = attend(shape, q[-n:], k, v, op, weights and weights["s"])
+        want, tolerance = attend(shape, q[-n:], k, v, op, None if weights is None else weights["s"])
         assert_close(got[at : at + n], want, tolerance)
         at += n
 
@@ -456,4 +457,5 @@ def test_a_nan_is_seen(kernel: str, team: ops.Team, dtype: str, where: str) -> N
         bad = (
             np.isnan(np.concatenate(rows)).reshape(40, 2, 2, 32).any(-1)
         )  # [rows, kv head, query head of it]
+        assert isinstance(bad, np.ndarray)
         assert not bad[:33].any() and bad[33:, 0].all() and not bad[:, 1].any()

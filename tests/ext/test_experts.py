@@ -87,6 +87,7 @@ def test_routes(
     op = plan.ir.ops[0]
     assert isinstance(op, ir.Route)
     choice = plan._weights["choice"] if op.choice else None
+    assert choice is None or isinstance(choice, np.ndarray)
     want_ids, want = route(op, logits.astype(np.float64), choice)
     if shift <= 0 or op.choice is None:  # at 30 sigmoids are equal in f32, and biases decide both ways
         assert (ids == want_ids).all()
@@ -183,9 +184,9 @@ class Mixture:
         r = rng("mixture", n_experts, width, dim)
         self.add, self.scale, self.int8 = add, scale, int8
         filled = -(-width // 32) * 32  # behind width zeros, as a plan has them
-        w_in = np.zeros((n_experts, 2, filled, dim), np.float32)
-        w_in[:, :, :width] = r.standard_normal((n_experts, 2, width, dim))
-        w_in = w_in.reshape(n_experts, 2 * filled, dim)
+        halves = np.zeros((n_experts, 2, filled, dim), np.float32)
+        halves[:, :, :width] = r.standard_normal((n_experts, 2, width, dim))
+        w_in = halves.reshape(n_experts, 2 * filled, dim)
         w_out = r.standard_normal((n_experts, dim, filled)).astype(np.float32)
         self.on_input = options.get("on_input", False)
         self.matrices = matrices or {
@@ -295,7 +296,7 @@ def asked(m: int, n_experts: int = 8, dim: int = 96) -> tuple[Any, Any, Any]:
     return logits, x, before
 
 
-CLAMPED = {"limit": 7.0, "alpha": 1.702}
+CLAMPED: dict[str, Any] = {"limit": 7.0, "alpha": 1.702}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bias": {"bias": True, "add": True, "scale": 0.5},
@@ -343,7 +344,7 @@ def test_mxfp4_is_the_same_product(
     kernel: str, team: ops.Team, four_bits: dict[str, ops.PackedMatrix]
 ) -> None:
     """Bit for bit that with the dequantised matrices, through the same clamps and biases."""
-    options = {"bias": True, "add": True, **CLAMPED}
+    options: dict[str, Any] = {"bias": True, "add": True, **CLAMPED}
     packs = four_bits, {name: in_bf16(team, matrix) for name, matrix in four_bits.items()}
     packed, plain = (Mixture(team, kernel, matrices=matrices, **options) for matrices in packs)
     for m in (1, 3) if kernel == "reference" else (1, 2, 3, 17, 70, 300):

@@ -80,7 +80,8 @@ def random_rows(format: str, n: int, k: int, kind: str = "symmetric", scales: st
 
 
 def matrix_of(team: ops.Team, format: str, rows: Rows) -> ops.PackedMatrix:
-    matrix = ops.PackedMatrix(team, *rows.codes.shape, format=format)
+    n, k = rows.codes.shape
+    matrix = ops.PackedMatrix(team, n, k, format=format)
     place(matrix, rows)
     return matrix
 

@@ -233,7 +233,7 @@ def int8_plan(team: ops.Team, kernel: str, matrix: ops.PackedMatrix, group: int 
         ir.Slot("q", matrix.k, "int8", "tokens", group=group),
         ir.Slot("c", matrix.n, "f32", "tokens"),
     ]
-    chain = [ir.Quantise("g", "a", "q"), ir.Gemm("h", "q", "c", "w")]
+    chain: list[ir.Op] = [ir.Quantise("g", "a", "q"), ir.Gemm("h", "q", "c", "w")]
     plan = build(team, chain, slots, {"w": matrix}, kernels=chosen(kernel))
     poison(plan, "c")
     return plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -40,9 +40,9 @@ def test_every_choice_is_known_to_the_kernels(team: ops.Team) -> None:
         ir.Slot("y", 32, "f32", "tokens"),
     ]
     w = {"w": packed(team, np.ones((32, 32)))}
-    for act in (None, *ir.Activation.__args__):
+    for act in (None, *get_args(ir.Activation)):
         build(team, [ir.Gemm("g", "x", "y", "w", act=act)], slots, w)
-    for kind in ir.NormKind.__args__:
+    for kind in get_args(ir.NormKind):
         build(team, [ir.Norm("n", "z", "y", None, kind=kind)], slots)
 
 
@@ -60,6 +60,11 @@ ROPE = ir.RopeKV("r", "x", "q", 4, 0)
 ATTENTION = ir.Attention("t", "q", "q", 4, 0, 1.0, window=20)
 GEMM = ir.Gemm("g", "a", "y", "w")
 NORM = ir.Norm("n", "x", "x", None)
+
+
+def wrong(op: ir.Op, **values: Any) -> ir.Op:
+    """With values that its type doesn't have."""
+    return replace(op, **values)
 
 
 @pytest.mark.parametrize(
@@ -80,18 +85,18 @@ NORM = ir.Norm("n", "x", "x", None)
         (replace(ROPE, append=False), "r: slot x has width 128, expected 64"),
         (replace(ROPE, k_is_v=True), "r: slot x has width 128, expected 96"),
         (
-            replace(ROPE, qk_norm="rms", norm_scope="both"),
+            wrong(ROPE, qk_norm="rms", norm_scope="both"),
             "norm_scope is 'both', expected one of head, head_own, full",
         ),
-        (replace(ROPE, qk_norm="l2"), "qk_norm is 'l2', expected one of none, rms, rms1, layer"),
+        (wrong(ROPE, qk_norm="l2"), "qk_norm is 'l2', expected one of none, rms, rms1, layer"),
         (replace(ATTENTION, window=None), "t sees more than the 20 tokens that layer 0 keeps"),
         (replace(ATTENTION, window=21), "t sees more than the 20 tokens"),
         (replace(ATTENTION, window=None, chunk=21), "t sees more than the 20 tokens"),
         (replace(ATTENTION, window=0), "t: window 0"),
         (replace(ATTENTION, chunk=-1), "t: window 20, chunk -1"),
         (replace(ATTENTION, src="z"), "t: the plan has no slot 'z'"),
-        (replace(GEMM, epilogue="sub"), "epilogue is 'sub', expected one of store, add, gated, mul"),
-        (replace(GEMM, act="tanh"), "act is 'tanh', expected one of none, silu"),
+        (wrong(GEMM, epilogue="sub"), "epilogue is 'sub', expected one of store, add, gated, mul"),
+        (wrong(GEMM, act="tanh"), "act is 'tanh', expected one of none, silu"),
         (replace(GEMM, epilogue="mul"), "g: other belongs to mul"),
         (replace(GEMM, other="x"), "g: cap or other with epilogue|g: other belongs to mul"),
         (replace(GEMM, epilogue="mul", other="x", at=89), "g: columns 89 to 129 of 128"),
@@ -101,7 +106,7 @@ NORM = ir.Norm("n", "x", "x", None)
         (replace(GEMM, blocks=(ir.Blocks("q", 3, 16, 16),)), "g: blocks of 48 rows for a slot of 40"),
         (replace(NORM, groups=3), "n: 3 groups of 128"),
         (replace(NORM, groups=0), "n: 0 groups of 128"),
-        (replace(NORM, kind="l2"), "kind is 'l2', expected one of none, rms, rms1, layer"),
+        (wrong(NORM, kind="l2"), "kind is 'l2', expected one of none, rms, rms1, layer"),
         (replace(NORM, bias="w"), "n: a norm of kind rms with a bias"),
         (replace(NORM, dst="l"), "n: slot l has rows logits, expected tokens"),
         (ir.Embed("e", "x", None), "e names no table"),

@@ -16,7 +16,8 @@ from pace.models.weight_formats import group_of
 
 def quantised(team: ops.Team, format: str, w: Any, dtype: str = "f32") -> Any:
     """Unpacked weights, float64."""
-    matrix = ops.PackedMatrix(team, *w.shape, format=format)
+    n, k = w.shape
+    matrix = ops.PackedMatrix(team, n, k, format=format)
     source = {"f32": np.float32, "f16": np.float16}
     matrix.pack(to_bf16(w) if dtype == "bf16" else np.ascontiguousarray(w, source[dtype]), dtype)
     return matrix.unpack().astype(np.float64)

@@ -53,7 +53,9 @@ def test_a_draw_depends_on_its_row_only(team: ops.Team) -> None:
         None
         if i % 3 == 0
         else constraints(
-            *(r.integers(0, vocab, 9) for _ in range(3)),
+            r.integers(0, vocab, 9),
+            r.integers(0, vocab, 9),
+            r.integers(0, vocab, 9),
             np.arange(i),
             r.uniform(-2, 2, i),
             np.arange(i, vocab),
@@ -186,8 +188,8 @@ def test_sample_refuses_a_malformed_history(team: ops.Team, row: Any) -> None:
 def test_results_of_the_wrong_size(team: ops.Team, short: int) -> None:
     """The extension writes a row's results by its number: arrays for fewer rows are refused, for draws and scores."""
     x = np.zeros((3, 8), np.float32)
-    drawn = list(ops.sample(team, x, sample_params(3), [None] * 3))
-    scored = list(ops.logprobs(team, x, np.zeros(3, np.int32), 2))
+    drawn: list[Any] = list(ops.sample(team, x, sample_params(3), [None] * 3))
+    scored: list[Any] = list(ops.logprobs(team, x, np.zeros(3, np.int32), 2))
     drawn[short] = drawn[short][:2]
     with pytest.raises(ValueError, match="3 rows"):
         _kernels.sample(team._team, x, None, sample_params(3), [None] * 3, *drawn)

@@ -201,7 +201,7 @@ def test_among_equals_the_latest_follower_is_guessed() -> None:
 
 
 def test_nothing_known_is_no_guess() -> None:
-    empty = ([], [], 0.0, 0)
+    empty: tuple[list[int], list[float], float, int] = ([], [], 0.0, 0)
     assert ops.SuffixIndex().propose(8) == empty
     assert ids((1, 2, 3)).propose(8) == empty
     assert ids((1, 2, 1)).propose(8, min_match=2) == empty
@@ -237,8 +237,8 @@ def test_a_token_costs_less_than_10_us_and_250_bytes(text: np.ndarray) -> None:
 
 def test_bad_arguments_are_refused() -> None:
     index = ops.SuffixIndex()
-    for arguments in ({"max_tokens": 257}, {"max_tokens": -1}, {"max_tokens": 1, "min_match": 0}):
+    for max_tokens, min_match in ((257, 1), (-1, 1), (1, 0)):
         with pytest.raises(ValueError, match="min_match is"):
-            index.propose(**arguments)  # type: ignore[arg-type]  # mypy takes all values for one type
+            index.propose(max_tokens, min_match=min_match)
     with pytest.raises(ValueError, match="dtype"):
         index.add(np.array([1, 2], np.int64))

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -66,10 +67,10 @@ def test_closing_while_another_thread_runs(packed_model: PackedModel, use: str) 
         team = ops.Team(3)
         runner, matrix = runner_of(team), ops.PackedMatrix(team, 64, 64)
         uses: dict[str, Callable[[], object]] = {
-            "step": lambda runner=runner: prefill(runner, [1, 2, 3]),
-            "sample": lambda team=team: ops.sample(team, x, params, [None] * 8),
-            "pack": lambda matrix=matrix: matrix.pack(rows, "f32"),
-            "roof": lambda team=team: ops.roof_dot(team, "f32", iterations=100),
+            "step": partial(prefill, runner, [1, 2, 3]),
+            "sample": partial(ops.sample, team, x, params, [None] * 8),
+            "pack": partial(matrix.pack, rows, "f32"),
+            "roof": partial(ops.roof_dot, team, "f32", iterations=100),
         }
         endings: list[str] = []
         began = threading.Event()

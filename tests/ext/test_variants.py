@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from ext.kit import (
     U_BF16,
@@ -71,7 +72,7 @@ def test_embed_with_positions(kernel: str, team: ops.Team, width: int, dtype: ir
 def test_embed_adds(kernel: str, team: ops.Team) -> None:
     """post * (dst + scale * row), what per-layer inputs are made of."""
     w = {"w": rng("w").standard_normal((97, 40))}
-    operators = [
+    operators: list[ir.Op] = [
         ir.Embed("e", "x", "w", 16.0, add=True, post=0.70710678),
         ir.Norm("n", "x", "y", None, kind="none"),
     ]
@@ -83,7 +84,9 @@ def test_embed_adds(kernel: str, team: ops.Team) -> None:
 def test_embed_from_a_mapped_table(kernel: str, team: ops.Team, width: int, dtype: str) -> None:
     """The rows as they are, unrounded; the last row ends where the memory does."""
     rows = rng("mapped", width).standard_normal((97, width)).astype(np.float32)
-    given = {"bf16": to_bf16(rows), "f16": rows.astype(np.float16), "f32": rows}[dtype]
+    forms: dict[str, npt.NDArray[Any]]
+    forms = {"bf16": to_bf16(rows), "f16": rows.astype(np.float16), "f32": rows}
+    given = forms[dtype]
     held = bf16(rows) if dtype == "bf16" else given.astype(np.float64)
     op = ir.Embed("e", "x", "w", mapped=True)
     plan = build(team, [op], [slot("x", width)], {"w": ops.MappedTable(given, dtype)}, kernels=chosen(kernel))
@@ -168,7 +171,7 @@ def test_gated_of_any_width(team: ops.Team, kernel: str, width: int, k: int) -> 
     parts = rng("gated", width).standard_normal((2, width, k)) * k**-0.5
     fused[ir.gated_rows(width, "gate")], fused[ir.gated_rows(width, "up")] = parts
     w = {"w": fused, "d": rng("down").standard_normal((24, width))}
-    operators = [
+    operators: list[ir.Op] = [
         ir.Norm("copy", "x", "a", None, kind="none"),
         ir.Gemm("g", "a", "h", "w", epilogue="gated", act="silu"),
         ir.Gemm("d", "h", "y", "d"),
@@ -262,7 +265,8 @@ def test_bits_of_rope_do_not_depend_on_the_company(isa: str, team: ops.Team) -> 
     def run(parts: Sequence[tuple[list[int], int, list[int]]], row: int) -> bytes:
         pair = Beside(team, "", [rope], {"x": 8 * 48}, slots, kv=(ir.KVLayer(2, 48),), ropes=(HALVES,))
         pair.kernels.step(batch_of(parts))
-        return pair.kernels.slot("q")[row].tobytes()
+        values: bytes = pair.kernels.slot("q")[row].tobytes()
+        return values
 
     alone = run([([7], 40, [0, 1, 2])], 0)
     assert alone == run([([3, 4, 7, 5], 38, [0, 1, 2]), ([1] * 60, 0, [4, 5, 6, 7])], 2)

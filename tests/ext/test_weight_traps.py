@@ -77,7 +77,7 @@ def test_each_group_has_its_own_scale(kernel: str, team: ops.Team, format: str) 
     group = group_of(format)
     codes = np.zeros((3, 2 * group), np.uint8)
     codes[:, :group] = 1
-    scales = np.tile(np.float32([1, 2]), (3, 1))
+    scales = np.tile(np.array([1, 2], np.float32), (3, 1))
     matrix = matrix_of(team, format, Rows(codes, int(format[3]), group, scales, np.zeros_like(scales)))
     for got in products(team, kernel, matrix, np.ones((2, 2 * group))):
         assert (got == group).all()

@@ -39,8 +39,8 @@ def load(directory: Path) -> Any:
         experts_implementation="eager",
         output_loading_info=True,
     )
-    towers = ("model.vision", "model.audio", "model.multi_modal", "model.embed_vision", "model.embed_audio")
-    towers += ("vision_model.", "multi_modal_projector.")
+    towers: tuple[str, ...] = ("model.vision", "model.audio", "model.multi_modal", "model.embed_vision")
+    towers += ("model.embed_audio", "vision_model.", "multi_modal_projector.")
     missing = [key for key in info["missing_keys"] if not key.startswith(towers) and key != "lm_head.weight"]
     if missing or info["unexpected_keys"] or info["mismatched_keys"]:
         raise SystemExit(f"{directory}: {missing=}, {info['unexpected_keys']=}, {info['mismatched_keys']=}")

@@ -249,7 +249,8 @@ def _scaled(
         return 0.3 * values - (case.shift if weight.endswith(".router.bias") else 0.0)
     if spec.scale == 1.0 and weight.endswith(("q_norm", "k_norm")):
         # Nothing else scales these scores down: trained norms do, or attention would see one key and magnify roundings.
-        return (0.2 * values + 1.0) * len(values) ** -0.25
+        scale: float = len(values) ** -0.25
+        return (0.2 * values + 1.0) * scale
     if values.ndim == 1:
         return 0.2 * values + (0.0 if spec.norm.kind == "rms1" else 1.0)
     if weight == "positions":
@@ -258,11 +259,14 @@ def _scaled(
         # A tied table is also the LM head, whose rows have unit length; otherwise the stream has variance 1.
         return values / np.sqrt(values.shape[1]) if spec.tied else values / spec.embed_scale
     if weight == "inputs.table":
-        return values / np.sqrt(spec.per_layer_dim or 1)
-    if weight.endswith(".router"):
-        return 2 * values / np.sqrt(values.shape[1])  # choices that rounding does not turn
-    gain = 1.3 * case.gain if weight.endswith(".qkv") else 1.0
-    return gain * values / np.sqrt(values.shape[1] if values.ndim == 2 else width or 1)
+        gain, terms = 1.0, spec.per_layer_dim or 1
+    elif weight.endswith(".router"):
+        gain, terms = 2.0, values.shape[1]  # choices that rounding does not turn
+    else:
+        gain = 1.3 * case.gain if weight.endswith(".qkv") else 1.0
+        terms = values.shape[1] if values.ndim == 2 else width or 1
+    scaled: npt.NDArray[Any] = gain * values / np.sqrt(terms)
+    return scaled
 
 
 _TYPES = ((np.uint16, "BF16"), (np.float16, "F16"), (np.float32, "F32"), (np.uint8, "U8"))

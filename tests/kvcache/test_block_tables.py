@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
-from pace.kvcache import BlockTables
+from pace.kvcache import BlockReuse, BlockTables
 from pace.models.plan import I32Array
 
 SIZE = 32
@@ -109,13 +111,13 @@ def test_the_part_of_a_block_is_copied_once() -> None:
     assert first is not None and tables.extend(first, 100)
     tables.remember_tail(first, TOKENS, 100)
     reuse = tables.match(TOKENS, None, 120)
-    assert reuse is not None and (reuse.n_tokens, reuse.n_tail) == (100 // SIZE * SIZE, 0), (
+    assert isinstance(reuse, BlockReuse) and (reuse.n_tokens, reuse.n_tail) == (100 // SIZE * SIZE, 0), (
         "4 tokens are too few"
     )
     assert tables.extend(first, 120)
     tables.remember_tail(first, TOKENS, 120)
     reuse = tables.match(TOKENS, None, 119)
-    assert reuse is not None and (reuse.n_tokens, reuse.n_tail) == (119, 23)
+    assert isinstance(reuse, BlockReuse) and (reuse.n_tokens, reuse.n_tail) == (119, 23)
     second = tables.open(0, reuse)
     assert second is not None
     assert tables.copied == [(tables.held(first, 4)[3], tables.held(second, 4)[3], 23)]
@@ -131,7 +133,7 @@ def test_the_only_free_block_is_taken_itself(n_tail: int, n_found: int) -> None:
     assert row is not None and tables.extend(row, 64 + n_tail)
     tables.close(row, TOKENS[: 64 + n_tail])
     reuse = tables.match(TOKENS, None, 128)
-    assert reuse is not None and (reuse.n_tokens, reuse.n_tail) == (64 + n_found, n_found)
+    assert isinstance(reuse, BlockReuse) and (reuse.n_tokens, reuse.n_tail) == (64 + n_found, n_found)
     row = tables.open(128, reuse)
     assert row is not None and tables.extend(row, 128) and tables.n_free == 0
     if n_found:
@@ -147,7 +149,7 @@ def test_the_source_of_a_copy_outlives_it() -> None:
     other = tables.run(3 * SIZE, tokens=OTHERS)
     tables.close(other)
     reuse = tables.match(TOKENS, None, 20)
-    assert reuse is not None and reuse.n_tail == 20
+    assert isinstance(reuse, BlockReuse) and reuse.n_tail == 20
     row = tables.open(0, reuse)
     assert row is not None and tables.copied[0][0] != tables.copied[0][1]
     assert tables.found(20) == 20, "another cached block was evicted, though this one was the oldest"
@@ -298,7 +300,7 @@ def test_fork_shares_whole_blocks_and_copies_the_tail() -> None:
         tables = Tables(caching=caching)
         row = tables.run(2 * SIZE + 3)
         reuse = tables.fork(row, 2 * SIZE + 3)
-        assert reuse.n_tokens == 2 * SIZE + 3
+        assert reuse is not None and reuse.n_tokens == 2 * SIZE + 3
         child = tables.open(4 * SIZE, reuse)
         assert child is not None and tables.held(child, 2) == tables.held(row, 2)
         assert tables.copied == [(tables.held(row, 3)[2], tables.held(child, 3)[2], 3)]
@@ -390,8 +392,8 @@ def test_a_prompt_is_found_whose_head_is_gone() -> None:
     assert tables.held(other, 3) == [3, 2, 1], "released before the end, which closed last"
     reuse = tables.match(TOKENS, None, 512)
     assert reuse is not None and reuse.n_tokens == 6 * SIZE and tables.found(5 * SIZE - 1) == SIZE
-    row = tables.open(0, reuse)
-    assert row is not None and tables.n_used == 5 and tables.held(row, 6)[4:] == [4, 5]
+    again = tables.open(0, reuse)
+    assert again is not None and tables.n_used == 5 and tables.held(again, 6)[4:] == [4, 5]
 
 
 def test_equal_rows_index_one_of_them() -> None:
@@ -401,7 +403,7 @@ def test_equal_rows_index_one_of_them() -> None:
     tables.remember_tail(second, TOKENS, 2 * SIZE + 20)
     assert tables.stats()["cached_blocks"] == 3
     reuse = tables.match(TOKENS, None, 512)
-    assert reuse is not None and [*reuse.blocks, reuse.tail] == tables.held(first, 3)
+    assert isinstance(reuse, BlockReuse) and [*reuse.blocks, reuse.tail] == tables.held(first, 3)
 
 
 def test_stats_count_a_query_when_its_row_opens() -> None:
@@ -426,7 +428,7 @@ def test_misuse() -> None:
     tables = Tables()
     row = tables.open(0)
     assert row is not None and tables.extend(row, 64)
-    for misuse, message in [
+    of_open: list[tuple[Callable[[], object], str]] = [
         (lambda: tables.extend(row, 513), "can't hold 513"),
         (lambda: tables.open(513), "can't promise 513"),
         (lambda: tables.truncate(row, 65), "truncate of row"),
@@ -434,11 +436,12 @@ def test_misuse() -> None:
         (lambda: tables.commit(row, TOKENS, 96), "can't have 96 valid"),
         (lambda: tables.commit(row, TOKENS[:10], 64), "10 were given"),
         (lambda: tables.match(TOKENS[:10], None, 11), "10 were given"),
-    ]:
+    ]
+    for misuse, message in of_open:
         with pytest.raises(RuntimeError, match=message):
             misuse()
     tables.close(row)
-    for misuse, message in [
+    of_closed: list[tuple[Callable[[], object], str]] = [
         (lambda: tables.close(row), "not open"),
         (lambda: tables.extend(row, 0), "not open"),
         (lambda: tables.truncate(row, 0), "not open"),
@@ -447,6 +450,7 @@ def test_misuse() -> None:
         (lambda: tables.fork(row, 0), "not open"),
         (lambda: tables.close(-1), "not open"),
         (lambda: tables.close(99), "not open"),
-    ]:
+    ]
+    for misuse, message in of_closed:
         with pytest.raises(RuntimeError, match=message):
             misuse()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -63,7 +64,9 @@ def test_whole_blocks_then_the_best_partial_one() -> None:
     for n_common in (MIN_TAIL - 1, MIN_TAIL):
         other = some_tokens(2)
         other[:n_common] = tokens[:n_common]
-        expected = ([], blocks[0], MIN_TAIL) if n_common == MIN_TAIL else ([], -1, 0)
+        expected: tuple[list[int], int, int] = (
+            ([], blocks[0], MIN_TAIL) if n_common == MIN_TAIL else ([], -1, 0)
+        )
         assert held.find(other) == expected
 
 
@@ -180,7 +183,12 @@ def test_a_search_compares_two_siblings(monkeypatch: pytest.MonkeyPatch) -> None
         held.add(tokens)
     compared: list[int] = []
     count = prefix._n_common
-    monkeypatch.setattr(prefix, "_n_common", lambda a, b: compared.append(1) or count(a, b))
+
+    def counted(a: bytes, b: bytes) -> int:
+        compared.append(1)
+        return count(a, b)
+
+    monkeypatch.setattr(prefix, "_n_common", counted)
     assert held.find(tokens, limit=SIZE - 1)[2] == SIZE - 1
     assert 1 <= len(compared) <= 2
 
@@ -239,7 +247,7 @@ def test_eviction_removes_the_entry_and_dropping_frees_the_block() -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.int32])
-def test_any_integer_array_means_the_same_tokens(dtype: type) -> None:
+def test_any_integer_array_means_the_same_tokens(dtype: npt.DTypeLike) -> None:
     held = Held()
     tokens = some_tokens(0, SIZE)
     blocks = held.add(tokens)

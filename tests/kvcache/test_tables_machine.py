@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from pace.kvcache import (
     GroupTables,
     ReleasedError,
     Reuse,
+    TokenTables,
     blocks_for,
     join_groups,
     make_tables,
@@ -90,6 +92,7 @@ CONFIGS = {
 
 def n_growing(tables: GroupTables, growing: list[tuple[int, int]]) -> int:
     """Of rows with so many tokens now and in the end: those that will hold more blocks than they do now."""
+    assert isinstance(tables, TokenTables)
 
     def held(n_tokens: int) -> int:
         return min(tables.max_held, blocks_for(n_tokens, tables.block_size))
@@ -527,8 +530,9 @@ class TablesMachine(RuleBasedStateMachine):
 
 
 def explore(name: str, max_examples: int, n_steps: int) -> None:
+    machine: Any = partial(TablesMachine, CONFIGS[name])  # any factory will do, but is declared as a class
     run_state_machine_as_test(
-        lambda: TablesMachine(CONFIGS[name]),
+        machine,
         settings=settings(
             max_examples=max_examples,
             stateful_step_count=n_steps,

@@ -98,7 +98,12 @@ def test_chat_options_reach_the_template(llm: LLM) -> None:
     options = {"chat_template": template, "continue_final_message": True}
     assert llm.chat(messages, GREEDY, **options)[0].prompt == "<ipython>a</><assistant>b"
     assert [*llm.stream_chat(messages, GREEDY, **options)][-1].prompt == "<ipython>a</><assistant>b"
-    for wrong in ({"tools": "f"}, {"chat_template_kwargs": [1]}, {"chat_template_kwargs": {"messages": []}}):
+    for name, value in (
+        ("tools", "f"),
+        ("chat_template_kwargs", [1]),
+        ("chat_template_kwargs", {"messages": []}),
+    ):
+        wrong: dict[str, Any] = {name: value}
         with pytest.raises(RequestError, match=r"tools|chat_template_kwargs|can't be a variable"):
             llm.chat(messages, GREEDY, **wrong)
 

@@ -104,7 +104,7 @@ Errors are max |difference| / max |logit|, of the case that is nearest to its to
 positions where the executor's best token is transformers'; where it is not, the two best are closer than the tolerance.
 """
 
-SHAPES = {
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-oss-20b": ("GptOssForCausalLM", {
         "hidden_size": 2880, "num_hidden_layers": 24, "num_attention_heads": 64, "num_key_value_heads": 8,
         "intermediate_size": 2880, "num_local_experts": 32, "num_experts_per_tok": 4, "vocab_size": 201088,

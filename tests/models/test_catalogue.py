@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import catalogue
 import pytest
 from golden import families
+from models import catalogue
 
 from pace.models.registry import ARCHITECTURES, architectures
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from golden import families, tiny
-from test_weights import Memory, NoSink
+from models.test_weights import Memory, NoSink
 
 from pace.errors import WeightsError
 from pace.models.decoder import lower

@@ -94,7 +94,8 @@ def test_columns_in_any_order_keep_their_bits(
     config, tensors, _ = checkpoint(format, order=3, **options)
     plain, opened = lowered(config, tensors)
     held = held_formats(plain, opened)
-    assert (set(held.formats), set(held.formats.values()), held.by_group) == (MATRICES, {expected}, MATRICES)
+    assert set(held.formats) == MATRICES and set(held.formats.values()) == {expected}
+    assert held.by_group == MATRICES
     assert "become bf16" not in caplog.text
     plan = with_formats(with_orders(plain, held.by_group), held.formats)
     plan.check()
@@ -115,7 +116,8 @@ def test_columns_in_any_order_keep_their_bits(
         meant = dense.weights[weight][:, at].astype(np.float32)
         np.testing.assert_array_equal(matrix.unpack(), meant, err_msg=weight)
         np.testing.assert_array_equal(sorted_.weights[weight].astype(np.float32), meant, err_msg=weight)
-        assert matrix.nbytes == side_by_side.weights[weight].nbytes
+        usual_matrix = side_by_side.weights[weight]
+        assert isinstance(usual_matrix, ops.PackedMatrix) and matrix.nbytes == usual_matrix.nbytes
     tokens = tiny.prompt(CASE)
     truth = prefill(Reference(plain, dense.weights, 16, 16), tokens)
     assert relative_error(prefill(Reference(plan, sorted_.weights, 16, 16), tokens), truth) < 1e-12
@@ -133,7 +135,7 @@ def test_parts_in_different_orders_become_bf16(caplog: pytest.LogCaptureFixture,
     plan, opened = lowered(config, tensors)
     held = held_formats(plan, opened)
     alone = {name for name in MATRICES if name.endswith((".o", ".down"))}
-    assert (set(held.formats), held.by_group) == (alone, alone)
+    assert set(held.formats) == alone and held.by_group == alone
     assert "4 matrices, the first of them layers.0.qkv, become bf16" in caplog.text
     packed, dense = PackedSink(team), DenseSink()
     load_weights(with_formats(with_orders(plan, alone), held.formats), opened, packed)
@@ -152,7 +154,7 @@ def test_groups_of_several_sizes_become_bf16(caplog: pytest.LogCaptureFixture) -
             tensors[name] = changed, dtype
     plan, opened = lowered(config, tensors)
     held = held_formats(plan, opened)
-    assert (held.formats, held.by_group, held.rounded) == ({}, frozenset(), MATRICES)
+    assert held.formats == {} and held.by_group == frozenset() and held.rounded == MATRICES
     assert "8 matrices, the first of them layers.0.qkv, become bf16" in caplog.text
 
 
@@ -196,7 +198,7 @@ def test_what_fills_heads_and_rows_stands_behind_all_groups(tmp_path: Path, team
         opened = Tensors(file, weight_map, len(spec.layers), quantisation(config))
         plain = lower(spec, 64)
         held = held_formats(plain, opened)
-        assert (set(held.formats.values()), held.by_group) == ({"int4g32"}, MATRICES)
+        assert set(held.formats.values()) == {"int4g32"} and held.by_group == MATRICES
         plan = with_formats(with_orders(plain, held.by_group), held.formats)
         packed = PackedSink(team)
         load_weights(plan, opened, packed)

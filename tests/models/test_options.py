@@ -44,7 +44,7 @@ def _has_dense_layer(config: dict[str, Any]) -> bool:
 def unused(config: dict[str, Any], key: str) -> bool:
     """Whether another key, or the file, makes this one say nothing; transformers ignores it as well."""
     nested = any(isinstance(v, dict) for v in (config.get("rope_parameters") or {}).values())
-    return {
+    says_nothing: dict[str, bool] = {
         "attn_logit_softcapping": config["model_type"] == "gemma3_text",  # its forward pass has none
         "attention_chunk_size": "layer_types" in config and "chunked_attention" not in config["layer_types"],
         # Of attn_temperature_tuning, which may be off.
@@ -72,7 +72,8 @@ def unused(config: dict[str, Any], key: str) -> bool:
         or "sliding_attention" not in config.get("layer_types", ["sliding_attention"]),
         "sliding_window_pattern": "layer_types" in config or config.get("sliding_window", 1) is None,
         "tie_word_embeddings": config.get("tie_word_embeddings") is False,  # a head in the file settles it
-    }.get(key, False)
+    }
+    return says_nothing.get(key, False)
 
 
 ALTERED: dict[str, Any] = {
@@ -97,7 +98,7 @@ ALTERED: dict[str, Any] = {
 }
 
 
-def altered(key: str, value: Any, n_layers: int) -> Any:
+def altered(key: str, value: Any, n_layers: int | None) -> Any:
     """Another value of the same kind."""
     if key in ALTERED:
         other = ALTERED[key]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def linear(name: str) -> bool:
 
 
 def quantise(format: str, n: int, k: int, seed: int, **options: Any) -> layouts.Quantised:
-    make = {
+    makers: dict[str, Callable[..., layouts.Quantised]] = {
         "compressed": layouts.compressed,
         "int8": layouts.int8,
         "int8_groups": layouts.int8_groups,
@@ -40,8 +41,8 @@ def quantise(format: str, n: int, k: int, seed: int, **options: Any) -> layouts.
         "awq": layouts.awq,
         "fp8": lambda n, k, seed: layouts.fp8(n, k, seed=seed),
         "nvfp4": layouts.nvfp4,
-    }[format]
-    return make(n, k, seed=seed, **options)
+    }
+    return makers[format](n, k, seed=seed, **options)
 
 
 def checkpoint(
@@ -55,7 +56,8 @@ def checkpoint(
         if not linear(name):
             tensors[name] = bits, "BF16"
             continue
-        quantised = quantise(format, *bits.shape, seed, **options)
+        n, k = bits.shape
+        quantised = quantise(format, n, k, seed, **options)
         config["quantization_config"] = quantised.config
         meant[name] = quantised.weights.astype(np.float32)
         module = name.removesuffix(".weight")
@@ -311,8 +313,8 @@ def test_a_config_in_a_file_of_its_own(tmp_path: Path, file: str, own: dict[str,
 def test_autoround_and_quark_are_the_layouts_that_they_name() -> None:
     config, tensors, meant = checkpoint("gptq")
     name = f"{Q}.weight"
-    for packing, changes in (("auto_round:auto_gptq", {}), ("auto_round", {"version": 2})):
-        _, tensors, meant = checkpoint("gptq", **changes)
+    for packing, version in (("auto_round:auto_gptq", 1), ("auto_round", 2)):
+        _, tensors, meant = checkpoint("gptq", version=version)
         own = {
             "quant_method": "auto-round",
             "bits": 4,

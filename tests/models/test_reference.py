@@ -271,7 +271,10 @@ def test_norm_in_groups_without_weight_and_scaled() -> None:
 def test_gemm_cap_and_product() -> None:
     rng = np.random.default_rng(2)
     weights = {"w": rng.standard_normal((4, 6)), "b": rng.standard_normal(4)}
-    y = lambda got: got["x"] @ weights["w"].T + weights["b"]  # noqa: E731  # a line, and used once
+
+    def y(got: dict[str, Array]) -> Array:
+        return got["x"] @ weights["w"].T + weights["b"]
+
     got = run([Gemm("g", "x", "y", "w", "b", scale=3.0, cap=2.0)], {"x": 6, "y": 4}, weights)
     np.testing.assert_allclose(got["y"], 2 * np.tanh(3 * y(got) / 2))
     op = Gemm("g", "x", "y", "w", "b", "mul", "relu2", 0.5, other="z", at=3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,11 @@ def test_33_the_norm_of_llama4_is_of_each_head_and_behind_the_rotation(
     rotating = [op.rope is not None for op in ops_of(model.plan, RopeKV)]
     assert [op.qk_norm == "rms" and op.norm_after_rope for op in ops_of(model.plan, RopeKV)] == rotating
     for change in ({"norm_scope": "full"}, {"qk_norm": "none"}):
-        ops = with_ops(model.plan, RopeKV, lambda op, c=change: c if op.qk_norm != "none" else {})
+
+        def changes(op: RopeKV, change: dict[str, str] = change) -> dict[str, str]:
+            return change if op.qk_norm != "none" else {}
+
+        ops = with_ops(model.plan, RopeKV, changes)
         assert error_of(model, name, golden, ops=ops) > 10 * TOLERANCE
 
 
@@ -109,7 +114,7 @@ def test_38_sinks_are_bound(model_of: FamilyModel) -> None:
     without = with_ops(model.plan, Attention, lambda op: {"sinks": None})
     none = prefill(model.reference(ops=without), tokens)
     for value in (20.0, -20.0, 0.0):
-        other = changed(model, ".sinks", lambda w, v=value: np.full_like(w, v))
+        other = changed(model, ".sinks", partial(np.full_like, fill_value=value))
         assert relative_error(prefill(other.reference(), tokens), plain) > 1e-3
     gone = changed(model, ".sinks", lambda w: np.full_like(w, -np.inf))
     np.testing.assert_array_equal(prefill(gone.reference(), tokens), none)

@@ -59,10 +59,14 @@ def test_15_scoring_skips_the_final_cap(tmp_path: Path, model_of: FamilyModel) -
         scored = llm.generate([tokens], score)[0].prompt_logprobs
     finally:
         llm.close()
+    assert scored is not None
     logits = prefill(model_of(name).reference(), tokens)
     expected = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     for i in range(1, 20):
-        assert scored[i][tokens[i]].logprob == pytest.approx(expected[i - 1, tokens[i]], abs=0.2)
+        entries = scored[i]
+        assert entries is not None and entries[tokens[i]].logprob == pytest.approx(
+            expected[i - 1, tokens[i]], abs=0.2
+        )
 
 
 def test_16_granite_scales_scores_twice_or_forgets_the_residual_in_decode(model_of: FamilyModel) -> None:

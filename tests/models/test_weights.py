@@ -17,7 +17,7 @@ from pace.models.decoder import lower
 from pace.models.plan import Plan, WeightShape, gated_rows
 from pace.models.registry import ARCHITECTURES, parse_config
 from pace.models.weight_map import expand
-from pace.models.weights import DenseSink, SourcePart, Tensors, WeightMap, load_weights, to_f32
+from pace.models.weights import DenseSink, SourceDtype, SourcePart, Tensors, WeightMap, load_weights, to_f32
 
 Array = npt.NDArray[Any]
 
@@ -67,6 +67,9 @@ class NoSink:
 
     def vector(self, name: str, values: npt.NDArray[np.float32]) -> None:
         raise AssertionError(f"vector {name} was loaded from a broken checkpoint")
+
+    def table(self, name: str, rows: module.SourceArray, dtype: SourceDtype) -> None:
+        raise AssertionError(f"table {name} was loaded from a broken checkpoint")
 
 
 def plan_of(name: str) -> tuple[Plan, WeightMap]:

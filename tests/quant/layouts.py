@@ -236,6 +236,7 @@ def fp8(n: int, k: int, block: tuple[int, int] | str = (128, 128), *, seed: int 
         )
     scales = rng.uniform(1e-4, 1e-3, (1 if block == "tensor" else n, 1)).astype(np.float32)
     stored = scales.reshape(()) if block == "tensor" else scales
+    tensors: dict[str, tuple[Array, str]]
     tensors = {"weight": (codes, "F8_E4M3"), "weight_scale": (stored, "F32")}
     return Quantised(tensors, e4m3(codes) * scales, {"quant_method": "fp8", "activation_scheme": "dynamic"})
 
@@ -253,13 +254,15 @@ def nvfp4(n: int, k: int, *, modelopt: bool = False, seed: int = 0) -> Quantised
     stored = e4m3(scales).astype(np.float32)
     values = (stored * whole if modelopt else stored / whole).astype(np.float64)
     weights = np.where(codes & 8, -1, 1) * E2M1[codes & 7] * spread(values, 16, k)
+    tensors: dict[str, tuple[Array, str]]
     if modelopt:
         tensors = {"weight": (packed, "U8"), "weight_scale_2": (whole.reshape(()), "F32")}
         config: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}
     else:
         tensors = {"weight_packed": (packed, "U8"), "weight_global_scale": (whole, "F32")}
-        own = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
-        config = ct_config("nvfp4-pack-quantized", **own)
+        config = ct_config(
+            "nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16
+        )
     tensors["weight_scale"] = scales, "F8_E4M3"
     tensors["input_scale" if modelopt else "input_global_scale"] = np.ones(1, np.float32), "F32"
     return Quantised(tensors, weights, config)
@@ -275,7 +278,8 @@ def quantise_folder(directory: Path, make: Callable[[int, int, int], Quantised])
         if not name.endswith("_proj.weight"):
             tensors[name] = values, "F32"
             continue
-        made = make(*values.shape, seed)
+        n, k = values.shape
+        made = make(n, k, seed)
         config["quantization_config"] = made.config
         meant[name] = made.weights
         tensors |= {name.removesuffix("weight") + end: tensor for end, tensor in made.tensors.items()}

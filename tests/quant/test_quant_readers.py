@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,7 @@ CASES: dict[str, Callable[[], layouts.Quantised]] = {
     "compressed w8 asymmetric": lambda: layouts.compressed(N, K, 8, symmetric=False),
     **{
         f"compressed w{bits}{' asymmetric' * (not symmetric)}{', whole words' * whole}": (
-            lambda bits=bits, symmetric=symmetric, whole=whole: layouts.compressed(
-                N, K, bits, symmetric=symmetric, whole=whole
-            )
+            partial(layouts.compressed, N, K, bits, symmetric=symmetric, whole=whole)
         )
         for bits in (2, 3, 5, 6, 7)
         for symmetric in (True, False)

@@ -149,7 +149,7 @@ def scripted(
 @contextlib.contextmanager
 def running(*args: str, model: str = "demo", **environment: str) -> Iterator[Server]:
     """A server for the length of a with block."""
-    server = Server(*args, model=model, **environment)
+    server = Server(*args, port=0, model=model, **environment)
     try:
         yield server.ready()
     finally:

@@ -46,13 +46,10 @@ def with_client(kind: Any, backend: ScriptedBackend, run: Callable[[Any], Awaita
 
 
 def two_calls(job: Job) -> list[list[Event]]:
-    first = [("", '{"a": '), ("", "1}")]
     return [
         [Delta(job.id, 0, "", [1], reasoning="Two things.")],
-        *[
-            [Delta(job.id, 0, "", [2], tool_calls=[ToolCallDelta(0, "call_1", "add", text)])]
-            for _, text in first
-        ],
+        [Delta(job.id, 0, "", [2], tool_calls=[ToolCallDelta(0, "call_1", "add", '{"a": ')])],
+        [Delta(job.id, 0, "", [2], tool_calls=[ToolCallDelta(0, "call_1", "add", "1}")])],
         [Delta(job.id, 0, "", [3], tool_calls=[ToolCallDelta(1, "call_2", "weather", "{}")])],
         [Delta(job.id, 0, "", [4], finish_reason="stop"), Done(job.id, 3, 1, 5)],
     ]

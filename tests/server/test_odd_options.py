@@ -14,6 +14,7 @@ from pace.cli import main
 
 def told(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     """What `pace serve demo` says of these arguments."""
+    code: object
     try:
         code = main(["serve", "demo", "--port", "0", *args])
     except SystemExit as stopped:

@@ -213,12 +213,10 @@ def test_what_is_wrong_with_a_message_is_named(server: Server, name: str) -> Non
 def test_a_call_alone_is_a_message_that_older_templates_take(server: Server) -> None:
     """As OpenAI's own client sends it back: content null; the template adds it to a text."""
     for message in ({"content": None, "tool_calls": [CALL]}, {"tool_calls": [CALL]}, {"content": None}):
-        messages = [
-            ASKED,
-            {"role": "assistant", **message},
-            {"role": "tool", "tool_call_id": "1", "content": "5"},
-        ]
-        filled = [ASKED, messages[1] | {"content": ""}, messages[2]]
+        answer = {"role": "assistant", **message}
+        result = {"role": "tool", "tool_call_id": "1", "content": "5"}
+        messages = [ASKED, answer, result]
+        filled = [ASKED, answer | {"content": ""}, result]
         tokens = [
             post(server, "/tokenize", {"messages": some}).json()["tokens"] for some in (messages, filled)
         ]

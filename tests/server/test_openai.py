@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import openai
@@ -16,7 +18,7 @@ PROMPT = "def fibonacci(n):"
 
 
 @pytest.fixture(scope="module")
-def llm() -> object:
+def llm() -> Iterator[LLM]:
     with LLM("demo", threads=1) as llm:
         yield llm
 
@@ -43,7 +45,7 @@ def test_chat_is_what_the_library_says(client: openai.OpenAI, llm: LLM) -> None:
     messages = [{"role": "user", "content": "Write a loop."}]
     params = SamplingParams(temperature=0.8, seed=3, max_tokens=30)
     (want,) = llm.chat([messages], params)
-    options = {"model": "demo", "messages": messages, "temperature": 0.8, "seed": 3, "max_tokens": 30}
+    options: Any = {"model": "demo", "messages": messages, "temperature": 0.8, "seed": 3, "max_tokens": 30}
     got = client.chat.completions.create(**options)
     assert got.choices[0].message.content == want.outputs[0].text
     parts, usage = [], None
@@ -59,7 +61,7 @@ def test_chat_is_what_the_library_says(client: openai.OpenAI, llm: LLM) -> None:
 def test_stop_strings_never_show(client: openai.OpenAI, llm: LLM) -> None:
     (free,) = llm.generate(PROMPT, SamplingParams(temperature=0.0, max_tokens=30))
     stop = free.outputs[0].text[10:13]
-    options = {"model": "demo", "prompt": PROMPT, "temperature": 0, "max_tokens": 30, "stop": stop}
+    options: Any = {"model": "demo", "prompt": PROMPT, "temperature": 0, "max_tokens": 30, "stop": stop}
     stream = client.completions.create(**options, stream=True)
     chunks = [chunk.choices[0] for chunk in stream]
     text = "".join(chunk.text for chunk in chunks)
@@ -112,7 +114,14 @@ def test_scoring_as_lm_eval_asks_for_it(client: openai.OpenAI, llm: LLM) -> None
 
 
 def test_n_and_prompt_lists_stream_together(client: openai.OpenAI) -> None:
-    options = {"model": "demo", "prompt": ["a", "b"], "n": 2, "seed": 1, "max_tokens": 8, "temperature": 1}
+    options: Any = {
+        "model": "demo",
+        "prompt": ["a", "b"],
+        "n": 2,
+        "seed": 1,
+        "max_tokens": 8,
+        "temperature": 1,
+    }
     whole = client.completions.create(**options)
     texts = dict.fromkeys(range(4), "")
     for chunk in client.completions.create(**options, stream=True):

@@ -26,6 +26,7 @@ def test_every_route_and_field_is_described(server: Server) -> None:
         operation = described["paths"][entry.path][entry.method.lower()]
         assert operation["summary"]
         if entry.body is not None:
+            assert issubclass(entry.body, msgspec.Struct)
             schema = described["components"]["schemas"][entry.body.__name__]
             assert set(schema["properties"]) == set(entry.body.__struct_fields__)
             assert schema["additionalProperties"] is False

@@ -185,7 +185,7 @@ def metrics_of(server: Server) -> dict[str, Any]:
 
 def value(metrics: dict[str, Any], name: str, sample: str | None = None) -> float:
     wanted = sample or name + "_total"
-    return sum(one.value for one in metrics[name].samples if one.name == wanted)
+    return sum(float(one.value) for one in metrics[name].samples if one.name == wanted)
 
 
 def test_tokenize_and_back(server: Server) -> None:
@@ -236,11 +236,11 @@ def test_keys_tls_unix_sockets_and_a_full_queue(tmp_path: Path) -> None:
     try:
         assert server.url == f"unix:{path}"
         assert http.get("https://localhost/health").status_code == 200
-        base = {"base_url": "https://localhost/v1", "http_client": http}
+        base: Any = {"base_url": "https://localhost/v1", "http_client": http}
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(api_key="wrong", **base).models.list()
         client = openai.OpenAI(api_key="the key", max_retries=0, **base)
-        options = {"model": "demo", "prompt": "x", "temperature": 0, "extra_body": {"ignore_eos": True}}
+        options: Any = {"model": "demo", "prompt": "x", "temperature": 0, "extra_body": {"ignore_eos": True}}
         stream = client.completions.create(**options, max_tokens=2000, stream=True)  # for seconds
         next(stream)
         with pytest.raises(openai.RateLimitError) as raised:

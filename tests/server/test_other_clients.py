@@ -207,6 +207,6 @@ def test_a_real_model_answers_fills_a_schema_and_calls(real: openai.OpenAI) -> N
         "required": ["country"], "additionalProperties": False}}}]  # fmt: skip
     called = real.chat.completions.create(messages=messages, tools=tools, tool_choice="required", **options)
     assert called.choices[0].finish_reason == "tool_calls"
-    (call,) = called.choices[0].message.tool_calls or ()
+    (call,) = called.choices[0].message.tool_calls or []
     assert call.type == "function" and call.function.name == "capital_of"
     assert set(json.loads(call.function.arguments)) == {"country"}

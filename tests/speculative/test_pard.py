@@ -162,7 +162,8 @@ def test_a_sequence_ends_where_the_draft_does(packed: Packed, team: ops.Team) ->
     reader.max_len = 48
     seq = sequence(46)
     assert len(PardDrafter(reader, MASK, 8).propose({seq: 8})[seq].token_ids) == 3
-    seq.commit(1), seq.commit(1), seq.commit(1)
+    for _ in range(3):
+        seq.commit(1)
     assert PardDrafter(reader, MASK, 8).propose({seq: 8}) == {}
 
 

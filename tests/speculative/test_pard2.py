@@ -51,10 +51,8 @@ def draft(directory: Path, scale: float = 2.0, **changes: Any) -> str:
 
 def load(target: str, model: str, **options: Any) -> LLM:
     speculative = {"method": "pard", "model": model, "num_speculative_tokens": 4, "adaptive": False}
-    return LLM(
-        target,
-        **({"max_model_len": 96, "max_num_seqs": 2, "threads": 1, "speculative": speculative} | options),
-    )
+    usual: dict[str, Any] = {"max_model_len": 96, "max_num_seqs": 2, "threads": 1, "speculative": speculative}
+    return LLM(target, **(usual | options))
 
 
 def guesses(llm: LLM, prompt: list[int], n: int, **asked: Any) -> dict[tuple[int, ...], list[int]]:

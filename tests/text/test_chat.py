@@ -112,11 +112,10 @@ def test_parts_go_to_templates_that_read_them() -> None:
 def test_a_list_that_is_no_parts_is_the_templates_business() -> None:
     """Llama 3.1 writes the result of a tool as JSON where it isn't a text."""
     source = "{{ messages[0].content | tojson }}"
+    told: dict[Any, str] = {True: "true", None: "null"}
     for content in ([1, {"t": 21}], {"t": 21}, 5, True, None, []):
         rendered = render(source, [{"role": "ipython", "content": content}])
-        assert rendered == {True: "true", None: "null"}.get(
-            content if isinstance(content, bool | None) else "", rendered
-        )
+        assert rendered == told.get(content if isinstance(content, bool | None) else "", rendered)
     assert render(source, [{"role": "tool", "content": {"t": 21}}]) == '{"t": 21}'
 
 
@@ -130,8 +129,11 @@ def test_variables_are_json() -> None:
     source = "{{ enable_thinking }} {{ documents }}"
     assert render(source, variables={"enable_thinking": False}) == "False None"
     assert render("{{ documents[0].text }}", variables={"documents": [{"text": "d"}]}) == "d"
-    for bad in ({"messages": 1}, {"bos_token": "x"}, {"_x": 1}, {"a b": 1}, {"x": [object()]}, {"range": 1}, {1: 1},
-                {"tools": []}, {"x": float("nan")}, {"add_generation_prompt": True}, [1], "x"):  # fmt: skip
+    bads: list[Any] = [
+        {"messages": 1}, {"bos_token": "x"}, {"_x": 1}, {"a b": 1}, {"x": [object()]}, {"range": 1}, {1: 1},
+        {"tools": []}, {"x": float("nan")}, {"add_generation_prompt": True}, [1], "x",
+    ]  # fmt: skip
+    for bad in bads:
         with pytest.raises(RequestError):
             render(source, variables=bad)
 

@@ -38,7 +38,7 @@ def test_texts_joined_are_the_text(gpt: Tokenizer) -> None:
 
 
 def test_alternatives_are_told_apart(gpt: Tokenizer, llama: Tokenizer) -> None:
-    e, acute, other = (gpt._rust.token_to_id(char) for char in ("Ã", "©", "a"))
+    e, acute, other = token_ids(gpt, "Ã", "©", "a")
     assert gpt.decode_next([acute, other, e], [e]) == ["é", "\ufffda", "\ufffd"]
     assert gpt.decode_next([acute, other, e]) == ["\ufffd", "a", ""]
     first, second, word = token_ids(llama, "<0xC3>", "<0xA9>", "brown")
@@ -47,7 +47,7 @@ def test_alternatives_are_told_apart(gpt: Tokenizer, llama: Tokenizer) -> None:
 
 
 def test_a_special_token_is_no_part_of_a_character(gpt: Tokenizer, llama: Tokenizer) -> None:
-    first, second = (gpt._rust.token_to_id(char) for char in ("Ã", "©"))
+    first, second = token_ids(gpt, "Ã", "©")
     assert told(gpt, [first, 1, second]) == ["", "</s>", "é"]  # as the text without special tokens has it
     first, second = token_ids(llama, "<0xC3>", "<0xA9>")
     assert told(llama, [first, 1, second]) == ["", "</s>", "é"]

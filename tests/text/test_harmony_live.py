@@ -10,8 +10,8 @@ import random
 from typing import Any
 
 import pytest
-from text.readers import read
-from text.test_harmony import CASES, FUNCTIONS, NEXT
+from text.readers import FUNCTIONS, read
+from text.test_harmony import CASES, NEXT
 
 from pace.text.harmony import Harmony
 

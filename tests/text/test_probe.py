@@ -219,7 +219,7 @@ def test_growth_is_measured_again(monkeypatch: pytest.MonkeyPatch, n_slow: int, 
 @pytest.mark.parametrize("n_slow", [1, probe_child.N_TRIALS])
 def test_slow_texts_are_timed_again(monkeypatch: pytest.MonkeyPatch, n_slow: int) -> None:
     clock = iter([time for trial in range(n_slow) for time in (10 * trial, 10 * trial + 5)] + [100, 100.001])
-    monkeypatch.setattr(probe_child.time, "process_time", lambda: next(clock))
+    monkeypatch.setattr("pace.text.probe_child.time.process_time", lambda: next(clock))
 
     monkeypatch.setattr(probe_child, "end", refuse)
     if n_slow == probe_child.N_TRIALS:
