@@ -36,9 +36,10 @@ FIRST_PROBE, PROBE_EVERY, PROBE_ROUNDS, PROBE_SHARE = 8, 256, 4, 0.01
 """While speculation does not pay, it is tried again after so many steps, in so many rounds of one sequence; less often
 where that would take more than this share of the time."""
 
-CLOSED_STEPS = 32
-"""While speculation does not pay and as many sequences run, it is asked only once in so many steps whether it would, apart
-from probes: that takes 0.2 ms when a step has emptied the caches, a plain step of the embedded model 0.7."""
+CLOSED_STEPS, OPEN_STEPS, EARLY_ROUNDS = 32, 4, 24
+"""While as many sequences run, it is asked only once in so many steps whether speculation would pay, apart from probes, and
+how many guesses do, after so many rounds: that takes 0.2 ms when a step has emptied the caches, a plain step of the
+embedded model 0.4."""
 
 FIRST_PLAIN, FIRST_FULL, FIRST_GUESSES, MANY_ROWS, PLAIN_EVERY = 2, 4, 2, 32, 64
 """Steps that run plainly before anything is guessed; rounds that verify all guesses whatever they promise then; how many
@@ -71,19 +72,21 @@ class _Reach:
         self.n_rounds += 1
         end = n_draft if n_accepted == n_draft else len(self.values)
         stands = np.arange(end) < n_accepted
-        _move(self.values, 0, stands, max(0.05, 1.0 / (self.n_rounds + 1)))
+        _move(self.values, stands, max(0.05, 1.0 / (self.n_rounds + 1)))
 
-    def expect(self, first: int, chances: F64Array) -> None:
-        """Guesses from `first` on were not worth verifying: what is known of them is how probable they were."""
-        _move(self.values, first, chances[first:], max(0.05, 1.0 / (self.n_rounds + 2)))
+    def expect(self, first: int, chances: F64Array, n_wanted: int) -> None:
+        """Of n_wanted guesses those from `first` on were not worth verifying: what is known is how probable they were."""
+        news = self.values[:n_wanted].copy()
+        news[first : len(chances)] = chances[first:]
+        _move(self.values, news, max(0.05, 1.0 / (self.n_rounds + 2)))
 
 
-def _move(values: F64Array, first: int, news: npt.NDArray[Any], weight: float) -> None:
-    """A moving average by position, of which `news` from `first` on are known; those behind change as the last of them."""
-    end = first + len(news)
+def _move(values: F64Array, news: npt.NDArray[Any], weight: float) -> None:
+    """A moving average by position, of which the first are known; those behind change as the last of these."""
+    end = len(news)
     before = float(values[end - 1]) if end else 0.0
-    values[first:end] += weight * (news - values[first:end])
-    if before > 0 and len(news):
+    values[:end] += weight * (news - values[:end])
+    if before > 0:
         values[end:] *= values[end - 1] / before
 
 
@@ -105,8 +108,8 @@ class _Cut:
 
     def add(self, verified: F64Array, stood: F64Array) -> None:
         """A round."""
-        _move(self.verified, 0, verified, 0.1)
-        _move(self.stood, 0, stood, 0.1)
+        _move(self.verified, verified, 0.1)
+        _move(self.stood, stood, 0.1)
 
 
 class Controller:
@@ -126,6 +129,8 @@ class Controller:
         self._draft = DraftCost(target, passes)
         self._n_full = self._n_open = 0  # rounds that tried guesses; rounds in which speculation paid
         self._most = FIRST_GUESSES  # of a sequence in a round that tries
+        self._tries = False  # this round does
+        self._n_wanted = 0  # guesses of a sequence that were asked for
         self._all = _Reach(FIRST_REACH ** np.arange(1, max_tokens + 1), FEW_ROUNDS)
         self._own: dict[Sequence, _Reach] = {}
         # Share of guesses that stood, by tenths of their confidence: a mean with that as one guess more, which moves on.
@@ -138,9 +143,10 @@ class Controller:
         self._left = 0  # rounds of the probe that runs
         self._idle = PROBE_EVERY - FIRST_PROBE  # steps since speculation stopped
         self._interval = PROBE_EVERY
-        # Sequences and rows for which it did not pay; steps until it is asked again.
-        self._closed_for: tuple[int, int] | None = None
-        self._closed_left = 0
+        # Sequences and rows for which it was asked; steps until it is asked again; what paid most, see _best.
+        self._asked_for: tuple[int, int] | None = None
+        self._asked_left = 0
+        self._found = 0, 0.0
         self._probe_s = self._plain_s = 0.0  # that the probe has cost; of a plain step
 
     def wanted(self, seqs: Seq[Sequence], n_rows: int) -> dict[Sequence, int]:
@@ -152,26 +158,36 @@ class Controller:
         """
         if not seqs or self._target.n_steps < FIRST_PLAIN:
             return {}
-        if self._closed_left and not self._left and self._closed_for == (len(seqs), n_rows):
-            self._closed_left -= 1
-            return self._probed(seqs)
-        self._closed_left = 0
-        best, rate = self._best(seqs, n_rows)
-        self.is_open = rate > MARGIN * n_rows / self._plain_s
+        if self._asked_left and not self._left and self._asked_for == (len(seqs), n_rows):
+            self._asked_left -= 1
+        else:
+            self._found = self._best(seqs, n_rows)
+            self.is_open = self._found[1] > MARGIN * n_rows / self._plain_s
+            self._asked_for = len(seqs), n_rows
+            open_steps = 1 if self._n_open < EARLY_ROUNDS else OPEN_STEPS
+            self._asked_left = (open_steps if self.is_open else CLOSED_STEPS) - 1
         if not self.is_open:
-            self._closed_for, self._closed_left = (len(seqs), n_rows), CLOSED_STEPS - 1
             return self._probed(seqs)
+        best, rate = self._found
         self._idle, self._left = 0, 0
+        self._tries = self._n_full < FIRST_FULL and len(seqs) * self._most <= MANY_ROWS
+        self._n_full += self._tries
         if rate == math.inf:
-            return dict.fromkeys(seqs, self.max_tokens)
+            return self._asked(seqs, self.max_tokens)
         self._n_open += 1
         if self._n_open % PLAIN_EVERY == 0:
             return {}
-        if self._n_full < FIRST_FULL and len(seqs) * self._most <= MANY_ROWS:
+        if self._tries:
             best = self._most
         elif self._n_open % MORE_EVERY == 0:
             best *= 2
-        return dict.fromkeys(seqs, min(best, self.max_tokens))
+        return self._asked(seqs, best)
+
+    def _asked(self, seqs: Seq[Sequence], n_guesses: int) -> dict[Sequence, int]:
+        self._n_wanted = (
+            min(n_guesses, self.max_tokens) if self._draft.depends_on_guesses else self.max_tokens
+        )
+        return dict.fromkeys(seqs, self._n_wanted)
 
     def _best(self, seqs: Seq[Sequence], n_rows: int) -> tuple[int, float]:
         """How many guesses of each sequence pay most, and tokens a second then; infinite where they cost nothing."""
@@ -202,15 +218,9 @@ class Controller:
         is_sure = all(proposal.confidences is not None for proposal in proposals.values())
         if self._target.n_steps < FIRST_PLAIN:
             return full
-        # Whether the draft is as sure as it should be, those guesses tell that it doubts.
-        if self.is_open:
-            tries = self._n_full < FIRST_FULL
-        else:  # a probe, which is to learn
-            tries = self._left == PROBE_ROUNDS or not is_sure
-        some = {seq: min(n, self._most) for seq, n in full.items()}
-        if tries and sum(some.values()) <= MANY_ROWS:
-            self._n_full += 1
-            return some
+        # Whether the draft is as sure as it should be, those guesses tell that it doubts; and a probe is to learn.
+        if self._tries or (self._left and not is_sure):
+            return {seq: min(n, self._most) for seq, n in full.items()}
         owners = [(seq, i) for seq, n in full.items() for i in range(n)]
         if not owners:
             return full
@@ -224,7 +234,7 @@ class Controller:
         draft_s = self._draft.seconds(len(full), most, np.array([brought[-1] / n_rows]))
         best = int((brought / (draft_s + seconds)).argmax())
         counts = dict.fromkeys(full, 0)
-        verified, stood = np.zeros((2, int(most[0])))
+        verified, stood = np.zeros((2, max(self._n_wanted, *full.values())))
         for i in order[:best].tolist():
             seq, position = owners[i]
             counts[seq] += 1
@@ -238,8 +248,8 @@ class Controller:
             else:
                 self._cut.add(verified, stood)
         for seq, chance in chances.items():
-            self._reach(seq).expect(counts[seq], chance)
-            self._all.expect(counts[seq], chance)
+            self._reach(seq).expect(counts[seq], chance, self._n_wanted)
+            self._all.expect(counts[seq], chance, self._n_wanted)
         return counts
 
     def drafted(self, n_seqs: int, n_passes: int, n_rows: int, seconds: float) -> None:
@@ -314,8 +324,9 @@ class Controller:
                     reach.n_rounds = min(reach.n_rounds, FEW_ROUNDS)
         if not self._left:
             return {}
-        n_guesses = self._most if self._left == PROBE_ROUNDS else self.max_tokens
-        return {min(seqs, key=lambda seq: seq.n_tokens): min(n_guesses, self.max_tokens)}
+        self._tries = self._left == PROBE_ROUNDS
+        cheapest = min(seqs, key=lambda seq: seq.n_tokens)
+        return self._asked([cheapest], self._most if self._tries else self.max_tokens)
 
 
 def _tenth(confidence: float) -> int:

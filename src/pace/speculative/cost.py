@@ -22,6 +22,10 @@ FREE_ROWS, ROW_SHARE = 16, 0.02
 """What is believed of a model before it has run: so many rows wait for its weights alone, each costing this much of the
 first one's time; beyond, a step takes as long as it has rows."""
 
+FIRST_TIMES, TABLE_EVERY = 16, 4
+"""Estimates are made anew after each of the first times, then after every fourth: to ask for one costs 5 us then, not 50,
+and a step of the embedded model takes 400."""
+
 
 class _Steady:
     """A moving average of times that a single one out of line does not move: each is the median of the newest three, to
@@ -55,8 +59,8 @@ class _RowCost:
 
     def __init__(self) -> None:
         self._ratios: defaultdict[int, _Steady] = defaultdict(_Steady)  # by rows: seconds / believed
-        # Those as arrays, rows as logarithms, ascending; None when one was added since they were read.
-        self._curve: tuple[F64Array, F64Array] | None = None
+        self._n = self._n_then = 0  # times added, and when the table was made
+        self._table: F64Array = np.zeros(0)  # by rows
 
     def __bool__(self) -> bool:
         return bool(self._ratios)
@@ -68,15 +72,26 @@ class _RowCost:
     def add(self, n_rows: int, seconds: float) -> None:
         """n_rows took so long."""
         self.ratio(n_rows).add(seconds / _believed_of(n_rows))
-        self._curve = None
+        self._n += 1
 
-    def seconds(self, n_rows: npt.NDArray[Any]) -> F64Array:
-        """Estimates, f64 [n]."""
-        if self._curve is None:
-            rows = sorted(self._ratios)
-            self._curve = np.log(rows), np.array([self._ratios[row].value for row in rows])
-        seconds: F64Array = _believed(n_rows) * np.interp(np.log(n_rows), *self._curve)
-        return seconds
+    def seconds(self, n_rows: npt.NDArray[np.floating | np.integer]) -> F64Array:
+        """Estimates for the nearest whole numbers of rows, f64 [n]."""
+        at = np.rint(n_rows).astype(np.intp)
+        most = int(at.max())
+        if most >= len(self._table) or self._n - self._n_then >= (
+            1 if self._n <= FIRST_TIMES else TABLE_EVERY
+        ):
+            self._n_then = self._n
+            self._table = self._estimates(np.arange(max(1 << most.bit_length(), len(self._table))))
+        estimates: F64Array = self._table[at]
+        return estimates
+
+    def _estimates(self, n_rows: npt.NDArray[np.integer]) -> F64Array:
+        rows = sorted(self._ratios)
+        ratios = [self._ratios[row].value for row in rows]
+        n_rows = np.maximum(n_rows, 1)
+        estimates: F64Array = _believed(n_rows) * np.interp(np.log(n_rows), np.log(rows), ratios)
+        return estimates
 
 
 class StepCost:
@@ -124,15 +139,28 @@ class DraftCost:
         self._passes = passes
         self._target = target
         self._rows = _RowCost()  # of a pass
+        self._is_cold = True
 
     @property
     def is_known(self) -> bool:
         """Whether it has guessed."""
         return bool(self._rows)
 
+    @property
+    def depends_on_guesses(self) -> bool:
+        """Whether more of them cost more."""
+        return self._passes != "none"
+
     def observe(self, n_seqs: int, n_passes: int, n_rows: int, seconds: float) -> None:
-        """Guesses of n_seqs sequences took so long, in so many passes and rows, those of prompts included."""
+        """Guesses of n_seqs sequences took so long, in so many passes and rows, those of prompts included.
+
+        Without a model the very first do not count: they find nothing in the caches, take two to ten times as long, and
+        whole runs of the embedded model were decoded plainly for that. A model's count, as one trial more of it is dear.
+        """
         if self._passes == "none":
+            if self._is_cold:
+                self._is_cold = False
+                return
             n_passes, n_rows = 1, n_seqs
         self._rows.add(n_rows // n_passes, seconds / n_passes / self._target.slow)
 

@@ -48,6 +48,10 @@ class Proposal:
     token_ids: list[int]
     confidences: list[float] | None = None
 
+    def first(self, n: int) -> Proposal:
+        """Only so many of the tokens."""
+        return Proposal(self.token_ids[:n], None if self.confidences is None else self.confidences[:n])
+
 
 class Drafter(ABC):
     """Proposes tokens for running sequences. One thread at a time calls it: the engine's.

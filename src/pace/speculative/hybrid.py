@@ -125,12 +125,14 @@ class HybridDrafter(Drafter):
         return by_model | by_text
 
     def _ask_model(self, asked: dict[Sequence, int]) -> dict[Sequence, Proposal]:
-        """The model's guesses, where they pay."""
+        """The model's guesses, as far as they pay."""
+        begin = time.perf_counter()
         self.decided_s = 0.0
         gate = self._gate
+        n_rows = sum(n > 0 for n in asked.values())
+        auto = [seq for seq, n in asked.items() if n and isinstance(seq.params.speculative, str)]
         if gate is not None:
-            auto = [seq for seq, n in asked.items() if n and isinstance(seq.params.speculative, str)]
-            paying = dict.fromkeys(auto, 0) | gate.wanted(auto, sum(n > 0 for n in asked.values()))
+            paying = dict.fromkeys(auto, 0) | gate.wanted(auto, n_rows)
             asked = {seq: min(n, paying.get(seq, n)) for seq, n in asked.items()}
             if not gate.is_open and not any(asked.values()):
                 return {}  # it reads no prompts either
@@ -141,10 +143,19 @@ class HybridDrafter(Drafter):
             if asked[seq] and proposal.token_ids
         }
         if gate is not None:
-            self.decided_s = time.perf_counter() - start
+            seconds = time.perf_counter() - start
             if proposals:
-                n_passes, n_rows = (now - then for now, then in zip(self._model.n_run, before, strict=True))
-                gate.drafted(len(proposals), n_passes, n_rows, self.decided_s)
+                n_passes, n_draft_rows = (
+                    now - then for now, then in zip(self._model.n_run, before, strict=True)
+                )
+                gate.drafted(len(proposals), n_passes, n_draft_rows, seconds)
+            paid = gate.cut({seq: proposals[seq] for seq in auto if seq in proposals}, n_rows)
+            for seq, n in paid.items():
+                if n:
+                    proposals[seq] = proposals[seq].first(n)
+                else:
+                    del proposals[seq]
+            self.decided_s = time.perf_counter() - begin
         return proposals
 
     def _choice(self, seq: Sequence) -> Choice:
