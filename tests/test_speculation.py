@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pace import LLM, SamplingParams
 from pace.params import RequestOutputKind
+from pace.speculative.controller import Controller
 
 PROMPTS = ["def fibonacci(n):\n", "import os\n\nclass Foo:\n    def", "for i in range(10):\n", "x = [1, 2,"]
 ASKED: list[dict[str, Any]] = [
@@ -73,6 +75,30 @@ def test_outputs_are_the_same(plain: list[Any], options: dict[str, Any]) -> None
         assert stats["active"]
         if not given["adaptive"]:  # else wall time decides
             assert stats["n_accepted_tokens"] > 70 and stats["mean_acceptance_length"] > 1.2
+
+
+@pytest.mark.parametrize("method", ["pard", "draft_model", "hybrid"])
+def test_outputs_are_the_same_however_many_guesses_a_round_makes(
+    plain: list[Any], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The controller's choice in all directions, as wall time might make it."""
+    rng = np.random.default_rng(5)
+
+    def wanted(self: Controller, seqs: Sequence[Any], n_rows: int) -> dict[Any, int]:
+        chosen = [seq for seq in seqs if rng.random() < 0.9]
+        return dict.fromkeys(chosen, int(rng.integers(1, self.max_tokens + 1)))
+
+    monkeypatch.setattr(Controller, "wanted", wanted)
+    monkeypatch.setattr(
+        Controller,
+        "cut",
+        lambda self, proposals, n_rows: {seq: len(p.token_ids) for seq, p in proposals.items()},
+    )
+    given = {"method": method, "model": "demo-draft", "num_speculative_tokens": 8}
+    with LLM("demo", max_num_seqs=4, max_model_len=256, speculative=given) as llm:
+        assert outputs(llm) == plain
+        assert len(llm.stats()["speculative"]["by_length"]) > 8
+        assert llm.stats()["speculative"]["n_accepted_tokens"] > 70
 
 
 def test_a_stream_tells_of_several_tokens_at_once() -> None:
